@@ -1,0 +1,232 @@
+"""Schedules: when weights are merged. And the lengths that "when" can be said in."""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Literal, Self, final
+
+
+@final
+@dataclass(frozen=True)
+class Moment:
+    """A point of a run, seen right after an optimizer step or at the end of an epoch.
+
+    Args:
+        step: Optimizer steps applied so far (not batches, not steps that a gradient scaler skipped).
+        epoch: Epochs completed so far.
+        epoch_end: Whether an epoch has just been completed; else a step has just been applied.
+    """
+
+    step: int
+    epoch: int
+    epoch_end: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run will be, as far as it is known: ``None`` where it is not.
+
+    Args:
+        steps: Optimizer steps of the whole run.
+        epochs: Epochs of the whole run.
+        steps_per_epoch: Optimizer steps of one epoch.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    steps_per_epoch: int | None = None
+
+
+class Schedule(ABC):
+    """When a rule starts and when it takes the weights in. A frozen dataclass; two questions about a ``Moment``."""
+
+    @abstractmethod
+    def started(self, moment: Moment) -> bool:
+        """Whether the average exists from this moment on."""
+
+    @abstractmethod
+    def due(self, moment: Moment) -> bool:
+        """Whether the weights are taken in at this moment."""
+
+    @abstractmethod
+    def resolve(self, run: RunLength) -> "Schedule":
+        """This schedule with a start that was given as a share of the run turned into steps or epochs."""
+
+
+@final
+@dataclass(frozen=True)
+class EveryNSteps(Schedule):
+    """After applied step ``start`` and every ``n`` steps from there: ``start + n``, ``start + 2n``, ...
+
+    Args:
+        n: Applied optimizer steps between updates; at least 1.
+        start: Applied step after which the average starts as a copy of the weights; at least 0 (0: before training).
+            A float in [0, 1) is a share of the run's steps, rounded up.
+
+    Raises:
+        ValueError: If ``n`` or ``start`` is out of range, or at fit start if a share is asked of a run of unknown length.
+
+    Example:
+        >>> schedule = EveryNSteps(n=2, start=1)
+        >>> [step for step in range(8) if schedule.due(Moment(step, epoch=0))]
+        [3, 5, 7]
+    """
+
+    n: int = 1
+    start: int | float = 0
+
+    def __post_init__(self) -> None:
+        _check_interval(self.n)
+        _check_start("start", self.start)
+
+    def started(self, moment: Moment) -> bool:
+        return moment.step >= self.start
+
+    def due(self, moment: Moment) -> bool:
+        steps = moment.step - self.start
+        return not moment.epoch_end and steps > 0 and steps % self.n == 0
+
+    def resolve(self, run: RunLength) -> Self:
+        return replace(self, start=_resolve_start(self.start, run.steps, "steps"))
+
+
+@final
+@dataclass(frozen=True)
+class EveryNEpochs(Schedule):
+    """At the end of an epoch, before it is validated: once ``start`` epochs are complete, then every ``n`` epochs.
+
+    Args:
+        n: Epochs between updates; at least 1.
+        start: Completed epochs at which the first weights are taken in; at least 0 (0 and 1 both mean the end of the
+            first epoch). A float in [0, 1) is a share of the run's epochs, rounded up.
+
+    Raises:
+        ValueError: If ``n`` or ``start`` is out of range, or at fit start if a share is asked of a run of unknown length.
+
+    Example:
+        >>> schedule = EveryNEpochs(n=2, start=3)
+        >>> [epoch for epoch in range(9) if schedule.due(Moment(0, epoch, epoch_end=True))]
+        [3, 5, 7]
+
+    References:
+        Collection rule of the authors' SWA code: epoch index e is collected if e + 1 >= start and n divides e + 1 - start.
+    """
+
+    n: int = 1
+    start: int | float = 0
+
+    def __post_init__(self) -> None:
+        _check_interval(self.n)
+        _check_start("start", self.start)
+
+    def started(self, moment: Moment) -> bool:
+        return moment.epoch >= max(self.start, 1)
+
+    def due(self, moment: Moment) -> bool:
+        first = max(self.start, 1)
+        return moment.epoch_end and moment.epoch >= first and (moment.epoch - first) % self.n == 0
+
+    def resolve(self, run: RunLength) -> Self:
+        return replace(self, start=_resolve_start(self.start, run.epochs, "epochs"))
+
+
+@final
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: ``Duration(500)``, ``Duration(2, "epochs")``, ``Duration(0.05, "run")``.
+
+    Args:
+        value: How many; more than 0.
+        unit: Applied optimizer ``steps``, ``epochs``, or shares of the ``run`` (at most 1).
+
+    Raises:
+        ValueError: If ``value`` or ``unit`` is out of range, or at fit start if the run's length is not known.
+
+    Example:
+        >>> Duration.parse("2 epochs")
+        Duration(value=2.0, unit='epochs')
+        >>> Duration.parse("5%").steps(RunLength(steps=1000))
+        50.0
+    """
+
+    value: float
+    unit: Literal["steps", "epochs", "run"] = "steps"
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("steps", "epochs", "run"):
+            raise ValueError(f"`unit` must be 'steps', 'epochs' or 'run', got {self.unit!r}.")
+        if not (0 < self.value < math.inf) or (self.unit == "run" and self.value > 1):
+            allowed = "in (0, 1]" if self.unit == "run" else "more than 0"
+            raise ValueError(f"a duration in {self.unit} must be {allowed}, got {self.value}.")
+
+    @classmethod
+    def parse(cls, text: "str | float | Duration") -> "Duration":
+        """A duration from ``500``, ``"500 steps"``, ``"2 epochs"`` or ``"5%"``."""
+        if isinstance(text, Duration):
+            return text
+        if isinstance(text, (int, float)):
+            return cls(float(text))
+        number, _, unit = text.strip().partition(" ")
+        unit = unit.strip()
+        try:
+            if number.endswith("%") and not unit:
+                return cls(float(number[:-1]) / 100, "run")
+            if unit in ("", "step", "steps"):
+                return cls(float(number))
+            if unit in ("epoch", "epochs"):
+                return cls(float(number), "epochs")
+        except ValueError as error:
+            raise ValueError(f"a duration must read like '500 steps', '2 epochs' or '5%', got {text!r}: {error}") from None
+        raise ValueError(f"a duration must read like '500 steps', '2 epochs' or '5%', got {text!r}.")
+
+    def steps(self, run: RunLength) -> float:
+        """The same length in applied optimizer steps of this run."""
+        if self.unit == "steps":
+            return self.value
+        scale = run.steps_per_epoch if self.unit == "epochs" else run.steps
+        if scale is None:
+            raise ValueError(
+                f"a duration of {self.value:g} {self.unit} needs a run of known length: set `max_steps`, or `max_epochs` with"
+                " a loader that has a length, or give the duration in steps."
+            )
+        return self.value * scale
+
+
+def anneal(base: float, target: float, elapsed: float, length: float, strategy: Literal["cos", "linear"] = "cos") -> float:
+    """Value on the way from ``base`` to ``target`` after ``elapsed`` of ``length`` (any unit; 0: at once).
+
+    ``base + (target - base) * a`` with ``a = s`` (linear) or ``(1 - cos(pi s)) / 2``, ``s = min(1, elapsed / length)``.
+    The closed form of ``torch.optim.swa_utils.SWALR``, so it does not depend on what others write to the optimizer.
+
+    Example:
+        >>> [round(anneal(0.1, 0.02, epoch, 4, "linear"), 6) for epoch in range(6)]
+        [0.1, 0.08, 0.06, 0.04, 0.02, 0.02]
+    """
+    share = 1.0 if length <= 0 else min(1.0, elapsed / length)
+    if strategy == "cos":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return target * share + base * (1 - share)
+
+
+def _check_interval(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"`n` must be at least 1, got {n}.")
+
+
+def _check_start(name: str, start: int | float) -> None:
+    if start < 0 or (isinstance(start, float) and start >= 1):
+        raise ValueError(f"`{name}` must be a whole number of at least 0 or a share of the run in [0, 1), got {start}.")
+
+
+def _resolve_start(start: int | float, length: int | None, unit: str) -> int:
+    if isinstance(start, int):
+        return start
+    if start == 0:
+        return 0
+    if length is None:
+        raise ValueError(
+            f"`start={start}` is a share of the run, but the number of {unit} is not known: set `max_steps` or `max_epochs`"
+            f" (and a loader that has a length), or give the start as a whole number of {unit}."
+        )
+    return math.ceil(round(start * length, 9))

@@ -1,0 +1,95 @@
+"""Selections: which tensors are merged, and what happens to the buffers."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, final
+
+from torch import Tensor, nn
+
+from lightning_merge.weights import is_averaged, named_buffers, named_parameters
+
+BufferPolicy = Literal["average", "copy", "recompute"]
+
+
+@final
+@dataclass(frozen=True)
+class Selection:
+    """Which tensors of a module are merged. Tensors outside the selection are published as they are live.
+
+    Args:
+        include: Glob patterns over canonical parameter names; a parameter must match one.
+        exclude: Glob patterns; a parameter that matches one is left out (a head, say: ``("head.*",)``).
+        trainable: Leave out parameters that do not require gradients.
+        buffers: What becomes of persistent buffers. ``average``: floating-point ones go through the rule like
+            parameters, integer ones are copied. ``copy``: all are copied from the model at each update. ``recompute``:
+            as ``copy``, and the statistics of BatchNorm layers are measured again under the merged weights.
+
+    Raises:
+        ValueError: If ``buffers`` is none of these, or at fit start if no parameter matches.
+
+    Example:
+        >>> from torch import nn
+        >>> module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> list(Selection(exclude=["1.*"]).parameters(module))
+        ['0.weight', '0.bias']
+    """
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    trainable: bool = False
+    buffers: BufferPolicy = "average"
+
+    def __post_init__(self) -> None:
+        if self.buffers not in ("average", "copy", "recompute"):
+            raise ValueError(f"`buffers` must be 'average', 'copy' or 'recompute', got {self.buffers!r}.")
+        # A string would be read as its letters; a list comes from YAML.
+        for field in ("include", "exclude"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+
+    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The selected floating-point parameters of a module, by canonical name."""
+        named = named_parameters(module)
+        chosen = {name: p for name, p in named.items() if self._selects(name, p)}
+        if not chosen:
+            some = ", ".join(list(named)[:5]) or "none"
+            raise ValueError(f"{self} matches no parameter of {type(module).__name__}; its first parameters are: {some}.")
+        return chosen
+
+    def averaged_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers that go through the rule."""
+        if self.buffers != "average":
+            return {}
+        return {name: b for name, b in named_buffers(module).items() if is_averaged(b)}
+
+    def copied_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers that are copied from the model at each update."""
+        return {name: b for name, b in named_buffers(module).items() if self.buffers != "average" or not is_averaged(b)}
+
+    def _selects(self, name: str, parameter: nn.Parameter) -> bool:
+        return (
+            is_averaged(parameter)
+            and (parameter.requires_grad or not self.trainable)
+            and any(fnmatchcase(name, pattern) for pattern in self.include)
+            and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        )
+
+
+def lora(buffers: BufferPolicy = "copy") -> Selection:
+    """Only the adapters of LoRA layers: parameters whose name holds ``lora_``.
+
+    Example:
+        >>> lora().include
+        ('*lora_*',)
+    """
+    return Selection(include=("*lora_*",), buffers=buffers)
+
+
+def without(*patterns: str, buffers: BufferPolicy = "average") -> Selection:
+    """Everything but the parameters that match one of the glob patterns.
+
+    Example:
+        >>> without("head.*").exclude
+        ('head.*',)
+    """
+    return Selection(exclude=patterns, buffers=buffers)

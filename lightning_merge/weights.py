@@ -1,0 +1,201 @@
+"""Weights: the named tensors of a module, and the few operations that merging needs on them.
+
+Everything that touches many tensors at once lives here, so the rules read like their formulas. Names are canonical:
+the prefixes that ``torch.compile`` and wrappers insert are removed, so a name means the same in every run and file.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Weights: TypeAlias = dict[str, Tensor]
+"""Named tensors. A rule never writes to the weights it is handed."""
+
+State: TypeAlias = dict[str, Any]
+"""What a rule remembers: tensors, numbers, strings, lists and dicts of them, so ``torch.load(weights_only=True)`` reads it."""
+
+_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def canonical(name: str) -> str:
+    """The name without the parts that wrappers insert.
+
+    Example:
+        >>> canonical("net._orig_mod.0.weight")
+        'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters under canonical names; tied ones appear once, those inside torchmetrics metrics never."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for prefix, owner in _owners(module):
+        for name, parameter in owner.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            key = _storage_key(parameter)
+            if key not in seen:
+                seen.add(key)
+                found[canonical(name)] = parameter
+    return found
+
+
+def named_buffers(module: nn.Module) -> Weights:
+    """Persistent buffers under canonical names; shared ones appear once, those inside torchmetrics metrics never."""
+    found: Weights = {}
+    seen: set[int] = set()
+    for prefix, owner in _owners(module):
+        for name, buffer in owner.named_buffers(prefix, recurse=False, remove_duplicate=False):
+            local = name.rpartition(".")[2]
+            if local not in owner._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                found[canonical(name)] = buffer
+    return found
+
+
+def state_dict_aliases(module: nn.Module) -> dict[str, str]:
+    """For every key of ``module.state_dict()`` that is tied to a tracked tensor: the name it is tracked under.
+
+    Tied tensors are tracked once but saved under each of their names, so a file needs the way back.
+    """
+    by_storage = {_storage_key(t): name for name, t in {**named_parameters(module), **named_buffers(module)}.items()}
+    aliases: dict[str, str] = {}
+    for prefix, owner in _owners(module):
+        tensors: Iterable[tuple[str, Tensor]] = [
+            *owner.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            *owner.named_buffers(prefix, recurse=False, remove_duplicate=False),
+        ]
+        aliases |= {name: by_storage[key] for name, t in tensors if (key := _storage_key(t)) in by_storage}
+    return aliases
+
+
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether a mean of such tensors means something: floating point or complex, not integers or flags."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def average_dtype(tensor: Tensor) -> torch.dtype:
+    """The precision an average of such tensors is kept in: float32, or wider if the tensor is.
+
+    In bfloat16 an exponential mean with decay 0.999 stops moving at a quarter of the way.
+    """
+    return torch.promote_types(tensor.dtype, torch.float32) if is_averaged(tensor) else tensor.dtype
+
+
+def clone(weights: Mapping[str, Tensor]) -> Weights:
+    """A copy of its own storage, in the precision averages are kept in."""
+    return {
+        name: t.detach().to(average_dtype(t), copy=True, memory_format=torch.preserve_format) for name, t in weights.items()
+    }
+
+
+def zeros(weights: Mapping[str, Tensor]) -> Weights:
+    """Zeros of the same shapes, in the precision averages are kept in."""
+    return {name: torch.zeros_like(t, dtype=average_dtype(t)) for name, t in weights.items()}
+
+
+@torch.no_grad()
+def lerp_(target: Weights, source: Mapping[str, Tensor], weight: float) -> None:
+    """``target <- target + weight * (source - target)``, in place and in the target's precision."""
+    for targets, sources in _pairs(target, source):
+        torch._foreach_lerp_(targets, sources, weight)
+
+
+@torch.no_grad()
+def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
+    """``target <- source``, in place; dtypes and devices may differ."""
+    torch._foreach_copy_(list(target.values()), [source[name] for name in target])
+
+
+@torch.no_grad()
+def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[str, Tensor], weight: float) -> None:
+    """``lerp_`` that keeps in ``compensation`` what rounding loses, so steps below the resolution add up (Kahan)."""
+    for name, value in target.items():
+        carried = compensation[name]
+        step = source[name].to(value.dtype).sub(value).sub_(carried).mul_(weight).add_(carried)
+        before = value.clone()
+        value.add_(step)
+        carried.copy_(step.sub_(before.neg_().add_(value)))
+
+
+@torch.no_grad()
+def plus(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Weights:
+    """``left + right`` as new tensors."""
+    return {name: value + right[name] for name, value in left.items()}
+
+
+@torch.no_grad()
+def first_nonfinite(weights: Mapping[str, Tensor]) -> str | None:
+    """Name of the first tensor that holds a NaN or an infinity; ``None`` if all is finite."""
+    averaged = {name: t for name, t in weights.items() if is_averaged(t) and t.numel()}
+    # One reduction per tensor and one synchronisation in all: a sum of finite numbers can only overflow to infinity,
+    # so a finite sum proves the tensor finite and the exact test runs on the rare rest.
+    if not averaged:
+        return None
+    sums = torch.stack([t.sum(dtype=average_dtype(t)).isfinite() for t in averaged.values()])
+    if bool(sums.all()):
+        return None
+    return next((name for name, t in averaged.items() if not bool(t.isfinite().all())), None)
+
+
+def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:
+    """The weights in the dtype and on the device of ``reference``; a tensor that fits already is not copied."""
+    return {name: t.to(reference[name]) for name, t in weights.items()}
+
+
+def exchange(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Weights:
+    """Makes each parameter use the storage of the tensor of its name, and returns the storage it used before.
+
+    No data moves: about a microsecond per tensor whatever its size. Parameter objects stay the same, so optimizers,
+    DDP buckets and compiled graphs stay valid. What is written to a parameter afterwards is written to that tensor.
+    """
+    before: Weights = {}
+    for name, tensor in weights.items():
+        parameter = parameters[name]
+        before[name] = parameter.data
+        parameter.data = tensor
+    return before
+
+
+def first_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
+    """The first difference in names or shapes, in words; ``None`` if there is none."""
+    for name, tensor in expected.items():
+        if name not in found:
+            return f"`{name}` of shape {tuple(tensor.shape)} is missing"
+        if found[name].shape != tensor.shape:
+            return f"`{name}` has shape {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+    extra = next((name for name in found if name not in expected), None)
+    return None if extra is None else f"`{extra}` of shape {tuple(found[extra].shape)} is not part of this model"
+
+
+def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """Tensors of one dtype and device in one group; those that need a conversion one by one, to hold one at a time."""
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    for name, value in target.items():
+        other = source[name]
+        if other.dtype != value.dtype or other.device != value.device:
+            yield [value], [other.to(value)]
+        else:
+            targets, sources = groups.setdefault((value.dtype, value.device), ([], []))
+            targets.append(value)
+            sources.append(other)
+    yield from groups.values()
+
+
+def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule with its name, shared ones under each name, without torchmetrics metrics and what they hold."""
+    if any(cls.__module__.startswith("torchmetrics.") for cls in type(module).__mro__):
+        return
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _owners(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are the same numbers in memory; empty tensors are told apart by identity."""
+    if tensor.is_meta or tensor.numel() == 0 or type(tensor.data) is not Tensor:
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
