@@ -65,7 +65,8 @@ class EveryNSteps(Schedule):
             A float in [0, 1) is a share of the run's steps, rounded up.
 
     Raises:
-        ValueError: If ``n`` or ``start`` is out of range, or at fit start if a share is asked of a run of unknown length.
+        ValueError: If ``n`` or ``start`` is out of range, or at ``resolve`` if a share is asked of a run of unknown
+            length.
 
     Example:
         >>> schedule = EveryNSteps(n=2, start=1)
@@ -102,7 +103,8 @@ class EveryNEpochs(Schedule):
             first epoch). A float in [0, 1) is a share of the run's epochs, rounded up.
 
     Raises:
-        ValueError: If ``n`` or ``start`` is out of range, or at fit start if a share is asked of a run of unknown length.
+        ValueError: If ``n`` or ``start`` is out of range, or at ``resolve`` if a share is asked of a run of unknown
+            length.
 
     Example:
         >>> schedule = EveryNEpochs(n=2, start=3)
@@ -110,7 +112,8 @@ class EveryNEpochs(Schedule):
         [3, 5, 7]
 
     References:
-        Collection rule of the authors' SWA code: epoch index e is collected if e + 1 >= start and n divides e + 1 - start.
+        Collection rule of the authors' SWA code: epoch index e is collected if e + 1 >= start and n divides
+        e + 1 - start.
     """
 
     n: int = 1
@@ -141,7 +144,7 @@ class Duration:
         unit: Applied optimizer ``steps``, ``epochs``, or shares of the ``run`` (at most 1).
 
     Raises:
-        ValueError: If ``value`` or ``unit`` is out of range, or at fit start if the run's length is not known.
+        ValueError: If ``value`` or ``unit`` is out of range, or at ``steps`` if the run's length is not known.
 
     Example:
         >>> Duration.parse("2 epochs")
@@ -177,7 +180,9 @@ class Duration:
             if unit in ("epoch", "epochs"):
                 return cls(float(number), "epochs")
         except ValueError as error:
-            raise ValueError(f"a duration must read like '500 steps', '2 epochs' or '5%', got {text!r}: {error}") from None
+            raise ValueError(
+                f"a duration must read like '500 steps', '2 epochs' or '5%', got {text!r}: {error}"
+            ) from None
         raise ValueError(f"a duration must read like '500 steps', '2 epochs' or '5%', got {text!r}.")
 
     def steps(self, run: RunLength) -> float:
@@ -187,13 +192,15 @@ class Duration:
         scale = run.steps_per_epoch if self.unit == "epochs" else run.steps
         if scale is None:
             raise ValueError(
-                f"a duration of {self.value:g} {self.unit} needs a run of known length: set `max_steps`, or `max_epochs` with"
-                " a loader that has a length, or give the duration in steps."
+                f"a duration of {self.value:g} {self.unit} needs a run of known length: set `max_steps`, or `max_epochs`"
+                " with a loader that has a length, or give the duration in steps."
             )
         return self.value * scale
 
 
-def anneal(base: float, target: float, elapsed: float, length: float, strategy: Literal["cos", "linear"] = "cos") -> float:
+def anneal(
+    base: float, target: float, elapsed: float, length: float, strategy: Literal["cos", "linear"] = "cos"
+) -> float:
     """Value on the way from ``base`` to ``target`` after ``elapsed`` of ``length`` (any unit; 0: at once).
 
     ``base + (target - base) * a`` with ``a = s`` (linear) or ``(1 - cos(pi s)) / 2``, ``s = min(1, elapsed / length)``.
@@ -226,7 +233,7 @@ def _resolve_start(start: int | float, length: int | None, unit: str) -> int:
         return 0
     if length is None:
         raise ValueError(
-            f"`start={start}` is a share of the run, but the number of {unit} is not known: set `max_steps` or `max_epochs`"
-            f" (and a loader that has a length), or give the start as a whole number of {unit}."
+            f"`start={start}` is a share of the run, but the number of {unit} is not known: set `max_steps` or"
+            f" `max_epochs` (and a loader that has a length), or give the start as a whole number of {unit}."
         )
     return math.ceil(round(start * length, 9))

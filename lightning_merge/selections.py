@@ -53,7 +53,9 @@ class Selection:
         chosen = {name: p for name, p in named.items() if self._selects(name, p)}
         if not chosen:
             some = ", ".join(list(named)[:5]) or "none"
-            raise ValueError(f"{self} matches no parameter of {type(module).__name__}; its first parameters are: {some}.")
+            raise ValueError(
+                f"{self} matches no parameter of {type(module).__name__}; its first parameters are: {some}."
+            )
         return chosen
 
     def averaged_buffers(self, module: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,10 @@ Weights: TypeAlias = dict[str, Tensor]
 """Named tensors. A rule never writes to the weights it is handed."""
 
 State: TypeAlias = dict[str, Any]
-"""What a rule remembers: tensors, numbers, strings, lists and dicts of them, so ``torch.load(weights_only=True)`` reads it."""
+"""What a rule remembers: tensors, numbers, strings, lists and dicts of them.
+
+``torch.load(weights_only=True)`` reads it.
+"""
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -87,8 +90,26 @@ def average_dtype(tensor: Tensor) -> torch.dtype:
 def clone(weights: Mapping[str, Tensor]) -> Weights:
     """A copy of its own storage, in the precision averages are kept in."""
     return {
-        name: t.detach().to(average_dtype(t), copy=True, memory_format=torch.preserve_format) for name, t in weights.items()
+        name: t.detach().to(average_dtype(t), copy=True, memory_format=torch.preserve_format)
+        for name, t in weights.items()
     }
+
+
+def copies(weights: Mapping[str, Tensor]) -> Weights:
+    """A copy of its own storage, in the precision the tensors have."""
+    return {name: t.detach().clone() for name, t in weights.items()}
+
+
+def to_devices(value: Any, devices: "Mapping[str, torch.device] | torch.device", device: Any = None) -> Any:
+    """A state with every tensor on the device that its name has in ``devices``, or all on one device."""
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device)
+    if isinstance(value, dict):
+        chosen = {key: devices.get(key, device) if isinstance(devices, Mapping) else devices for key in value}
+        return {key: to_devices(item, devices, chosen[key]) for key, item in value.items()}
+    if isinstance(value, list):
+        return [to_devices(item, devices, device) for item in value]
+    return value
 
 
 def zeros(weights: Mapping[str, Tensor]) -> Weights:
@@ -98,7 +119,10 @@ def zeros(weights: Mapping[str, Tensor]) -> Weights:
 
 @torch.no_grad()
 def lerp_(target: Weights, source: Mapping[str, Tensor], weight: float) -> None:
-    """``target <- target + weight * (source - target)``, in place and in the target's precision."""
+    """``target <- target + weight * (source - target)``, in place and in the target's precision; at 1 a copy."""
+    if weight == 1:
+        copy_(target, source)  # nothing of the target remains, not even a NaN
+        return
     for targets, sources in _pairs(target, source):
         torch._foreach_lerp_(targets, sources, weight)
 
@@ -111,10 +135,17 @@ def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[str, Tensor], weight: float) -> None:
-    """``lerp_`` that keeps in ``compensation`` what rounding loses, so steps below the resolution add up (Kahan)."""
+    """``lerp_`` that keeps in ``compensation`` what rounding loses, so steps below the resolution add up (Kahan).
+
+    The value is ``target + compensation``.
+    """
     for name, value in target.items():
         carried = compensation[name]
-        step = source[name].to(value.dtype).sub(value).sub_(carried).mul_(weight).add_(carried)
+        if weight == 1:
+            value.copy_(source[name])
+            carried.zero_()
+            continue
+        step = source[name].to(value).sub(value).sub_(carried).mul_(weight).add_(carried)
         before = value.clone()
         value.add_(step)
         carried.copy_(step.sub_(before.neg_().add_(value)))
@@ -134,8 +165,9 @@ def first_nonfinite(weights: Mapping[str, Tensor]) -> str | None:
     # so a finite sum proves the tensor finite and the exact test runs on the rare rest.
     if not averaged:
         return None
-    sums = torch.stack([t.sum(dtype=average_dtype(t)).isfinite() for t in averaged.values()])
-    if bool(sums.all()):
+    device = next(iter(averaged.values())).device
+    finite = [t.sum(dtype=average_dtype(t)).isfinite().to(device, non_blocking=True) for t in averaged.values()]
+    if bool(torch.stack(finite).all()):
         return None
     return next((name for name, t in averaged.items() if not bool(t.isfinite().all())), None)
 
@@ -145,13 +177,14 @@ def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weig
     return {name: t.to(reference[name]) for name, t in weights.items()}
 
 
-def exchange(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Weights:
+def exchange(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], before: Weights | None = None) -> Weights:
     """Makes each parameter use the storage of the tensor of its name, and returns the storage it used before.
 
     No data moves: about a microsecond per tensor whatever its size. Parameter objects stay the same, so optimizers,
     DDP buckets and compiled graphs stay valid. What is written to a parameter afterwards is written to that tensor.
+    Handing in ``before`` fills it as the exchange goes on, so a caller that is interrupted can undo what was done.
     """
-    before: Weights = {}
+    before = {} if before is None else before
     for name, tensor in weights.items():
         parameter = parameters[name]
         before[name] = parameter.data
