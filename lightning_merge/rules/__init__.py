@@ -1,0 +1,16 @@
+"""Rules: how the weights of one run are merged."""
+
+from lightning_merge.rules._base import Rule
+from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
+from lightning_merge.rules._exponential_mean import ExponentialMean
+from lightning_merge.rules._mean import Mean
+
+__all__ = [
+    "DecayWarmup",
+    "DiffusersWarmup",
+    "EmaPytorchWarmup",
+    "ExponentialMean",
+    "Mean",
+    "Rule",
+    "TimmWarmup",
+]

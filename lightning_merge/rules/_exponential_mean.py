@@ -1,0 +1,126 @@
+"""Exponential moving average."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+from lightning_merge.rules._base import Rule
+from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
+from lightning_merge.schedules import Duration, RunLength
+from lightning_merge.weights import State, Weights, clone, compensated_lerp_, lerp_, plus, zeros
+
+_DEFAULT_DECAY = 0.999
+_WARMUPS: dict[str, type[TimmWarmup | DiffusersWarmup | EmaPytorchWarmup]] = {
+    "timm": TimmWarmup,
+    "diffusers": DiffusersWarmup,
+    "ema_pytorch": EmaPytorchWarmup,
+}
+
+
+@final
+@dataclass(frozen=True)
+class ExponentialMean(Rule):
+    """Exponential moving average: ``average <- d * average + (1 - d) * weights``, ``d = decay ** steps_per_update``.
+
+    The average starts as a copy of the weights, whose share of it falls with every update (``initial_share``).
+
+    Args:
+        decay: Share of the old average kept per optimizer step, in ``[0, 1)``; 0.999 if neither this nor ``half_life``
+            is given. Its half-life is ``log(0.5) / log(decay)`` steps: 693 for 0.999.
+        half_life: Instead of ``decay``: the length of training after which the share of a weight has halved. A number
+            of optimizer steps, ``"500 steps"``, ``"2 epochs"`` or ``"5%"`` of the run. Epochs and shares need
+            ``resolve`` before the first update. It is kept as the decay ``2 ** (-1 / steps)``.
+        steps_per_update: Optimizer steps that one update stands for; at least 1. Updating every 10 steps with 10 here
+            averages over the same stretch of training as updating at every step.
+        warmup: How the decay grows up to ``decay``: the name of the library whose schedule it is (``"timm"``,
+            ``"diffusers"`` or ``"ema_pytorch"``; they differ), or one of ``lightning_merge.rules``' warm-ups.
+        compensated: Carry along what rounding loses, for one more copy of the weights. In float32 a weight near 1 that
+            is off by less than ``6e-8 / (1 - decay)`` never moves otherwise: 6e-4 for 0.9999.
+
+    Raises:
+        ValueError: If an argument is outside its range, if both ``decay`` and ``half_life`` are given, or at the first
+            update if a half-life in epochs or shares of the run was not resolved.
+
+    Example:
+        >>> import torch
+        >>> rule = ExponentialMean(decay=0.5)
+        >>> state = rule.init({"w": torch.tensor(0.0)})
+        >>> rule.update(state, {"w": torch.tensor(1.0)})
+        >>> rule.result(state)
+        {'w': tensor(0.5000)}
+        >>> rule.initial_share(state)
+        0.5
+        >>> ExponentialMean(half_life="2 epochs").resolve(RunLength(steps_per_epoch=500)).decay
+        0.9993070929904525
+
+    References:
+        Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992. Morales-Brotons et al.,
+        "Exponential moving average of weights in deep learning: dynamics and benefits", TMLR 2024.
+        Kahan, "Further remarks on reducing truncation errors", 1965 (``compensated``).
+    """
+
+    decay: float | None = None
+    half_life: float | str | Duration | None = None
+    steps_per_update: int = 1
+    warmup: Literal["timm", "diffusers", "ema_pytorch"] | DecayWarmup | None = None
+    compensated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.half_life is not None:
+            self._set_half_life(Duration.parse(self.half_life))
+        elif self.decay is None:
+            object.__setattr__(self, "decay", _DEFAULT_DECAY)
+        if self.decay is not None and not 0.0 <= self.decay < 1.0:
+            raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
+        if self.steps_per_update < 1:
+            raise ValueError(f"`steps_per_update` must be at least 1, got {self.steps_per_update}.")
+        if isinstance(self.warmup, str):
+            if self.warmup not in _WARMUPS:
+                raise ValueError(f"`warmup` must be one of {', '.join(map(repr, _WARMUPS))}, got {self.warmup!r}.")
+            object.__setattr__(self, "warmup", _WARMUPS[self.warmup]())
+
+    def init(self, weights: Weights) -> State:
+        state: State = {"average": clone(weights), "updates": 0, "initial_share": 1.0}
+        if self.compensated:
+            state["compensation"] = zeros(weights)
+        return state
+
+    def update(self, state: State, weights: Weights) -> None:
+        decay = self._decay_of_update(state["updates"] + 1)
+        if self.compensated:
+            compensated_lerp_(state["average"], state["compensation"], weights, 1.0 - decay)
+        else:
+            lerp_(state["average"], weights, 1.0 - decay)
+        state["updates"] += 1
+        state["initial_share"] *= decay
+
+    def result(self, state: State) -> Weights | None:
+        if not state["updates"]:
+            return None
+        average: Weights = state["average"]
+        return plus(average, state["compensation"]) if self.compensated else average
+
+    def resolve(self, run: RunLength) -> "ExponentialMean":
+        if not isinstance(self.half_life, Duration):
+            return self
+        return replace(self, half_life=self.half_life.steps(run))
+
+    def initial_share(self, state: State) -> float:
+        return float(state["initial_share"])
+
+    def _set_half_life(self, half_life: Duration) -> None:
+        """Keeps the half-life as a decay if it is known in steps, else as a duration for ``resolve``."""
+        if self.decay is not None:
+            raise ValueError(f"give `decay` or `half_life`, not both; got {self.decay} and {self.half_life!r}.")
+        known = half_life.unit == "steps"
+        object.__setattr__(self, "decay", 2.0 ** (-1.0 / half_life.value) if known else None)
+        object.__setattr__(self, "half_life", None if known else half_life)
+
+    def _decay_of_update(self, update: int) -> float:
+        if self.decay is None:
+            raise ValueError(
+                f"`half_life={self.half_life!r}` is relative to the run: call `resolve(RunLength(...))` before the"
+                " first update, or give it in steps."
+            )
+        if isinstance(self.warmup, DecayWarmup):
+            return self.warmup.decay(self.decay, update * self.steps_per_update, self.steps_per_update)
+        return float(self.decay**self.steps_per_update)

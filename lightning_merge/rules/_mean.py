@@ -1,0 +1,39 @@
+"""Uniform mean."""
+
+from dataclasses import dataclass
+from typing import final
+
+from lightning_merge.rules._base import Rule
+from lightning_merge.weights import State, Weights, clone, lerp_
+
+
+@final
+@dataclass(frozen=True)
+class Mean(Rule):
+    """Uniform mean of all weights taken in, n of them: ``mean <- mean + (weights - mean) / n``.
+
+    The weights it starts from are no part of it: the first update copies.
+
+    Example:
+        >>> import torch
+        >>> rule = Mean()
+        >>> state = rule.init({"w": torch.tensor(100.0)})
+        >>> for value in (4.0, 2.0, 9.0):
+        ...     rule.update(state, {"w": torch.tensor(value)})
+        >>> rule.result(state)
+        {'w': tensor(5.)}
+
+    References:
+        Izmailov et al., "Averaging weights leads to wider optima and better generalization" (SWA), UAI 2018,
+        algorithm 1.
+    """
+
+    def init(self, weights: Weights) -> State:
+        return {"mean": clone(weights), "updates": 0}
+
+    def update(self, state: State, weights: Weights) -> None:
+        state["updates"] += 1
+        lerp_(state["mean"], weights, 1 / state["updates"])
+
+    def result(self, state: State) -> Weights | None:
+        return state["mean"] if state["updates"] else None
