@@ -192,8 +192,8 @@ class Duration:
         scale = run.steps_per_epoch if self.unit == "epochs" else run.steps
         if scale is None:
             raise ValueError(
-                f"a duration of {self.value:g} {self.unit} needs a run of known length: set `max_steps`, or `max_epochs`"
-                " with a loader that has a length, or give the duration in steps."
+                f"a duration of {self.value:g} {self.unit} needs a run of known length: set `max_steps`, or"
+                " `max_epochs` with a loader that has a length, or give the duration in steps."
             )
         return self.value * scale
 

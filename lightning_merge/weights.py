@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 Weights: TypeAlias = dict[str, Tensor]
@@ -32,11 +33,26 @@ def canonical(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
 
 
+def is_metric(module: nn.Module) -> bool:
+    """Whether it is a torchmetrics metric or collection: what it holds is a measurement, not part of the model."""
+    return any(cls.__module__.startswith("torchmetrics.") for cls in type(module).__mro__)
+
+
+def submodules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every submodule with its name, shared ones under each name, without torchmetrics metrics and what they hold."""
+    if is_metric(module):
+        return
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from submodules(child, f"{prefix}.{name}" if prefix else name)
+
+
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters under canonical names; tied ones appear once, those inside torchmetrics metrics never."""
     found: dict[str, nn.Parameter] = {}
     seen: set[tuple[Any, ...]] = set()
-    for prefix, owner in _owners(module):
+    for prefix, owner in submodules(module):
         for name, parameter in owner.named_parameters(prefix, recurse=False, remove_duplicate=False):
             key = _storage_key(parameter)
             if key not in seen:
@@ -49,7 +65,7 @@ def named_buffers(module: nn.Module) -> Weights:
     """Persistent buffers under canonical names; shared ones appear once, those inside torchmetrics metrics never."""
     found: Weights = {}
     seen: set[int] = set()
-    for prefix, owner in _owners(module):
+    for prefix, owner in submodules(module):
         for name, buffer in owner.named_buffers(prefix, recurse=False, remove_duplicate=False):
             local = name.rpartition(".")[2]
             if local not in owner._non_persistent_buffers_set and id(buffer) not in seen:
@@ -65,7 +81,7 @@ def state_dict_aliases(module: nn.Module) -> dict[str, str]:
     """
     by_storage = {_storage_key(t): name for name, t in {**named_parameters(module), **named_buffers(module)}.items()}
     aliases: dict[str, str] = {}
-    for prefix, owner in _owners(module):
+    for prefix, owner in submodules(module):
         tensors: Iterable[tuple[str, Tensor]] = [
             *owner.named_parameters(prefix, recurse=False, remove_duplicate=False),
             *owner.named_buffers(prefix, recurse=False, remove_duplicate=False),
@@ -192,6 +208,19 @@ def exchange(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], be
     return before
 
 
+def mean_over_ranks_(weights: Weights) -> None:
+    """Replaces floating-point tensors by their mean over all ranks; one all-reduce, none on a single process."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    floats = [t for t in weights.values() if t.is_floating_point()]
+    if not floats:
+        return
+    flat = torch.cat([t.reshape(-1).float() for t in floats])
+    dist.all_reduce(flat)
+    parts = flat.div_(dist.get_world_size()).split([t.numel() for t in floats])
+    torch._foreach_copy_(floats, [part.view_as(t) for part, t in zip(parts, floats, strict=True)])
+
+
 def first_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
     """The first difference in names or shapes, in words; ``None`` if there is none."""
     for name, tensor in expected.items():
@@ -215,16 +244,6 @@ def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list
             targets.append(value)
             sources.append(other)
     yield from groups.values()
-
-
-def _owners(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every submodule with its name, shared ones under each name, without torchmetrics metrics and what they hold."""
-    if any(cls.__module__.startswith("torchmetrics.") for cls in type(module).__mro__):
-        return
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _owners(child, f"{prefix}.{name}" if prefix else name)
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
