@@ -1,0 +1,181 @@
+"""What every rule keeps to, whatever it computes. Adding a rule adds a line to ``RULES``."""
+
+import io
+import itertools
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_merge.rules
+from lightning_merge.rules import DiffusersWarmup, EmaPytorchWarmup, ExponentialMean, Mean, Rule, TimmWarmup
+from lightning_merge.schedules import Duration, RunLength
+from lightning_merge.weights import State, Weights
+
+RULES = [
+    ExponentialMean(),
+    ExponentialMean(decay=0.0),
+    ExponentialMean(half_life=3.5, steps_per_update=2),
+    ExponentialMean(half_life="2 epochs"),
+    ExponentialMean(decay=0.9, warmup="timm"),
+    ExponentialMean(decay=0.9, warmup=TimmWarmup(power=1)),
+    ExponentialMean(decay=0.9, warmup=DiffusersWarmup(), steps_per_update=3),
+    ExponentialMean(decay=0.9, warmup=EmaPytorchWarmup(power=0.5)),
+    ExponentialMean(decay=0.9, compensated=True),
+    Mean(),
+]
+RUN = RunLength(steps=40, epochs=4, steps_per_epoch=10)
+
+every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
+
+
+def stream(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Weights]:
+    """Weights of several shapes that differ at each update."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"layer.weight": (4, 3), "layer.bias": (4,), "scale": (), "empty": (0, 2)}
+    return [
+        {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        for _ in range(count)
+    ]
+
+
+def run(rule: Rule, start: Weights, updates: list[Weights]) -> tuple[Rule, State]:
+    rule = rule.resolve(RUN)
+    state = rule.init(start)
+    for weights in updates:
+        rule.update(state, weights)
+    return rule, state
+
+
+def bits(value: object) -> object:
+    """Something that is equal for two states only if every number in them is the same, bit for bit."""
+    if isinstance(value, Tensor):
+        return (value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    return value
+
+
+def test_table_has_every_rule():
+    public = [getattr(lightning_merge.rules, name) for name in lightning_merge.rules.__all__]
+    rules = {each for each in public if issubclass(each, Rule) and each is not Rule}
+    assert rules
+    assert {type(rule) for rule in RULES} == rules
+
+
+@every_rule
+def test_input_is_not_written_to(rule):
+    updates = stream(5)
+    before = deepcopy(updates)
+    rule, state = run(rule, updates[0], updates[1:])
+    rule.result(state)
+    assert bits(dict(enumerate(updates))) == bits(dict(enumerate(before)))
+
+
+@every_rule
+def test_state_does_not_share_memory_with_the_model(rule):
+    start, first = stream(2)
+    rule, state = run(rule, start, [first])
+    expected = bits(deepcopy(state))
+    for tensor in itertools.chain(start.values(), first.values()):
+        tensor.fill_(7)
+    assert bits(state) == expected
+
+
+@every_rule
+def test_constant_weights_are_a_fixed_point_bit_for_bit(rule):
+    (weights,) = stream(1)
+    rule, state = run(rule, weights, [weights] * 50)
+    assert bits(rule.result(state)) == bits(weights)
+
+
+@every_rule
+def test_there_is_no_result_before_the_first_update(rule):
+    start, first = stream(2)
+    rule, state = run(rule, start, [])
+    assert rule.result(state) is None
+    rule.update(state, first)
+    assert rule.result(state) is not None
+
+
+@every_rule
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(rule):
+    start, *updates = stream(13)
+    rule, state = run(rule, start, updates[:6])
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    resumed = torch.load(file, weights_only=True)
+    assert bits(resumed) == bits(state)
+    for weights in updates[6:]:
+        rule.update(resumed, weights)
+    _, uninterrupted = run(rule, start, updates)
+    assert bits(resumed) == bits(uninterrupted)
+    assert bits(rule.result(resumed)) == bits(rule.result(uninterrupted))
+
+
+@every_rule
+@pytest.mark.parametrize(
+    ("live", "average"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.complex64, torch.complex64),
+    ],
+    ids=str,
+)
+def test_average_is_float32_or_wider(rule, live, average):
+    start, *updates = stream(4, live)
+    rule, state = run(rule, start, updates)
+    assert {tensor.dtype for tensor in rule.result(state).values()} == {average}
+
+
+@every_rule
+def test_low_precision_weights_are_averaged_as_exactly_as_the_same_numbers_in_float32(rule):
+    start, *updates = stream(8, torch.bfloat16)
+    rule, low = run(rule, start, updates)
+    wide = [{name: tensor.float() for name, tensor in weights.items()} for weights in (start, *updates)]
+    _, high = run(rule, wide[0], wide[1:])
+    assert bits(rule.result(low)) == bits(rule.result(high))
+
+
+@every_rule
+def test_repr_evaluates_to_the_rule(rule):
+    names = {**vars(lightning_merge.rules), "Duration": Duration}
+    assert eval(repr(rule), names) == rule
+    assert eval(repr(rule.resolve(RUN)), names) == rule.resolve(RUN)
+
+
+@every_rule
+def test_rule_can_not_be_changed(rule):
+    with pytest.raises(AttributeError):
+        rule.anything = 1
+
+
+@every_rule
+def test_tensors_added_later_are_as_if_they_had_been_there_unchanged_since_the_start(rule):
+    start, *updates = stream(8)
+    late = {"scale": start["scale"]}
+    constant = [{**weights, **late} if i < 3 else weights for i, weights in enumerate(updates)]
+    rule, expected = run(rule, start, constant)
+    early = [{name: t for name, t in weights.items() if name != "scale"} for weights in (start, *updates[:3])]
+    _, state = run(rule, early[0], early[1:])
+    rule.extend(state, late)
+    late["scale"].add_(1)  # the state has copied it
+    for weights in updates[3:]:
+        rule.update(state, weights)
+    late["scale"].sub_(1)
+    order = list(rule.result(expected))
+    result = rule.result(state)
+    assert bits({name: result[name] for name in order}) == bits(rule.result(expected))
+
+
+@every_rule
+@pytest.mark.parametrize("updates", [1, 2, 7])
+def test_initial_share_is_the_weight_of_the_start_in_the_result(rule, updates):
+    one, zero = {"w": torch.ones((), dtype=torch.float64)}, {"w": torch.zeros((), dtype=torch.float64)}
+    rule, state = run(rule, one, [zero] * updates)
+    assert rule.initial_share(state) == pytest.approx(rule.result(state)["w"].item(), rel=1e-12, abs=1e-15)
