@@ -74,12 +74,17 @@ def named_buffers(module: nn.Module) -> Weights:
     return found
 
 
-def state_dict_aliases(module: nn.Module) -> dict[str, str]:
-    """For every key of ``module.state_dict()`` that is tied to a tracked tensor: the name it is tracked under.
+def named_tensors(module: nn.Module) -> Weights:
+    """Parameters and persistent buffers under canonical names."""
+    return {**named_parameters(module), **named_buffers(module)}
+
+
+def state_dict_names(module: nn.Module) -> dict[str, str]:
+    """The name in ``named_tensors`` of every key of ``module.state_dict()``.
 
     Tied tensors are tracked once but saved under each of their names, so a file needs the way back.
     """
-    by_storage = {_storage_key(t): name for name, t in {**named_parameters(module), **named_buffers(module)}.items()}
+    by_storage = {_storage_key(t): name for name, t in named_tensors(module).items()}
     aliases: dict[str, str] = {}
     for prefix, owner in submodules(module):
         tensors: Iterable[tuple[str, Tensor]] = [
@@ -217,7 +222,7 @@ def mean_over_ranks_(weights: Weights) -> None:
         return
     flat = torch.cat([t.reshape(-1).float() for t in floats])
     dist.all_reduce(flat)
-    parts = flat.div_(dist.get_world_size()).split([t.numel() for t in floats])
+    parts = torch.split(flat.div_(dist.get_world_size()), [t.numel() for t in floats])
     torch._foreach_copy_(floats, [part.view_as(t) for part, t in zip(parts, floats, strict=True)])
 
 

@@ -1,0 +1,11 @@
+"""Callbacks that merge weights while a Trainer runs. Import them from ``lightning_merge.callbacks``."""
+
+if __name__ != "lightning_merge.callbacks":
+    # A second import under the folder's own name would make a second, unequal set of classes.
+    raise ImportError(f"import `lightning_merge.callbacks`, not `{__name__}`.")
+
+from lightning_merge.callbacks._ema import EMA
+from lightning_merge.callbacks._swa import SWA
+from lightning_merge.callbacks._weight_merging import WeightMerging
+
+__all__ = ["EMA", "SWA", "WeightMerging"]

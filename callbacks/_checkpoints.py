@@ -1,0 +1,177 @@
+"""What a checkpoint holds, and how a fit goes on from one."""
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_merge import weights
+from lightning_merge.callbacks._patches import Patches
+from lightning_merge.callbacks._validation import RAW
+from lightning_merge.weights import Weights
+
+if TYPE_CHECKING:
+    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.callbacks._weight_merging import WeightMerging
+
+KEY = "lightning_merge"
+"""Key of a checkpoint under which everything of ours is."""
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """Substitutes, in every file, the weights that the file's metric was measured on.
+
+    ``state_dict`` holds that set and loads into a plain module. Under ``KEY`` every file has a label; a full file also
+    has the raw weights and the states of all averages, to go on bit for bit. The strategy's state dict is the one place
+    that full and weights-only files have in common.
+    """
+
+    def __init__(self, publisher: "Publisher") -> None:
+        self._publisher = publisher
+        self._writer: Any = None  # the ModelCheckpoint that is writing
+        self._final: WeightMerging | None = None  # the average whose final file is being written
+        self._holds: WeightMerging | None = None  # whose weights the file being written holds; None: raw
+
+    def wrap(self, patches: Patches) -> None:
+        """Takes hold of the save and load paths."""
+        strategy, module = self._publisher.trainer.strategy, self._publisher.module
+        patches.replace(strategy, "lightning_module_state_dict", self._state_dict)
+        patches.replace(strategy, "load_checkpoint", self._load_checkpoint)
+        patches.replace(module, "on_save_checkpoint", self._on_save_checkpoint)
+        patches.replace(module, "on_load_checkpoint", self._on_load_checkpoint)
+
+    def wrap_writers(self, patches: Patches) -> None:
+        """Learns which ModelCheckpoint writes, so that its monitor chooses the set."""
+        for callback in self._publisher.trainer.callbacks:
+            if hasattr(callback, "monitor") and hasattr(callback, "_save_checkpoint"):
+                patches.replace(callback, "_save_checkpoint", self._writes(callback))
+
+    def write_final(self, average: "WeightMerging") -> str | None:
+        """Writes ``<name>-final.ckpt`` beside the other checkpoints; ``None`` if checkpointing is off."""
+        trainer = self._publisher.trainer
+        directory = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if directory is None or trainer.fast_dev_run:
+            return None
+        path = str(Path(directory) / f"{average.name}-final.ckpt")
+        self._final = average
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        finally:
+            self._final = None
+        return path
+
+    # ---- saving
+
+    def _writes(self, callback: Any) -> Callable[..., Any]:
+        def save(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            self._writer = callback
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._writer = None
+
+        return save
+
+    @property
+    def _monitor(self) -> str | None:
+        return getattr(self._writer, "monitor", None)
+
+    def _choose(self) -> "WeightMerging | None":
+        if self._final is not None:
+            return self._final
+        publisher = self._publisher
+        name = publisher.primary.name if self._monitor is None else publisher.validation.set_of(self._monitor)
+        return next((average for average in publisher.averages if average.name == name and average.ready), None)
+
+    def _state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        publisher = self._publisher
+        saved = original()
+        self._holds = self._choose()
+        tensors: Weights = dict(publisher.swapped_out)
+        if publisher.ending is not None:
+            tensors |= publisher.ending.raw
+        if self._holds is not None:
+            tensors |= publisher.set_of(self._holds)
+        names = weights.state_dict_names(publisher.module)
+        return {key: tensors.get(names.get(key, ""), value) for key, value in saved.items()}
+
+    def _on_save_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
+        original(checkpoint)
+        publisher, holds = self._publisher, self._holds
+        name = RAW if holds is None else holds.name
+        measured = publisher.validation.is_measured(holds)
+        score = publisher.trainer.callback_metrics.get(self._monitor) if self._monitor else None
+        section: dict[str, Any] = {
+            "format": FORMAT,
+            "holds": name,
+            "measured": measured,
+            "monitor": self._monitor,
+            "score": None if score is None else float(score),
+            "metrics": publisher.validation.metrics_of(name) if measured else {},
+            "averages": {average.name: average.label() for average in publisher.averages},
+        }
+        if "callbacks" in checkpoint:  # a full file, not a weights-only one
+            section["raw"] = {} if holds is None else publisher.raw(holds)
+            section["states"] = {average.name: average.save() for average in publisher.averages}
+        checkpoint[KEY] = section
+
+    # ---- loading
+
+    def _load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        path = Path(checkpoint_path)
+        if path.is_file() and not zipfile.is_zipfile(path):
+            others = sorted(str(p) for p in path.parent.glob("*.ckpt") if p != path and zipfile.is_zipfile(p))
+            cure = f"resume from another file: {', '.join(others)}" if others else "there is no other file beside it"
+            raise RuntimeError(
+                f"{path} is not a complete checkpoint: {path.stat().st_size} bytes, without the index that ends one. It"
+                f" was cut off while it was written or copied; {cure}."
+            )
+        return original(checkpoint_path, *args, **kwargs)
+
+    def _on_load_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
+        section = checkpoint.get(KEY)
+        if section is None:
+            rank_zero_info("The checkpoint was made without lightning-merge: averages start empty, from its weights.")
+        elif "states" not in section:
+            raise ValueError(
+                f"this checkpoint holds weights only (the set {section['holds']!r}), and a fit cannot be resumed from"
+                " it: raw weights, averages and optimizer states are in files written without `save_weights_only=True`."
+            )
+        else:
+            self._restore(section, checkpoint)
+        original(checkpoint)
+
+    def _restore(self, section: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+        """Puts the raw weights in the place of the merged ones before Lightning loads them, and the averages back."""
+        if section["format"] != FORMAT:
+            raise ValueError(
+                f"this checkpoint has format {section['format']} of lightning-merge, and this version reads {FORMAT}."
+                " Resume with the version that wrote it."
+            )
+        self._refuse_other_model(checkpoint["state_dict"])
+        names = weights.state_dict_names(self._publisher.module)
+        raw = section["raw"]
+        checkpoint["state_dict"] = {k: raw.get(names.get(k, ""), t) for k, t in checkpoint["state_dict"].items()}
+        ours = {average.name: average for average in self._publisher.averages}
+        for name, average in ours.items():
+            if name in section["states"]:
+                average.load(section["states"][name], section["averages"][name])
+            else:
+                saved = ", ".join(section["states"])
+                rank_zero_warn(
+                    f"{average.title} starts empty: the checkpoint has no average of that name, but {saved}."
+                )
+        if dropped := [name for name in section["states"] if name not in ours]:
+            rank_zero_warn(f"The checkpoint has averages that this Trainer has not, and drops: {', '.join(dropped)}.")
+
+    def _refuse_other_model(self, saved: dict[str, Any]) -> None:
+        module = self._publisher.module
+        names = weights.state_dict_names(module)
+        expected = {key: t for key, t in module.state_dict().items() if key in names}
+        found = {key: t for key, t in saved.items() if key in names or key not in module.state_dict()}
+        if module.strict_loading and (difference := weights.first_mismatch(expected, found)):
+            raise ValueError(f"this checkpoint is of another model: {difference}. Resume with the model that wrote it.")

@@ -1,0 +1,213 @@
+"""Which weights are live: one publisher for all averages of a Trainer puts merged ones in place and raw ones back."""
+
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_merge import weights
+from lightning_merge.callbacks._checkpoints import Checkpoints
+from lightning_merge.callbacks._patches import Patches
+from lightning_merge.callbacks._validation import Validation
+from lightning_merge.weights import Weights
+
+if TYPE_CHECKING:
+    from lightning_merge.callbacks._weight_merging import WeightMerging
+
+_OTHER_MERGERS = {"WeightAveraging", "StochasticWeightAveraging", "EMACallback", "EMAHook"}
+
+_publishers: "WeakKeyDictionary[Any, Publisher]" = WeakKeyDictionary()
+
+
+@dataclass
+class Ending:
+    """How a fit ended: the raw weights it set aside, and whose merged weights took their place."""
+
+    raw: Weights
+    primary: "WeightMerging"
+
+
+class Publisher:
+    """Exchanges weights for all averages of one Trainer, for one fit.
+
+    Args:
+        trainer: A Trainer of ``lightning.pytorch`` or of ``pytorch_lightning``; the two share no class.
+        module: The module that is trained.
+    """
+
+    def __init__(self, trainer: Any, module: LightningModule) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.averages = averages_of(trainer)
+        self.ending: Ending | None = None
+        self.interrupted = False
+        self.swapped_out: Mapping[str, Tensor] = {}  # raw tensors while merged ones are in their place
+        self._patches = Patches()
+        self._hooks: list[Any] = []
+        self.validation = Validation(self)
+        self.checkpoints = Checkpoints(self)
+        self.checkpoints.wrap(self._patches)
+        self._patches.replace(trainer.strategy, "teardown", self._teardown)
+
+    @classmethod
+    def attach(cls, trainer: Any, module: LightningModule) -> "Publisher":
+        """The publisher of the Trainer's current fit; the first average makes it."""
+        publisher = _publishers.get(trainer)
+        if publisher is None or not publisher._patches:
+            publisher = _publishers[trainer] = cls(trainer, module)
+        return publisher
+
+    @property
+    def primary(self) -> "WeightMerging":
+        """The first average of the callback list."""
+        return self.averages[0]
+
+    # ---- a fit begins and ends
+
+    def begin(self, optimizer: Optimizer, after_step: Callable[[Any], None]) -> None:
+        """Counts the applied steps of an average's optimizer; the last average to begin also wraps the loops."""
+
+        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            # Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is None or not bool(found_inf):
+                after_step(self.trainer)
+
+        self._hooks.append(optimizer.register_step_post_hook(hook))
+        if len(self._hooks) == len(self.averages):
+            self.validation.wrap(self._patches)
+            self.checkpoints.wrap_writers(self._patches)
+            self.validation.announce()
+
+    def continue_fit(self, average: "WeightMerging") -> None:
+        """Puts the raw weights of an earlier fit back in place, unless the live ones have changed since."""
+        ending = average.ending
+        if ending is None:
+            rank_zero_info(f"{average.title} goes on with its average of {average.updates} updates.")
+            return
+        live = weights.named_tensors(self.module)
+        published = weights.like(ending.primary.merged_weights() or {}, live)
+        if all(torch.equal(live[name], tensor) for name, tensor in published.items()):
+            weights.copy_({name: live[name] for name in ending.raw}, ending.raw)
+            how = "the raw weights are back in place"
+        else:
+            how = "the live weights are not the published ones any more, so training starts from them"
+        for other in self.averages:
+            other.ending = None  # they share it, and it is dealt with
+        rank_zero_info(f"{average.title} goes on with its average of {average.updates} updates; {how}.")
+
+    def finish(self) -> None:
+        """After the last step: measures and saves each final set, and makes the primary's the model's weights."""
+        ready = [average for average in self.averages if average.ready]
+        for average in self.averages:
+            average.note_the_end()
+        self.validation.measure_final(ready)
+        for average in ready:
+            average.final_metrics = self.validation.metrics_of(average.name)
+            average.final_path = self.checkpoints.write_final(average)
+            if average.final_path is not None:
+                rank_zero_info(f"{average.title}: merged weights are in {average.final_path}")
+        if not self.primary.ready:
+            return
+        published = weights.copies(self.set_of(self.primary))
+        self.ending = Ending(raw=weights.exchange(self.primary.tensors, published), primary=self.primary)
+        for average in self.averages:
+            average.ending = self.ending
+        rank_zero_info(
+            f"The model now holds the merged weights of {self.primary.title} ({self.primary.updates} updates);"
+            " the raw ones are in its `raw_weights()`."
+        )
+
+    def interrupt(self) -> None:
+        """From here on no forward pass and no collective may run. Raw weights are live, also after publication."""
+        self.interrupted = True
+        if self.ending is not None:
+            weights.exchange(self.primary.tensors, self.ending.raw)
+            self.ending = None
+            for average in self.averages:
+                average.ending = None
+
+    def _teardown(self, original: Callable[[], None]) -> None:
+        # The strategy's teardown is the one place that every fit passes, also those that fail.
+        original()
+        for hook in self._hooks:
+            hook.remove()
+        for average in self.averages:
+            average.to_host()
+        if self.ending is not None:
+            self.ending.raw = weights.to_devices(self.ending.raw, torch.device("cpu"))
+        self._patches.undo()
+
+    # ---- which weights
+
+    def raw(self, average: "WeightMerging") -> Weights:
+        """The raw tensors of the names an average merges."""
+        set_aside = average.ending.raw if average.ending is not None else self.swapped_out
+        return {name: set_aside.get(name, tensor).detach() for name, tensor in average.tensors.items()}
+
+    def set_of(self, average: "WeightMerging") -> Weights:
+        """The merged tensors of an average as they are published: in the live dtype, buffers equal on all ranks."""
+        if not self.interrupted:
+            average.recalibrate()
+        published = weights.like(average.merged_weights() or {}, average.tensors)
+        # Buffers are handed out as copies: a DDP forward broadcasts into them, and they are small.
+        buffers = weights.copies({name: published[name] for name in average.buffer_names})
+        if not self.interrupted:
+            weights.mean_over_ranks_(buffers)
+        return {**published, **buffers}
+
+    @contextmanager
+    def swapped(self, average: "WeightMerging", merged: Weights | None = None) -> Iterator[None]:
+        """Merged weights in place of the raw ones, for the length of a block, whatever happens in it."""
+        live = average.tensors
+        merged = self.set_of(average) if merged is None else merged
+        before: Weights = {}
+        outer = self.swapped_out
+        self.swapped_out = ChainMap(outer, before)  # type: ignore[arg-type]  # the outermost block knows the raw ones
+        try:
+            weights.exchange(live, merged, before)
+            yield
+        finally:
+            weights.exchange(live, before)
+            self.swapped_out = outer
+
+    @contextmanager
+    def raw_in_place(self, average: "WeightMerging") -> Iterator[None]:
+        """Raw weights in place again within a block of merged ones."""
+        live = average.tensors
+        merged = weights.exchange(live, {name: t for name, t in self.swapped_out.items() if name in live})
+        try:
+            yield
+        finally:
+            weights.exchange(live, merged)
+
+
+def averages_of(trainer: Any) -> "list[WeightMerging]":
+    """The averages of a Trainer in the order of its callback list.
+
+    Raises:
+        ValueError: If two share a name, or another callback that exchanges weights is among the callbacks.
+    """
+    ours = [callback for callback in trainer.callbacks if hasattr(callback, "merged_weights")]
+    names = [average.name for average in ours]
+    for average in ours:
+        if names.count(average.name) > 1:
+            raise ValueError(
+                f"`name` must be unique in a Trainer, but {names.count(average.name)} averages are called"
+                f" {average.name!r}. Give one another: {type(average).__name__}(name='{average.name}2')."
+            )
+    for callback in trainer.callbacks:
+        if callback not in ours and _OTHER_MERGERS & {cls.__name__ for cls in type(callback).__mro__}:
+            raise ValueError(
+                f"{type(callback).__name__} and {ours[0].title} both put other weights into the model, and would save"
+                " and measure each other's. Keep one; several averages of lightning-merge work side by side."
+            )
+    return ours

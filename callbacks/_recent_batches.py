@@ -1,0 +1,46 @@
+"""The last training batches, kept for measuring BatchNorm statistics again."""
+
+from collections import deque
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+
+class RecentBatches:
+    """Copies of the most recent training batches in host memory, up to a number of batches and of bytes.
+
+    They stand in for a second pass over the training loader, which would consume random numbers, disturb a loader with
+    persistent workers, and cost an epoch.
+
+    Args:
+        batches: Batches to keep; at least 1.
+        bytes: Most memory they may take. The newest batch is always kept, whatever its size.
+    """
+
+    def __init__(self, batches: int = 32, bytes: int = 256 * 2**20) -> None:
+        self.batches: deque[Any] = deque(maxlen=batches)
+        self.bytes = bytes
+
+    def append(self, batch: Any) -> None:
+        """Copies the batch, so that a training step that changes it in place changes nothing here."""
+        self.batches.append(apply_to_collection(batch, Tensor, _host_copy))
+        while len(self.batches) > 1 and sum(map(_size, self.batches)) > self.bytes:
+            self.batches.popleft()
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _size(batch: Any) -> int:
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    apply_to_collection(batch, torch.Tensor, count)
+    return total

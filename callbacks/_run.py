@@ -1,0 +1,71 @@
+"""What a callback asks of the running Trainer: how long it will run, and a forward pass on kept batches."""
+
+import inspect
+import math
+from typing import Any
+
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from lightning_merge.calibration import recalibrated_statistics
+from lightning_merge.callbacks._patches import Patches
+from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.schedules import RunLength
+from lightning_merge.weights import Weights
+
+
+def planned_epochs(trainer: Any) -> int | None:
+    """Epochs of the run if ``max_epochs`` says so."""
+    epochs = trainer.fit_loop.max_epochs
+    return None if epochs is None or epochs < 0 else epochs
+
+
+def planned_length(trainer: Any) -> RunLength:
+    """The length of the run as far as it is known; looks at the training loader."""
+    trainer.fit_loop.setup_data()
+    batches = trainer.num_training_batches
+    per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
+    epochs = planned_epochs(trainer)
+    bounds = []
+    if epochs is not None and per_epoch is not None:
+        bounds.append(epochs * per_epoch)
+    if trainer.max_steps >= 0:
+        # Lightning's `max_steps` counts the steps of all optimizers.
+        bounds.append(trainer.max_steps // max(1, len(trainer.optimizers)))
+    steps = min(bounds, default=None)
+    if epochs is None and steps is not None and per_epoch:
+        epochs = math.ceil(steps / per_epoch)
+    return RunLength(steps=steps, epochs=epochs, steps_per_epoch=per_epoch)
+
+
+def recalibrate(trainer: Any, module: LightningModule, name: str, recent: RecentBatches) -> Weights:
+    """BatchNorm statistics of the live weights, measured on the kept batches; training notices nothing of it."""
+    calibration_step = getattr(module, "calibration_step", None)
+    takes_index = len(inspect.signature(module.training_step).parameters) > 1
+
+    def forward(batch: Any) -> None:
+        batch = move_data_to_device(batch, trainer.strategy.root_device)
+        with trainer.precision_plugin.train_step_context():
+            if calibration_step is not None:
+                calibration_step(batch)
+            elif takes_index:
+                module.training_step(batch, 0)
+            else:
+                module.training_step(batch)
+
+    bar = trainer.progress_bar_callback
+    shown = tqdm(
+        recent.batches,
+        desc=f"{name}: measuring BatchNorm statistics",
+        unit="batch",
+        leave=False,
+        disable=bar is None or not bar.is_enabled,
+    )
+    patches = Patches()
+    patches.replace(module, "log", lambda *args, **kwargs: None)
+    patches.replace(module, "log_dict", lambda *args, **kwargs: None)
+    try:
+        return recalibrated_statistics(module, shown, forward)
+    finally:
+        patches.undo()

@@ -1,0 +1,98 @@
+"""SWA: stochastic weight averaging, the uniform mean of the weights at the ends of the last epochs."""
+
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
+from lightning_merge.rules import Mean
+from lightning_merge.schedules import EveryNEpochs, anneal
+from lightning_merge.selections import Selection
+
+
+class SWA(WeightMerging):
+    """Stochastic weight averaging: ``mean <- mean + (weights - mean) / n`` at the end of every c-th epoch of the tail.
+
+    The last epoch is part of the mean, an early stop still delivers it, and no epoch or optimizer step is added.
+
+    Args:
+        start_epoch: Completed epochs at which the first weights are collected: an int of at least 0, or a float in
+            [0, 1) as a share of the run. Default 0.75.
+        every_n_epochs: Epochs between collections; at least 1. The length of the cycle under a cyclic schedule.
+        swa_lr: Learning rate of the tail, more than 0. ``None`` leaves the learning rate to the module. If the module
+            has a scheduler, it keeps stepping but no longer sets the rate in the tail; one line says so.
+        anneal_epochs: Epochs of the tail over which the rate moves to ``swa_lr``; at least 0 (0 and 1: at once).
+        anneal_strategy: ``"cos"`` or ``"linear"``.
+        validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files.
+        selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
+            again under the merged weights, on the last training batches.
+        optimizer: Index of the optimizer whose steps are counted.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at fit start if a share is asked of a run of unknown length.
+
+    Example:
+        >>> SWA(start_epoch=0.75).name
+        'swa'
+
+    References:
+        Izmailov et al., Averaging weights leads to wider optima and better generalization, UAI 2018, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        start_epoch: int | float = 0.75,
+        every_n_epochs: int = 1,
+        swa_lr: float | None = None,
+        anneal_epochs: int = 10,
+        anneal_strategy: Literal["cos", "linear"] = "cos",
+        validate: Validate = "merged",
+        name: str = "swa",
+        *,
+        selection: Selection | None = None,
+        optimizer: int = 0,
+    ) -> None:
+        if swa_lr is not None and not swa_lr > 0:
+            raise ValueError(f"`swa_lr` must be more than 0, got {swa_lr}.")
+        if anneal_epochs < 0:
+            raise ValueError(f"`anneal_epochs` must be at least 0, got {anneal_epochs}.")
+        if anneal_strategy not in ("cos", "linear"):
+            raise ValueError(f"`anneal_strategy` must be 'cos' or 'linear', got {anneal_strategy!r}.")
+        super().__init__(
+            Mean(),
+            schedule=EveryNEpochs(every_n_epochs, start=start_epoch),
+            selection=selection or Selection(buffers="recompute"),
+            validate=validate,
+            name=name,
+            optimizer=optimizer,
+        )
+        self.swa_lr = swa_lr
+        self.anneal_epochs = anneal_epochs
+        self.anneal_strategy = anneal_strategy
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets the learning rate of the tail."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        schedule = self._active_schedule
+        assert isinstance(schedule, EveryNEpochs)
+        tail_epoch = trainer.current_epoch - int(schedule.start) + 1
+        if self.swa_lr is None or tail_epoch < 1:
+            return
+        for group in trainer.optimizers[self.optimizer].param_groups:
+            # Kept in the group, the rate that the tail started from is saved and restored with the optimizer.
+            if "swa_base_lr" not in group:
+                group["swa_base_lr"] = float(group["lr"])
+                self._announce_learning_rate(trainer, group["swa_base_lr"])
+            group["lr"] = anneal(
+                group["swa_base_lr"], self.swa_lr, tail_epoch, self.anneal_epochs, self.anneal_strategy
+            )
+
+    def _announce_learning_rate(self, trainer: Trainer, base: float) -> None:
+        schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+        rest = f" {', '.join(schedulers)} keeps stepping but no longer sets it." if schedulers else ""
+        rank_zero_info(
+            f"{self.title}: the learning rate goes from {base:g} to {self.swa_lr:g} over {self.anneal_epochs} epochs."
+            f"{rest}"
+        )

@@ -1,0 +1,202 @@
+"""Which weights validation measures, and which metric was measured on which weights."""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_merge.callbacks._canary import Canary
+from lightning_merge.callbacks._patches import Patches
+
+if TYPE_CHECKING:
+    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.callbacks._weight_merging import WeightMerging
+
+RAW = "raw"
+"""The name of the set of raw weights."""
+
+
+@dataclass
+class Pass:
+    """One validation run: the weights it measures (``None``: raw) and the prefixes its metrics are logged under."""
+
+    average: "WeightMerging | None"
+    prefixes: list[str]
+
+    @property
+    def holds(self) -> str:
+        return RAW if self.average is None else self.average.name
+
+
+class Validation:
+    """Takes the place of the validation loop's ``run``: one run of it for each set of weights that is measured.
+
+    Wrapping ``run`` puts every hook of the module and of callbacks under the weights that are measured. Callback hooks
+    could not: they run before the module's own.
+    """
+
+    def __init__(self, publisher: "Publisher") -> None:
+        self._publisher = publisher
+        self._canary = Canary()
+        self._current: Pass | None = None
+        self._measured_on: dict[str, str] = {}  # metric key -> the set it was last measured on
+        self._measured_at: dict[str, int] = {}  # set -> its version when it was last measured
+
+    def wrap(self, patches: Patches) -> None:
+        """Installs itself."""
+        patches.replace(self._loop, "run", self._validate)
+
+    def announce(self) -> None:
+        """Says once per fit what is averaged and under which keys it is measured."""
+        averages = self._publisher.averages
+        lines = [f"{average.title} averages {average.describe()}." for average in averages]
+        owner = "the raw weights" if self._raw_owns_plain_names else self._publisher.primary.title
+        lines.append(f"Validation measures {owner} under the plain metric names, as `val/acc`.")
+        prefixed = {self._prefix(average): average.title for average in averages if average.validate != "raw"}
+        if not self._raw_owns_plain_names and any(average.validate != "merged" for average in averages):
+            prefixed[f"{RAW}/"] = "the raw weights"
+        lines += [f"It measures {title} as `{prefix}val/acc`." for prefix, title in prefixed.items() if prefix]
+        if any(average.validate != "raw" for average in averages):
+            lines.append("Until an average is ready, the raw weights are measured in its place.")
+        rank_zero_info("\n".join(lines))
+
+    def measure_final(self, ready: "list[WeightMerging]") -> None:
+        """Measures the final sets that no validation has seen, where there is a validation loader."""
+        trainer = self._publisher.trainer
+        if not ready or not trainer.enable_validation:
+            return
+        passes = [Pass(average, [self._prefix(average)]) for average in ready]
+        if any(average.validate == "both" for average in self._publisher.averages):
+            passes.insert(0, Pass(None, [f"{RAW}/"]))
+        first_loop_iter = trainer._logger_connector._first_loop_iter
+        for pass_ in passes:
+            if self._measured_at.get(pass_.holds) == self._version(pass_.average):
+                continue
+            trainer.validating = True
+            try:
+                with self._muted():
+                    self._run(pass_, self._loop.run.__wrapped__)
+            finally:
+                trainer.training = True
+                trainer._logger_connector._first_loop_iter = first_loop_iter
+
+    def set_of(self, monitor: str) -> str:
+        """Name of the set that a monitored metric is measured on: raw for what is logged while training."""
+        base = _base_key(monitor)
+        if base in self._measured_on:
+            return self._measured_on[base]
+        primary = self._publisher.primary
+        by_prefix = {self._prefix(average): average.name for average in self._publisher.averages}
+        if (prefix := f"{monitor.partition('/')[0]}/") in by_prefix:
+            return by_prefix[prefix]
+        known = bool(self._measured_on) or monitor in self._publisher.trainer.callback_metrics
+        return RAW if known or self._raw_owns_plain_names or prefix == f"{RAW}/" else primary.name
+
+    def is_measured(self, average: "WeightMerging | None") -> bool:
+        """Whether a validation run has measured (or is measuring) just these weights."""
+        holds = RAW if average is None else average.name
+        if self._current is not None and self._current.holds == holds:
+            return True
+        return self._measured_at.get(holds) == self._version(average)
+
+    def metrics_of(self, holds: str) -> dict[str, float]:
+        """The metrics last measured on a set, without its prefix."""
+        return {
+            key.removeprefix(f"{holds}/"): float(value)
+            for key, value in self._publisher.trainer.callback_metrics.items()
+            if self._measured_on.get(_base_key(key)) == holds
+        }
+
+    @property
+    def _loop(self) -> Any:
+        return self._publisher.trainer.fit_loop.epoch_loop.val_loop
+
+    @property
+    def _raw_owns_plain_names(self) -> bool:
+        return self._publisher.primary.validate == "raw"
+
+    def _prefix(self, average: "WeightMerging") -> str:
+        owns = average is self._publisher.primary and not self._raw_owns_plain_names
+        return "" if owns else f"{average.name}/"
+
+    def _version(self, average: "WeightMerging | None") -> int:
+        """A number that changes whenever the set does."""
+        if average is not None:
+            return average.updates
+        # Steps of optimizers that Lightning does not see are not in its `global_step`.
+        return int(self._publisher.trainer.global_step + sum(other.steps for other in self._publisher.averages))
+
+    def _passes(self) -> list[Pass]:
+        """What a validation measures: raw, the other averages, and the owner of the plain names last."""
+        averages = self._publisher.averages
+        raw = Pass(None, [""] if self._raw_owns_plain_names else [])
+        if not self._raw_owns_plain_names and any(average.validate != "merged" for average in averages):
+            raw.prefixes.append(f"{RAW}/")
+        passes = [raw]
+        for average in averages:
+            if average.validate == "raw":
+                continue
+            if average.ready:
+                passes.append(Pass(average, [self._prefix(average)]))
+            else:
+                # What would be published now are the raw weights, so its metrics are theirs.
+                raw.prefixes.append(self._prefix(average))
+        return sorted((p for p in passes if p.prefixes), key=lambda p: ("" in p.prefixes, p.average is not None))
+
+    def _validate(self, original: Callable[[], Any]) -> Any:
+        if self._publisher.trainer.sanity_checking:
+            return original()
+        *extra, last = self._passes()
+        for pass_ in extra:
+            with self._muted():
+                self._run(pass_, original)
+        return self._run(last, original)
+
+    def _run(self, pass_: Pass, original: Callable[[], Any]) -> Any:
+        results = self._loop._results
+        log = results.log
+
+        def prefixed(fx: str, name: str, *args: Any, **kwargs: Any) -> None:
+            for prefix in pass_.prefixes:
+                self._measured_on[prefix + name] = pass_.holds
+                log(fx, prefix + name, *args, **kwargs)
+
+        with ExitStack() as stack:
+            if pass_.average is not None:
+                stack.enter_context(self._canary.watch(self._publisher, pass_.average))
+                stack.enter_context(self._publisher.swapped(pass_.average))
+            self._current = pass_
+            results.log = prefixed
+            try:
+                outputs = original()
+            finally:
+                self._current = None
+                del results.log
+        self._measured_at[pass_.holds] = self._version(pass_.average)
+        return outputs
+
+    @contextmanager
+    def _muted(self) -> Iterator[None]:
+        """An extra run: callbacks that decide or save by a metric do not see it, random numbers stay as they were."""
+        trainer = self._publisher.trainer
+        callbacks = trainer.callbacks
+        trainer.callbacks = [callback for callback in callbacks if not _decides(callback)]
+        try:
+            with isolate_rng():
+                yield
+        finally:
+            trainer.callbacks = callbacks
+
+
+def _base_key(key: str) -> str:
+    """A metric's key as it was logged, without what Lightning appends for a loader or an epoch."""
+    return re.sub(r"(/dataloader_idx_\d+|_epoch)+$", "", key)
+
+
+def _decides(callback: Any) -> bool:
+    """Whether a callback saves or stops by a metric."""
+    return bool({"Checkpoint", "EarlyStopping"} & {cls.__name__ for cls in type(callback).__mro__})

@@ -1,0 +1,397 @@
+"""The one callback that touches Lightning's hooks. Named callbacks choose a rule, a schedule and a selection for it."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_merge import calibration, weights
+from lightning_merge.callbacks._publisher import Ending, Publisher
+from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.callbacks._run import planned_epochs, planned_length, recalibrate
+from lightning_merge.rules import Rule
+from lightning_merge.schedules import EveryNSteps, Moment, RunLength, Schedule
+from lightning_merge.selections import Selection
+from lightning_merge.weights import State, Weights
+
+Validate = Literal["merged", "raw", "both"]
+
+
+class WeightMerging(Callback):
+    """Merges the weights of a run by a rule and publishes the result: for validation, in checkpoints, after the fit.
+
+    Add it to the Trainer you have; nothing else changes. Raw weights train on undisturbed. What it promises:
+
+    - Validation measures what ``validate`` says; the first average in the callback list owns the plain metric names,
+      others log ``<name>/...``, and raw weights ``raw/...`` where an average owns the plain ones.
+    - A file that ``ModelCheckpoint`` writes holds, in ``state_dict``, the weights its monitored metric was measured on.
+    - As long as nothing has been merged, metrics, model and files are those of a run without the callback.
+    - After the fit the module holds the merged weights of the first average; ``raw_weights()`` gives the others.
+
+    Args:
+        rule: How weights are merged.
+        schedule: When; by default after every applied optimizer step.
+        selection: Which tensors, and what becomes of buffers.
+        validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
+        optimizer: Index of the optimizer whose applied steps are counted; at least 0.
+
+    Attributes:
+        steps: Applied optimizer steps counted so far.
+        update_window: First and last applied step whose weights were taken in; ``None`` before the first update.
+        skipped_nonfinite: Updates left out because the weights held a NaN or an infinity.
+        final_path: The file written at the end of the fit, if checkpointing is on.
+        final_metrics: Metrics measured on the final merged weights, under plain names.
+
+    Raises:
+        TypeError: If ``rule`` is not a rule or ``schedule`` not a schedule.
+        ValueError: If another argument is out of range, or at fit start if it does not fit the run.
+
+    Example:
+        >>> from lightning_merge.rules import Mean
+        >>> from lightning_merge.schedules import EveryNSteps
+        >>> WeightMerging(Mean(), EveryNSteps(10, start=0.5), name="tail").name
+        'tail'
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        schedule: Schedule | None = None,
+        selection: Selection | None = None,
+        validate: Validate = "merged",
+        name: str = "merged",
+        *,
+        optimizer: int = 0,
+    ) -> None:
+        schedule = EveryNSteps() if schedule is None else schedule
+        selection = Selection() if selection is None else selection
+        for argument, value, kind in (
+            ("rule", rule, Rule),
+            ("schedule", schedule, Schedule),
+            ("selection", selection, Selection),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(f"`{argument}` must be a {kind.__name__} of lightning_merge, got {value!r}.")
+        if validate not in get_args(Validate):
+            raise ValueError(f"`validate` must be 'merged', 'raw' or 'both', got {validate!r}.")
+        if not name or name == "raw" or "/" in name:
+            raise ValueError(f"`name` must be a word other than 'raw' and without '/', got {name!r}.")
+        if optimizer < 0:
+            raise ValueError(f"`optimizer` must be at least 0, got {optimizer}.")
+        self.rule = rule
+        self.schedule = schedule
+        self.selection = selection
+        self.validate: Validate = validate
+        self.name = name
+        self.optimizer = optimizer
+
+        self.steps = 0
+        self.update_window: tuple[int, int] | None = None
+        self.skipped_nonfinite = 0
+        self.final_path: str | None = None
+        self.final_metrics: dict[str, float] = {}
+
+        self._active_rule = rule
+        self._active_schedule = schedule
+        self._state: State | None = None
+        self._buffers: Weights = {}  # copies of the buffers that do not go through the rule
+        self._calibrated_at: int | None = None  # `updates` when the statistics in `_buffers` were measured
+        self._recent: RecentBatches | None = None
+        self._last_epoch = 0  # epochs completed when an epoch end was last handled
+        self._resumed = False
+        self._publisher: Publisher | None = None
+        self._module: LightningModule | None = None
+        self.ending: Ending | None = None  # how the last fit ended, until the next begins
+        self._live: dict[str, Tensor] = {}  # what goes through the rule: parameters and averaged buffers
+        self._live_buffers: dict[str, Tensor] = {}
+
+    # ---- what there is
+
+    @property
+    def updates(self) -> int:
+        """Times that weights were taken in."""
+        return int(self._state["updates"]) if self._state else 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to publish."""
+        return self._state is not None and self._active_rule.result(self._state) is not None
+
+    def merged_weights(self) -> Weights | None:
+        """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
+
+        They are the stored tensors: clone before writing.
+        """
+        result = self._active_rule.result(self._state) if self._state else None
+        return None if result is None else {**result, **self._buffers}
+
+    def raw_weights(self) -> Weights:
+        """The weights that training works on, by canonical name: live during a fit, set aside after it."""
+        if self._publisher is None:
+            raise RuntimeError(f"{self.title} has not been part of a fit yet, so there are no raw weights.")
+        return self._publisher.raw(self)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The live parameters and buffers that it merges, by canonical name."""
+        return {**self._live, **self._live_buffers}
+
+    @property
+    def buffer_names(self) -> set[str]:
+        """Which of ``tensors`` are buffers."""
+        return {name for name, tensor in self.tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+
+    def describe(self) -> str:
+        """What is merged and what it takes, in a few words."""
+        numbers = sum(tensor.numel() for tensor in self._live.values())
+        size = sum(t.numel() * weights.average_dtype(t).itemsize for t in self._live.values())
+        return (
+            f"{numbers:,} numbers in {len(self._live)} tensors ({size / 1e6:,.1f} MB a copy),"
+            f" buffers: {self.selection.buffers}"
+        )
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{type(self).__name__} {self.name!r}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rule!r}, {self.schedule!r}, {self.selection!r}, name={self.name!r})"
+
+    # ---- a fit begins and ends
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what cannot work and, for a fit, takes hold of the save and load paths."""
+        if stage == "fit":
+            self._resumed = False
+            self._publisher = Publisher.attach(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to count optimizer steps, or goes on with the average of an earlier fit or a checkpoint."""
+        assert self._publisher is not None
+        self._module = pl_module
+        self._resolve(trainer)
+        if not 0 <= self.optimizer < len(trainer.optimizers):
+            raise ValueError(
+                f"`optimizer` of {self.title} must be the index of one of the {len(trainer.optimizers)} optimizers, got"
+                f" {self.optimizer}."
+            )
+        self._capture()
+        if self._state is not None:
+            self._go_on()
+        if self.selection.buffers == "recompute" and calibration.batch_norm_layers(pl_module):
+            _refuse_unknown_forward(self, pl_module)
+            self._recent = self._recent or RecentBatches()
+        self._publisher.begin(trainer.optimizers[self.optimizer], self._after_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An average that starts before training starts here, after everything was restored."""
+        if not self._resumed:
+            self._last_epoch = trainer.current_epoch
+        self._start(Moment(self.steps, trainer.current_epoch))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds parameters that were replaced or unfrozen."""
+        self._capture()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keeps the batch if BatchNorm statistics will be measured again."""
+        by_the_end = Moment(self.steps, trainer.current_epoch + 1, epoch_end=True)
+        if self._recent is not None and self._active_schedule.started(by_the_end):
+            self._recent.append(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The end of an epoch is its last batch, so that the validation that follows measures the update."""
+        if trainer.is_last_batch:
+            self._end_epoch(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch that was cut short (``max_steps``, an exhausted loader) ends here, after its validation."""
+        self._end_epoch(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last average of the list measures, saves and publishes for all of them."""
+        assert self._publisher is not None
+        if self._publisher.averages[-1] is self:
+            self._publisher.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Raw weights are live whatever happens; only a fit that had already published needs them put back."""
+        if self._publisher is not None:
+            self._publisher.interrupt()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A label: Lightning then warns when a file is resumed without this callback. Tensors are saved elsewhere."""
+        return {"steps": self.steps, "updates": self.updates}
+
+    @property
+    def state_key(self) -> str:
+        """By name, not by hyperparameters: a run may go on with another decay."""
+        return f"lightning_merge.{self.name}"
+
+    # ---- taking weights in
+
+    def _after_step(self, trainer: Trainer) -> None:
+        self.steps += 1
+        self._at(Moment(self.steps, trainer.current_epoch))
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        completed = trainer.current_epoch + 1
+        if completed > self._last_epoch:
+            self._last_epoch = completed
+            self._at(Moment(self.steps, completed, epoch_end=True))
+            if self.steps == 0:
+                rank_zero_warn(
+                    f"{self.title}: optimizer {self.optimizer} applied no step in the first epoch, so nothing can be"
+                    " averaged. If it is stepped rarely or in a way that torch does not see, choose another with"
+                    " `optimizer=`."
+                )
+
+    def _start(self, moment: Moment) -> None:
+        if self._state is None and self._active_schedule.started(moment) and not self._nonfinite():
+            self._state = self._active_rule.init(self._live)
+            self._buffers = weights.copies(self._live_buffers)
+
+    def _at(self, moment: Moment) -> None:
+        self._start(moment)
+        if self._state is None or not self._active_schedule.due(moment) or self._nonfinite():
+            return
+        self._active_rule.update(self._state, self._live)
+        weights.copy_(self._buffers, self._live_buffers)
+        first = self.update_window[0] if self.update_window else moment.step
+        self.update_window = (first, moment.step)
+
+    def _nonfinite(self) -> bool:
+        culprit = weights.first_nonfinite({**self._live, **self._live_buffers})
+        if culprit is None:
+            return False
+        self.skipped_nonfinite += 1
+        if self.skipped_nonfinite == 1:
+            rank_zero_warn(
+                f"{self.title}: `{culprit}` holds a NaN or an infinity after applied step {self.steps}. Such weights are"
+                " never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
+                " learning rate or clip gradients."
+            )
+        return True
+
+    # ---- which tensors
+
+    def _capture(self) -> None:
+        """Looks the tensors up by name, and takes in parameters that have come under the selection since."""
+        assert self._module is not None
+        live = {**self.selection.parameters(self._module), **self.selection.averaged_buffers(self._module)}
+        # A parameter that was averaged once stays averaged, also while it is frozen.
+        everything = {**weights.named_parameters(self._module), **weights.named_buffers(self._module)}
+        live = {name: everything[name] for name in everything if name in live or name in self._live}
+        new = {name: tensor for name, tensor in live.items() if name not in self._live}
+        if self._state is not None and self._live and new:
+            self._active_rule.extend(self._state, new)
+        self._live = live
+        self._live_buffers = self.selection.copied_buffers(self._module)
+
+    def _resolve(self, trainer: Trainer) -> None:
+        """Turns shares of the run and epochs into steps. The training loader is only looked at if that takes it."""
+        run = RunLength(epochs=planned_epochs(trainer))
+        try:
+            self._active_rule, self._active_schedule = self.rule.resolve(run), self.schedule.resolve(run)
+        except ValueError:
+            run = planned_length(trainer)
+            self._active_rule, self._active_schedule = self.rule.resolve(run), self.schedule.resolve(run)
+
+    def _go_on(self) -> None:
+        """Checks that a state from before belongs to this model, and brings it to the model's devices."""
+        assert self._state is not None
+        average = self._active_rule.result(self._state)
+        if average is not None and (difference := weights.first_mismatch(self._live, average)):
+            raise ValueError(
+                f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
+                " model and the selection that it was started with."
+            )
+        devices = {name: tensor.device for name, tensor in self.tensors.items()}
+        self._state = weights.to_devices(self._state, devices)
+        self._buffers = weights.to_devices(self._buffers, devices)
+        if not self._resumed and self._publisher is not None:
+            self._publisher.continue_fit(self)
+
+    # ---- for the publisher
+
+    def recalibrate(self) -> None:
+        """Measures BatchNorm statistics under the merged weights, unless those were measured already."""
+        if self._recent is None or not self._recent.batches or self._calibrated_at == self.updates:
+            return
+        assert self._publisher is not None
+        assert self._module is not None
+        merged = weights.like(self.merged_weights() or {}, self.tensors)
+        with self._publisher.swapped(self, {**merged, **weights.copies(self._buffers)}):
+            fresh = recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
+        weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
+        self._calibrated_at = self.updates
+
+    def label(self) -> dict[str, Any]:
+        """What every file says about this average."""
+        return {"class": type(self).__name__, "rule": repr(self.rule), "steps": self.steps, "updates": self.updates}
+
+    def save(self) -> dict[str, Any]:
+        """What a full file needs to go on bit for bit."""
+        return {
+            "state": self._state,
+            "buffers": self._buffers,
+            "calibrated_at": self._calibrated_at,
+            "recent": None if self._recent is None else list(self._recent.batches),
+            "last_epoch": self._last_epoch,
+            "update_window": None if self.update_window is None else list(self.update_window),
+            "skipped_nonfinite": self.skipped_nonfinite,
+        }
+
+    def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
+        """Takes over what ``save`` and ``label`` gave."""
+        if label["rule"] != repr(self.rule):
+            rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
+        self._state = saved["state"]
+        self._buffers = saved["buffers"]
+        self._calibrated_at = saved["calibrated_at"]
+        if saved["recent"] is not None:
+            self._recent = RecentBatches()
+            self._recent.batches.extend(saved["recent"])
+        self._last_epoch = saved["last_epoch"]
+        self.update_window = None if saved["update_window"] is None else tuple(saved["update_window"])
+        self.skipped_nonfinite = saved["skipped_nonfinite"]
+        self.steps = label["steps"]
+        self._resumed = True
+
+    def to_host(self) -> None:
+        """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
+        if self._state is not None:
+            self._state = weights.to_devices(self._state, torch.device("cpu"))
+        self._buffers = weights.to_devices(self._buffers, torch.device("cpu"))
+
+    def note_the_end(self) -> None:
+        """One line if nothing was merged, or if much of what was merged is the start."""
+        if not self.ready:
+            rank_zero_info(
+                f"{self.title} merged nothing: {self.schedule!r} was not due in {self.steps} applied steps and"
+                f" {self._last_epoch} epochs. The raw weights are kept, as without the callback. Start earlier."
+            )
+            return
+        assert self._state is not None
+        share = self._active_rule.initial_share(self._state)
+        if share > 0.1 and self.steps:
+            fit = 0.1 ** (1 / self.steps)
+            rank_zero_info(
+                f"{self.title}: {share:.0%} of the published average is still the weights of the start. For a run of"
+                f" {self.steps} steps `decay={fit:.4g}` leaves 10 %; or use `half_life` or `warmup`."
+            )
+
+
+def _refuse_unknown_forward(average: WeightMerging, module: LightningModule) -> None:
+    if not module.automatic_optimization and not hasattr(module, "calibration_step"):
+        raise ValueError(
+            f"{average.title} measures BatchNorm statistics again (`buffers='recompute'`) by running `training_step`,"
+            " which steps optimizers under manual optimization. Define `calibration_step(self, batch)` on"
+            f" {type(module).__name__} that runs the forward pass, or choose `Selection(buffers='copy')` or `'average'`."
+        )
