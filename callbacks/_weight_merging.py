@@ -273,8 +273,8 @@ class WeightMerging(Callback):
         self.skipped_nonfinite += 1
         if self.skipped_nonfinite == 1:
             rank_zero_warn(
-                f"{self.title}: `{culprit}` holds a NaN or an infinity after applied step {self.steps}. Such weights are"
-                " never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
+                f"{self.title}: `{culprit}` holds a NaN or an infinity after applied step {self.steps}. Such weights"
+                " are never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
                 " learning rate or clip gradients."
             )
         return True
@@ -391,7 +391,7 @@ class WeightMerging(Callback):
 def _refuse_unknown_forward(average: WeightMerging, module: LightningModule) -> None:
     if not module.automatic_optimization and not hasattr(module, "calibration_step"):
         raise ValueError(
-            f"{average.title} measures BatchNorm statistics again (`buffers='recompute'`) by running `training_step`,"
-            " which steps optimizers under manual optimization. Define `calibration_step(self, batch)` on"
+            f"{average.title} measures BatchNorm statistics again (`buffers='recompute'`) by `training_step`, which"
+            " steps optimizers under manual optimization. Define `calibration_step(self, batch)` on"
             f" {type(module).__name__} that runs the forward pass, or choose `Selection(buffers='copy')` or `'average'`."
         )

@@ -1,0 +1,215 @@
+"""Kills a run at random points, resumes it from its last file, and compares the end with the uninterrupted run.
+
+    python benchmarks/resume.py --points 20 --seed 0 --output benchmarks/results/resume.json
+
+Bit for bit: weights, averages, optimizer state, metrics and files. A point is a training batch, a validation batch, or a write of a checkpoint that is cut in half. Children are forked
+from this process, which has torch and Lightning imported: a start of both costs ten seconds.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from fsspec.implementations.local import LocalFileOpener
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_merge.callbacks import EMA, SWA, RandomState, WeightMerging
+
+METHODS: dict[str, Callable[[], WeightMerging]] = {
+    "ema": lambda: EMA(decay=0.9, validate="both"),
+    "swa": lambda: SWA(start_epoch=1, swa_lr=0.02, anneal_epochs=2),
+}
+EPOCHS, BATCHES = 3, 8
+EVENTS = {"train": EPOCHS * BATCHES, "validation": EPOCHS * 2 * 2, "write": EPOCHS * (BATCHES // 3 + 1)}
+
+
+class Network(pl.LightningModule):
+    """BatchNorm, dropout and a validation every half epoch: what a resumed run gets wrong first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
+        self.on_event: Callable[[str], None] = lambda kind: None
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.training:  # not when BatchNorm statistics are measured
+            self.on_event("train")
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.on_event("validation")
+        self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
+
+
+def loaders() -> tuple[StatefulDataLoader[Any], StatefulDataLoader[Any]]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(BATCHES * 8, 8, generator=generator)
+    data = TensorDataset(inputs, inputs.sum(1, keepdim=True) + 0.1 * torch.randn(len(inputs), 1, generator=generator))
+    return StatefulDataLoader(data, batch_size=8, shuffle=True), StatefulDataLoader(data, batch_size=32)
+
+
+def train(method: str, folder: Path, on_event: Callable[[str], None] | None = None) -> None:
+    """One run, from the last file in the folder if there is one; writes ``end.pt``."""
+    pl.seed_everything(7, verbose=False)
+    average = METHODS[method]()
+    network = Network()
+    if on_event is not None:
+        network.on_event = on_event
+        cut_writes(on_event)
+    # Not a file per step: Lightning 2.6 skips an epoch when it resumes from the file of an epoch's last batch.
+    by_step = ModelCheckpoint(folder, filename="batch-{step}", every_n_train_steps=3, save_top_k=-1)
+    by_epoch = ModelCheckpoint(folder, filename="epoch-{step}", every_n_epochs=1, save_top_k=-1)
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS,
+        val_check_interval=0.5,
+        accelerator="cpu",
+        callbacks=[average, RandomState(), by_step, by_epoch],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    files = sorted(folder.glob("*-step=*.ckpt"), key=lambda path: int(path.stem.partition("=")[2]))
+    trainer.fit(network, *loaders(), ckpt_path=files[-1] if files else None)
+    end = {
+        "module": network.state_dict(),
+        "merged": average.merged_weights(),
+        "raw": average.raw_weights(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "metrics": average.final_metrics,
+        "updates": average.updates,
+        "window": average.update_window,
+        "final_file": torch.load(str(average.final_path), weights_only=True)["state_dict"],
+    }
+    torch.save(end, folder / "end.pt")
+
+
+def cut_writes(on_event: Callable[[str], None]) -> None:
+    """Makes a checkpoint's write an event between its two halves."""
+    write = LocalFileOpener.write
+
+    def halved(opener: LocalFileOpener, data: Any) -> int:
+        half = len(data) // 2
+        count = write(opener, data[:half])
+        opener.f.flush()
+        on_event("write")
+        return int(count + write(opener, data[half:]))
+
+    LocalFileOpener.write = halved
+
+
+def in_child(work: Callable[[], None], log: Path) -> int:
+    """Runs the work in a fork and returns its wait status."""
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    with log.open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    try:
+        work()
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
+
+
+def kill_at(kind: str, count: int) -> Callable[[str], None]:
+    """Counts events of a kind and kills the process at one of them."""
+    seen = 0
+
+    def on_event(event: str) -> None:
+        nonlocal seen
+        seen += event == kind
+        if event == kind and seen == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return on_event
+
+
+def first_difference(left: Any, right: Any, where: str = "end") -> str | None:
+    """Where two nested results differ; ``None`` if they are equal bit for bit."""
+    if isinstance(left, Tensor):
+        return None if torch.equal(left, right) else where
+    if isinstance(left, dict):
+        if left.keys() != right.keys():
+            return f"{where}: keys"
+        found = (first_difference(left[key], right[key], f"{where}.{key}") for key in left)
+        return next((difference for difference in found if difference), None)
+    if isinstance(left, list | tuple):
+        found = (first_difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(left, right, strict=True)))
+        return next((difference for difference in found if difference), None)
+    return None if left == right else where
+
+
+def sweep(method: str, points: int, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Kills and resumes once per point; returns a row per point."""
+    folder.mkdir(parents=True, exist_ok=True)
+    uninterrupted = folder / "uninterrupted"
+    uninterrupted.mkdir()
+    if in_child(lambda: train(method, uninterrupted), uninterrupted / "log.txt"):
+        raise RuntimeError((uninterrupted / "log.txt").read_text())
+    expected = torch.load(uninterrupted / "end.pt", weights_only=True)
+    rows = []
+    counts = {kind: random.Random(f"{method}-{seed}").sample(range(1, n + 1), n) for kind, n in EVENTS.items()}
+    for index in range(points):
+        kind = list(EVENTS)[index % len(EVENTS)]
+        count = counts[kind][index // len(EVENTS) % EVENTS[kind]]
+        place = folder / f"{index}-{kind}-{count}"
+        place.mkdir()
+        status = in_child(lambda: train(method, place, kill_at(kind, count)), place / "log.txt")  # noqa: B023
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        resumed = in_child(lambda: train(method, place), place / "log.txt")  # noqa: B023
+        difference = "killed run ended by itself" if not killed else None
+        if resumed:
+            difference = (place / "log.txt").read_text()[-2000:]
+        elif killed:
+            difference = first_difference(expected, torch.load(place / "end.pt", weights_only=True))
+        rows.append({"method": method, "killed_at": f"{kind} {count}", "equal": difference is None, "why": difference})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--points", type=int, default=20, help="kills per method")
+    parser.add_argument("--seed", type=int, default=0, help="of the points")
+    parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)  # a fork must not inherit a pool of threads
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for method in arguments.methods:
+            rows += sweep(method, arguments.points, arguments.seed, Path(folder) / method)
+    for row in rows:
+        print(f"{row['method']:5} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
+    equal = sum(row["equal"] for row in rows)
+    print(f"{equal} of {len(rows)} resumed runs equal the uninterrupted one bit for bit")
+    if arguments.output:
+        versions = {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]}
+        result = {"command": " ".join(sys.argv), "seed": arguments.seed, "versions": versions, "rows": rows}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    return int(equal != len(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
