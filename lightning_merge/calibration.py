@@ -84,28 +84,21 @@ def recalibrated_statistics(
     layers = batch_norm_layers(module)
     if not layers:
         return {}
-    seen = {name: _Moments.none(layer) for name, layer in layers.items()}
-    count = 0
-    with isolated(module), ExitStack() as hooks:
-        for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(_measurement(seen, name, group), with_kwargs=True)
-            hooks.callback(hook.remove)
-        for batch in batches:
-            forward(batch)
-            count += 1
-        seen = _pooled(seen, group)
-    reached = {name: moments for name, moments in seen.items() if moments.count}
-    if not reached and not count:
-        raise ValueError(
-            f"`batches` is empty, but {type(module).__name__} has BatchNorm layers to measure (`{next(iter(layers))}`):"
-            " give at least one training batch, or choose `Selection(buffers='copy')`."
-        )
     result: Weights = {}
-    for name, moments in reached.items():
-        prefix = f"{name}." if name else ""
-        dtype = average_dtype(_running_mean(layers[name]))
-        result[f"{prefix}running_mean"] = moments.mean.to(dtype)
-        result[f"{prefix}running_var"] = moments.variance(unbiased=True).to(dtype)
+    with isolated(module):
+        seen = {name: _Moments.none(layer) for name, layer in layers.items()}
+        count = _run(layers, seen, batches, forward, group)
+        reached = {name: moments for name, moments in _pooled(seen, group).items() if moments.count}
+        if not reached and not count:
+            raise ValueError(
+                f"`batches` is empty, but {type(module).__name__} has BatchNorm layers to measure"
+                f" (`{next(iter(layers))}`): give at least one training batch, or choose `Selection(buffers='copy')`."
+            )
+        for name, moments in reached.items():
+            prefix = f"{name}." if name else ""
+            dtype = average_dtype(_running_mean(layers[name]))
+            result[f"{prefix}running_mean"] = moments.mean.to(dtype)
+            result[f"{prefix}running_var"] = moments.variance(unbiased=True).to(dtype)
     return result
 
 
@@ -149,6 +142,25 @@ class _Moments:
 
     def variance(self, unbiased: bool) -> Tensor:
         return self.squares / max(1, self.count - unbiased)
+
+
+def _run(
+    layers: Mapping[str, _BatchNorm],
+    seen: dict[str, _Moments],
+    batches: Iterable[Any],
+    forward: Callable[[Any], Any],
+    group: dist.ProcessGroup | None,
+) -> int:
+    """Runs every batch, adding what reaches each layer to ``seen``; the number of batches."""
+    count = 0
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hook = layer.register_forward_pre_hook(_measurement(seen, name, group), with_kwargs=True)
+            hooks.callback(hook.remove)
+        for batch in batches:
+            forward(batch)
+            count += 1
+    return count
 
 
 def _running_mean(layer: _BatchNorm) -> Tensor:
