@@ -151,7 +151,8 @@ def lerp_(target: Weights, source: Mapping[str, Tensor], weight: float) -> None:
 @torch.no_grad()
 def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """``target <- source``, in place; dtypes and devices may differ."""
-    torch._foreach_copy_(list(target.values()), [source[name] for name in target])
+    if target:  # torch refuses empty lists
+        torch._foreach_copy_(list(target.values()), [source[name] for name in target])
 
 
 @torch.no_grad()
