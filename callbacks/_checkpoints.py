@@ -117,6 +117,9 @@ class Checkpoints:
         if "callbacks" in checkpoint:  # a full file, not a weights-only one
             section["raw"] = {} if holds is None else publisher.raw(holds)
             section["states"] = {average.name: average.save() for average in publisher.averages}
+            # An entry here makes Lightning warn who resumes without the callback. It is not written by `state_dict()`,
+            # which would make Lightning refuse two averages of one name before they can say what is wrong.
+            checkpoint["callbacks"] |= {average.state_key: average.label() for average in publisher.averages}
         checkpoint[KEY] = section
 
     # ---- loading

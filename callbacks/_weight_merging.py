@@ -225,10 +225,6 @@ class WeightMerging(Callback):
         if self._publisher is not None:
             self._publisher.interrupt()
 
-    def state_dict(self) -> dict[str, Any]:
-        """A label: Lightning then warns when a file is resumed without this callback. Tensors are saved elsewhere."""
-        return {"steps": self.steps, "updates": self.updates}
-
     @property
     def state_key(self) -> str:
         """By name, not by hyperparameters: a run may go on with another decay."""
