@@ -66,8 +66,8 @@ class Canary:
             if distance > _CLEARLY_DIFFERENT:
                 raise RuntimeError(
                     f"{average.title}: merged and raw weights of `{name}` differ by {distance:.1%}, but its output"
-                    " is the same under both, so validation would measure the raw weights. A compiler that froze them does"
-                    " that: turn `torch._inductor.config.freezing` off, or use `validate='raw'`."
+                    " is the same under both, so validation would measure the raw weights. A compiler that froze them"
+                    " does that: turn `torch._inductor.config.freezing` off, or use `validate='raw'`."
                 )
 
         return hook

@@ -115,6 +115,9 @@ class Publisher:
             average.final_path = self.checkpoints.write_final(average)
             if average.final_path is not None:
                 rank_zero_info(f"{average.title}: merged weights are in {average.final_path}")
+        self._publish()
+
+    def _publish(self) -> None:
         if not self.primary.ready:
             return
         published = weights.copies(self.set_of(self.primary))
@@ -137,6 +140,8 @@ class Publisher:
 
     def _teardown(self, original: Callable[[], None]) -> None:
         # The strategy's teardown is the one place that every fit passes, also those that fail.
+        if self._hooks and self.ending is None and not self.interrupted:
+            self._publish()  # a finished run was resumed: Lightning trains nothing and calls no `on_train_end`
         original()
         for hook in self._hooks:
             hook.remove()

@@ -31,11 +31,12 @@ class RandomState(Callback):
     def state_dict(self) -> dict[str, Any]:
         """The current states, as tensors and numbers."""
         version, internal, gauss = random.getstate()
-        kind, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+        numpy = np.random.get_state(legacy=False)
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "numpy": [str(kind), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+            # As numbers: `torch.load(weights_only=True)` reads no arrays.
+            "numpy": {**numpy, "state": {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}},
             "python": [version, list(internal), gauss],
         }
 
@@ -50,8 +51,8 @@ class RandomState(Callback):
         torch.set_rng_state(self._loaded["torch"])
         if self._loaded["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(self._loaded["cuda"])
-        kind, keys, *rest = self._loaded["numpy"]
-        np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        numpy = self._loaded["numpy"]
+        np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
         version, internal, gauss = self._loaded["python"]
         random.setstate((version, tuple(internal), gauss))
         self._loaded = None

@@ -22,10 +22,18 @@ class RecentBatches:
     def __init__(self, batches: int = 32, bytes: int = 256 * 2**20) -> None:
         self.batches: deque[Any] = deque(maxlen=batches)
         self.bytes = bytes
+        self._held: Any = None
 
-    def append(self, batch: Any) -> None:
-        """Copies the batch, so that a training step that changes it in place changes nothing here."""
-        self.batches.append(apply_to_collection(batch, Tensor, _host_copy))
+    def hold(self, batch: Any) -> None:
+        """Copies a batch that is about to be trained on, since the step may change it in place."""
+        self._held = apply_to_collection(batch, Tensor, _host_copy)
+
+    def keep(self) -> None:
+        """Keeps the held batch, now that it was trained on: a resumed run trains again on one that was not."""
+        if self._held is None:
+            return
+        self.batches.append(self._held)
+        self._held = None
         while len(self.batches) > 1 and sum(map(_size, self.batches)) > self.bytes:
             self.batches.popleft()
 

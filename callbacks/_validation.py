@@ -167,8 +167,9 @@ class Validation:
 
         with ExitStack() as stack:
             if pass_.average is not None:
+                merged = self._publisher.set_of(pass_.average)  # may run the module, which the canary must not see
                 stack.enter_context(self._canary.watch(self._publisher, pass_.average))
-                stack.enter_context(self._publisher.swapped(pass_.average))
+                stack.enter_context(self._publisher.swapped(pass_.average, merged))
             self._current = pass_
             results.log = prefixed
             try:

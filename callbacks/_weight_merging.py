@@ -198,15 +198,17 @@ class WeightMerging(Callback):
         self._capture()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keeps the batch if BatchNorm statistics will be measured again."""
+        """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""
         by_the_end = Moment(self.steps, trainer.current_epoch + 1, epoch_end=True)
         if self._recent is not None and self._active_schedule.started(by_the_end):
-            self._recent.append(batch)
+            self._recent.hold(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The end of an epoch is its last batch, so that the validation that follows measures the update."""
+        if self._recent is not None:
+            self._recent.keep()
         if trainer.is_last_batch:
             self._end_epoch(trainer)
 
@@ -389,5 +391,5 @@ def _refuse_unknown_forward(average: WeightMerging, module: LightningModule) -> 
         raise ValueError(
             f"{average.title} measures BatchNorm statistics again (`buffers='recompute'`) by `training_step`, which"
             " steps optimizers under manual optimization. Define `calibration_step(self, batch)` on"
-            f" {type(module).__name__} that runs the forward pass, or choose `Selection(buffers='copy')` or `'average'`."
+            f" {type(module).__name__}, which runs the forward pass, or choose `Selection(buffers='copy')`."
         )
