@@ -73,6 +73,7 @@ class Validation:
         if any(average.validate == "both" for average in self._publisher.averages):
             passes.insert(0, Pass(None, [f"{RAW}/"]))
         first_loop_iter = trainer._logger_connector._first_loop_iter
+        self._loop.restarting = False  # as after a training batch: it must not go on where a resumed file left it
         for pass_ in passes:
             if self._measured_at.get(pass_.holds) == self._version(pass_.average):
                 continue
