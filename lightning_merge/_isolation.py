@@ -90,7 +90,7 @@ def _random_numbers(seed: int, module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _eager() -> Iterator[None]:
-    """Runs compiled functions eagerly: a hook that is added after compilation would not be called."""
+    """Runs compiled functions eagerly: every hook that comes or goes would have them compiled again."""
     if "torch._dynamo" in sys.modules:
         with torch.compiler.set_stance("force_eager"):
             yield

@@ -157,10 +157,7 @@ def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[str, Tensor], weight: float) -> None:
-    """``lerp_`` that keeps in ``compensation`` what rounding loses, so steps below the resolution add up (Kahan).
-
-    The value is ``target + compensation``.
-    """
+    """``lerp_`` that keeps in ``compensation`` what rounding loses, so steps below the resolution add up (Kahan)."""
     for name, value in target.items():
         carried = compensation[name]
         if weight == 1:
@@ -171,12 +168,6 @@ def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[st
         before = value.clone()
         value.add_(step)
         carried.copy_(step.sub_(before.neg_().add_(value)))
-
-
-@torch.no_grad()
-def plus(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Weights:
-    """``left + right`` as new tensors."""
-    return {name: value + right[name] for name, value in left.items()}
 
 
 @torch.no_grad()

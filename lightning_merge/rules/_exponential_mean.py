@@ -6,7 +6,7 @@ from typing import Literal, final
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
 from lightning_merge.schedules import Duration, RunLength
-from lightning_merge.weights import State, Weights, clone, compensated_lerp_, lerp_, plus, zeros
+from lightning_merge.weights import State, Weights, clone, compensated_lerp_, lerp_, zeros
 
 _DEFAULT_DECAY = 0.999
 _WARMUPS: dict[str, type[TimmWarmup | DiffusersWarmup | EmaPytorchWarmup]] = {
@@ -94,10 +94,8 @@ class ExponentialMean(Rule):
         state["initial_share"] *= decay
 
     def result(self, state: State) -> Weights | None:
-        if not state["updates"]:
-            return None
-        average: Weights = state["average"]
-        return plus(average, state["compensation"]) if self.compensated else average
+        # Without the compensation: it is less than what the average can resolve, so adding it would change nothing.
+        return state["average"] if state["updates"] else None
 
     def resolve(self, run: RunLength) -> "ExponentialMean":
         if not isinstance(self.half_life, Duration):

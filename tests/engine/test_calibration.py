@@ -2,7 +2,9 @@
 
 import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch.multiprocessing as mp
 import torchmetrics
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_merge import calibration
 from lightning_merge.calibration import batch_norm_layers, recalibrated_statistics
@@ -103,6 +106,27 @@ def test_statistics_are_those_of_all_values_at_once(layer, shape, chunk, monkeyp
     torch.testing.assert_close(result["running_var"], values.var(1).float(), rtol=1e-6, atol=0)
 
 
+class Widened(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made in float64."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float64:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(1000, 4), (50, 4, 25), (2, 4, 30, 30)], ids=str)
+def test_activations_are_widened_a_chunk_at_a_time(shape, monkeypatch):
+    monkeypatch.setattr(calibration, "_CHUNK", 128)
+    layer = nn.BatchNorm2d(4) if len(shape) == 4 else nn.BatchNorm1d(4)
+    with Widened() as widened:
+        recalibrated_statistics(layer, [torch.randn(shape)], layer)
+    assert 64 < widened.largest <= 128
+
+
 def test_channels_last_and_half_precision_are_measured_in_float64():
     layer = nn.BatchNorm2d(3)
     batch = (torch.randn(8, 3, 5, 5) + 100).bfloat16()
@@ -168,10 +192,24 @@ def test_metrics_go_on_where_they_were():
 
 def test_metric_state_made_in_inference_mode_is_put_back():
     module = net()
+    module.validation = torchmetrics.MeanMetric()
     with torch.inference_mode():
-        module.accuracy.update(torch.tensor(3.0))
+        module.validation.reset()
+        module.validation.update(torch.tensor(3.0))
     recalibrated_statistics(module, images(4), module)
-    assert module.accuracy.compute() == 3.0
+    assert module.validation.mean_value.is_inference()
+    assert module.validation.compute() == 3.0
+
+
+def test_attribute_that_a_metric_gets_in_the_pass_is_taken_away():
+    module = net()
+
+    def forward(batch: Tensor) -> None:
+        module(batch)
+        module.accuracy.mode = "found out from the data"
+
+    recalibrated_statistics(module, images(4), forward)
+    assert not hasattr(module.accuracy, "mode")
 
 
 def draw_everywhere() -> tuple[float, float, float]:
@@ -242,7 +280,8 @@ def test_batch_of_one_value_counts_and_does_not_raise():
 
 def test_empty_batch_changes_nothing():
     layer = nn.BatchNorm1d(1)
-    result = recalibrated_statistics(layer, [RAGGED[0], torch.empty(0, 1), RAGGED[1]], layer)
+    batches = [RAGGED[0], torch.empty(0, 1), torch.empty(2, 1, 0), RAGGED[1]]
+    result = recalibrated_statistics(layer, batches, layer)
     assert result["running_mean"].item() == pytest.approx(6.0)
 
 
@@ -311,19 +350,25 @@ def test_module_without_such_layers_needs_no_pass():
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "wrapped"])
-def test_compiled_module_is_measured(in_place):
-    batches, plain = images(4, 4, 3), net()
-    expected = recalibrated_statistics(plain, batches, plain)
-    module = net()
+def test_compiled_module_is_measured_and_not_compiled_again(in_place):
+    batches, plain, module, graphs = images(4, 4), net(), net(), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
     if in_place:
-        module.compile(backend="eager")
-        compiled = module
+        module.conv.compile(backend=backend)
+        module.norm.compile(backend=backend)
     else:
-        compiled = torch.compile(module, backend="eager")
-    compiled(batches[0])  # compiled before there is a hook
-    fresh = net()
-    module.load_state_dict(fresh.state_dict())
-    result = recalibrated_statistics(compiled, batches, compiled)
+        module.conv = torch.compile(module.conv, backend=backend)
+        module.norm = torch.compile(module.norm, backend=backend)
+    module(batches[0])
+    assert len(graphs) == 2
+    expected = recalibrated_statistics(plain, batches, plain)
+    result = recalibrated_statistics(module, batches, module)
+    module(batches[0])
+    assert len(graphs) == 2
     assert list(result) == list(expected)
     for name, tensor in result.items():
         torch.testing.assert_close(tensor, expected[name])
