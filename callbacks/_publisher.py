@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _OTHER_MERGERS = {"WeightAveraging", "StochasticWeightAveraging", "EMACallback", "EMAHook"}
 
+_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+
 _publishers: "WeakKeyDictionary[Any, Publisher]" = WeakKeyDictionary()
 
 
@@ -41,9 +43,17 @@ class Publisher:
     Args:
         trainer: A Trainer of ``lightning.pytorch`` or of ``pytorch_lightning``; the two share no class.
         module: The module that is trained.
+
+    Raises:
+        ValueError: If the strategy shards parameters.
     """
 
     def __init__(self, trainer: Any, module: LightningModule) -> None:
+        if _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
+            raise ValueError(
+                f"{type(trainer.strategy).__name__} shards parameters, which averages do not support yet. Use"
+                " `strategy='ddp'` or a single device."
+            )
         self.trainer = trainer
         self.module = module
         self.averages = averages_of(trainer)

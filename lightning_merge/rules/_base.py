@@ -1,17 +1,37 @@
 """What a rule is."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NoReturn
+
+import torch
 
 from lightning_merge.schedules import RunLength
-from lightning_merge.weights import State, Weights
+from lightning_merge.weights import State, Weights, to_devices
 
 
 class Rule(ABC):
     """How the weights of one run are merged, as three functions over a state that the caller owns.
 
     A rule is a frozen dataclass of hyperparameters. All it remembers is the state it is handed, so saving the state
-    saves everything. Weights are float tensors under canonical names; a rule never writes to them.
+    saves everything. Weights are float tensors under canonical names; a rule never writes to them. An entry ``cache``
+    of a state is what can be computed again: it is not saved.
     """
+
+    decides_on_score: ClassVar[bool] = False
+    """Whether what it merges depends on the scores of the raw weights, so that ``evaluate`` has to be called."""
+
+    callback: ClassVar[str] = "WeightMerging"
+    """The callback of ``lightning_merge.callbacks`` that uses this rule."""
+
+    @property
+    def state_dict(self) -> NoReturn:
+        """A Trainer asks this of its callbacks first, so a rule in their place says what belongs there."""
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} is a rule, and a Trainer takes callbacks: use {self.callback} of lightning_merge.callbacks, or"
+            f" WeightMerging({name}(...), ...)."
+        )
 
     @abstractmethod
     def init(self, weights: Weights) -> State:
@@ -24,6 +44,17 @@ class Rule(ABC):
     @abstractmethod
     def result(self, state: State) -> Weights | None:
         """The merged weights, or ``None`` if there are none yet. May be the stored tensors: read them, do not write."""
+
+    def evaluate(self, state: State, score: float) -> None:
+        """Takes in the score of the raw weights that were just measured; only rules that decide on it do anything."""
+        return
+
+    def conclude(self, state: State) -> str | None:
+        """Called once after the last step: settles what is published if nothing was merged so far.
+
+        Returns one sentence about what happened, or ``None``.
+        """
+        return None
 
     def resolve(self, run: RunLength) -> "Rule":
         """This rule with everything that was given relative to the run turned into steps."""
@@ -38,3 +69,17 @@ class Rule(ABC):
         for key, fresh in self.init(weights).items():
             if isinstance(fresh, dict):
                 state[key].update(fresh)
+
+    def save(self, state: State) -> State:
+        """What a checkpoint holds of the state. Called for every checkpoint that the run may be resumed from."""
+        return {key: value for key, value in state.items() if key != "cache"}
+
+    def load(self, saved: State, devices: Mapping[str, torch.device]) -> State:
+        """The state to go on with, from what ``save`` gave or from a state; each tensor where the rule wants it.
+
+        Args:
+            saved: Tensors may be on any device.
+            devices: Where the weights are, by name.
+        """
+        state: Any = to_devices({key: value for key, value in saved.items() if key != "cache"}, devices)
+        return dict(state)

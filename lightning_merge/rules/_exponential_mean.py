@@ -1,7 +1,7 @@
 """Exponential moving average."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
@@ -57,6 +57,8 @@ class ExponentialMean(Rule):
         "Exponential moving average of weights in deep learning: dynamics and benefits", TMLR 2024.
         Kahan, "Further remarks on reducing truncation errors", 1965 (``compensated``).
     """
+
+    callback: ClassVar[str] = "EMA"
 
     decay: float | None = None
     half_life: float | str | Duration | None = None

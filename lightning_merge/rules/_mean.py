@@ -1,7 +1,7 @@
 """Uniform mean."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from lightning_merge.rules._base import Rule
 from lightning_merge.weights import State, Weights, clone, lerp_
@@ -27,6 +27,8 @@ class Mean(Rule):
         Izmailov et al., "Averaging weights leads to wider optima and better generalization" (SWA), UAI 2018,
         algorithm 1.
     """
+
+    callback: ClassVar[str] = "SWA"
 
     def init(self, weights: Weights) -> State:
         return {"mean": clone(weights), "updates": 0}
