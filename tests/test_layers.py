@@ -1,0 +1,95 @@
+"""Which layer may import what. The engine is plain torch, callbacks know no data, the command starts fast."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES_ONLY = {"timm", "torchvision", "yaml", "omegaconf", "jsonargparse", "sklearn", "matplotlib", "rich"}
+
+
+def files(folder: str) -> list[Path]:
+    """The Python files of a layer; the links in ``lightning_merge/`` belong to their own layers."""
+    found = sorted((ROOT / folder).rglob("*.py"))
+    return [path for path in found if path.resolve().is_relative_to(ROOT / folder)]
+
+
+def imports(path: Path, at_top_only: bool = False) -> Iterator[str]:
+    """Full names of the modules that a file imports, also inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if at_top_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(name: str) -> str:
+    """``callbacks`` or ``recipes`` for our own modules of these layers, else the package."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "lightning_merge" and parts[1:2] in (["callbacks"], ["recipes"]) else parts[0]
+
+
+def foreign(names: Iterator[str]) -> set[str]:
+    return {layer(name) for name in names} - set(sys.stdlib_module_names) - {"lightning_merge"}
+
+
+ENGINE = [path for path in files("lightning_merge") if path.name != "cli.py"]
+CALLBACKS = files("callbacks")
+
+
+def test_layers_are_found():
+    assert ROOT / "lightning_merge" / "weights.py" in ENGINE
+    assert ROOT / "callbacks" / "__init__.py" in CALLBACKS
+    assert not set(ENGINE) & set(CALLBACKS)
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_engine_imports_torch_and_numpy_only(path):
+    allowed = {"torch", "numpy"} | ({"torchmetrics"} if "continual" in path.parts else set())
+    assert foreign(imports(path)) <= allowed
+
+
+@pytest.mark.parametrize("path", CALLBACKS, ids=lambda path: path.name)
+def test_callbacks_import_nothing_of_the_recipes(path):
+    names = list(imports(path))
+    assert not foreign(iter(names)) & {"recipes", *RECIPES_ONLY}
+    assert "lightning_merge.cli" not in names
+
+
+def test_command_imports_everything_else_when_it_is_needed():
+    assert foreign(imports(ROOT / "lightning_merge" / "cli.py", at_top_only=True)) == set()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for folder in ("lightning_merge", "callbacks", "recipes") for path in files(folder)],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_only_weights_calls_the_private_foreach_functions(path):
+    assert path.name == "weights.py" or "torch._foreach" not in path.read_text(encoding="utf-8")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Packages in memory after a statement in a fresh interpreter."""
+    script = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_package_and_command_load_no_torch():
+    assert "torch" not in loaded_after("import lightning_merge, lightning_merge.cli, lightning_merge.recipes")
+
+
+def test_engine_loads_no_lightning():
+    names = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in ENGINE)
+    assert "lightning_merge.rules" in names
+    loaded = loaded_after(f"import {', '.join(names)}")
+    assert "torch" in loaded
+    assert not loaded & {"lightning", "pytorch_lightning", "lightning_fabric", *RECIPES_ONLY}
