@@ -2,8 +2,9 @@
 
     python benchmarks/resume.py --points 20 --seed 0 --output benchmarks/results/resume.json
 
-Bit for bit: weights, averages, optimizer state, metrics and files. A point is a training batch, a validation batch, or a write of a checkpoint that is cut in half. Children are forked
-from this process, which has torch and Lightning imported: a start of both costs ten seconds.
+Bit for bit: weights, averages, optimizer state, metrics and files. A point is a training batch, a validation batch, or
+a write of a checkpoint that is cut in half. Children are forked from this process, which has torch and Lightning
+imported: a start of both costs ten seconds.
 """
 
 import argparse
