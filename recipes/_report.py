@@ -1,0 +1,202 @@
+"""What a run ends with: a table, one sentence, a figure."""
+
+from collections.abc import Sized
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Table
+
+from lightning_merge._files import read
+from lightning_merge.callbacks import WeightMerging
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers (Okabe and Ito, 2008)
+_GREY = "#7f7f7f"
+
+
+class RunReport(Callback):
+    """Compares raw and merged weights at the end of a fit: prints a table and draws ``curves.png`` in the run's folder.
+
+    Args:
+        accuracy: Metric the sentence and the figure are about, a share in [0, 1].
+        others: Further metrics for the table.
+    """
+
+    def __init__(self, accuracy: str = "val/acc", others: tuple[str, ...] = ("val/loss",)) -> None:
+        self.accuracy = accuracy
+        self.metrics = (accuracy, *others)
+        # Name of the set -> optimizer step -> metric -> value; "raw" is a set.
+        self.measured: dict[str, dict[int, dict[str, float]]] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes down what was logged; a later pass of the same validation completes it."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        # Under the name of an average that is not ready yet, the raw weights are measured.
+        averages = [average for average in _averages(trainer) if average.ready]
+        owner = next((average for average in _averages(trainer)[:1] if average.validate != "raw"), None)
+        plain = owner.name if owner in averages else "raw"
+        for name in ("raw", *(average.name for average in averages)):
+            for metric in self.metrics:
+                value = trainer.callback_metrics.get(metric if name == plain else f"{name}/{metric}")
+                if value is not None:
+                    at_step = self.measured.setdefault(name, {}).setdefault(trainer.global_step, {})
+                    at_step[metric] = float(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resumed run shows its whole curves."""
+        return {"measured": self.measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self.measured = state_dict["measured"]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the progress bar; a bar that lives on is redrawn over what averages say at the end."""
+        _end_progress_bar(trainer, pl_module)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table and draws the figure."""
+        _end_progress_bar(trainer, pl_module)  # one of the last measurement
+        averages = _averages(trainer)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        final = {name: points.get(trainer.global_step, {}) for name, points in self.measured.items()}
+        final |= {average.name: average.final_metrics for average in averages if average.final_metrics}
+
+        console = Console()
+        console.print(_table(self.metrics, averages, final, _files(trainer, averages), folder))
+        for average in averages:
+            console.print(_sentence(self.accuracy, average, final, _images(trainer)), soft_wrap=True)
+        console.print(f"Run folder: {folder}", soft_wrap=True)
+        curves = {name: _curve(points, self.accuracy) for name, points in self.measured.items()}
+        if any(curves.values()) and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
+            path = folder / "curves.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            windows = {average.name: average.update_window for average in averages}
+            _figure(curves, windows, self.accuracy, trainer.global_step).savefig(path)
+            console.print(f"Figure:     {path}", soft_wrap=True)
+
+
+def _averages(trainer: Trainer) -> list[WeightMerging]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
+    return [callback for callback in callbacks if isinstance(callback, WeightMerging)]
+
+
+def _end_progress_bar(trainer: Trainer, module: LightningModule) -> None:
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.teardown(trainer, module, "fit")
+
+
+def _curve(points: dict[int, dict[str, float]], metric: str) -> list[tuple[int, float]]:
+    return [(step, values[metric]) for step, values in sorted(points.items()) if metric in values]
+
+
+def _images(trainer: Trainer) -> int | None:
+    """How many images validation measures, if it has one loader that can tell and runs all of it."""
+    dataset = getattr(trainer.val_dataloaders, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) and trainer.limit_val_batches == 1.0 else None
+
+
+def _files(trainer: Trainer, averages: list[WeightMerging]) -> dict[str, str]:
+    """The file that holds each set as it is at the end; the raw weights may be beside merged ones in a file."""
+    files = {average.name: average.final_path for average in averages if average.final_path}
+    for checkpoint in trainer.checkpoint_callbacks:
+        for path in (getattr(checkpoint, name, "") for name in ("last_model_path", "best_model_path")):
+            if path and Path(path).is_file() and "raw" not in files:
+                with suppress(ValueError):  # a file with objects of the user's own in it stays unread
+                    content = read(Path(path))
+                    label = content.get("lightning_merge", {"holds": "raw"})
+                    if content["global_step"] == trainer.global_step and (label["holds"] == "raw" or "raw" in label):
+                        files["raw"] = path if label["holds"] == "raw" else f"{path} (to go on training)"
+    return files
+
+
+def _table(
+    metrics: tuple[str, ...],
+    averages: list[WeightMerging],
+    final: dict[str, dict[str, float]],
+    files: dict[str, str],
+    folder: Path,
+) -> Table:
+    table = Table(title="Weights at the end of the run", title_justify="left")
+    for heading in ("weights", *metrics, "file, in the run folder"):
+        table.add_column(heading, justify="right" if heading in metrics else "left", overflow="fold")
+    for name in ("raw", *(average.name for average in averages)):
+        values = [f"{final[name][m]:.4f}" if m in final.get(name, {}) else "not measured" for m in metrics]
+        table.add_row(name, *values, files.get(name, "none").replace(f"{folder}/", ""))
+    return table
+
+
+def _sentence(accuracy: str, average: WeightMerging, final: dict[str, dict[str, float]], images: int | None) -> str:
+    """Raw against merged, with what chance alone does to such a number."""
+    if not average.ready:
+        return f"{average.name} merged nothing in this run."
+    merged, raw = (final.get(name, {}).get(accuracy) for name in (average.name, "raw"))
+    if merged is None:
+        return f"{average.name} was not measured: there was no validation."
+    if raw is None:
+        return (
+            f"{average.name} {merged:.2%} {accuracy}. The raw weights were not measured at the end:"
+            f" `validate: both` on {average.name} measures them."
+        )
+    text = f"{average.name} {merged:.2%} against raw {raw:.2%} {accuracy}: {100 * (merged - raw):+.2f} points"
+    if images:
+        error = (raw * (1 - raw) / images) ** 0.5
+        text += f", {round((merged - raw) * images):+d} of {images} images"
+        text += f" (standard error of each figure: {100 * error:.2f} points)"
+    return text + "."
+
+
+def _figure(
+    curves: dict[str, list[tuple[int, float]]],
+    windows: dict[str, tuple[int, int] | None],
+    accuracy: str,
+    steps: int,
+) -> Figure:
+    """Accuracy of each set over optimizer steps, and when each average took weights in."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = {"raw": _GREY} | {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(windows)}
+    for name, points in curves.items():
+        if points:
+            x, y = zip(*points, strict=True)
+            marker = "o" if len(points) == 1 else None
+            axes.plot(x, y, color=colours[name], label=name, marker=marker, linewidth=1.2 if name == "raw" else 2)
+            axes.annotate(
+                f"{y[-1]:.1%}",
+                (x[-1], y[-1]),
+                xytext=(5, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+                color=colours[name],
+                annotation_clip=False,
+            )
+    for name, window in windows.items():
+        if window:
+            label = f"{name} takes weights in (steps {window[0]} to {window[1]})"
+            axes.axvspan(*window, color=colours[name], alpha=0.12, linewidth=0, label=label)
+    axes.set_xlim(0, steps)
+    axes.set_ylim(*_limits([[value for _, value in points] for points in curves.values() if points]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(accuracy)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0)
+    return figure
+
+
+def _limits(curves: list[list[float]]) -> tuple[float, float]:
+    """A range that shows the late differences: the lowest fifth of the values may fall below it, the last ones not."""
+    values = sorted(value for curve in curves for value in curve)
+    low = min(values[len(values) // 5], *(curve[-1] for curve in curves))
+    margin = max(0.1 * (values[-1] - low), 0.002)
+    return low - margin, min(1 + margin / 4, values[-1] + margin)

@@ -1,0 +1,173 @@
+"""The table, the sentence and the figure that a run ends with."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_merge._files import read
+from lightning_merge.callbacks import EMA, SWA
+from lightning_merge.recipes import Classifier, Digits, RunReport, SmallConvNet
+from lightning_merge.recipes._report import _figure, _limits
+
+
+def fit(folder: Path, *callbacks: Callback, epochs: int = 3, **options: Any) -> RunReport:
+    """Trains for two steps an epoch and returns the report."""
+    seed_everything(0)
+    report = RunReport()
+    trainer = Trainer(
+        max_epochs=epochs,
+        limit_train_batches=2,
+        accelerator="cpu",
+        callbacks=[report, ModelCheckpoint(filename="last"), *callbacks],
+        logger=CSVLogger(folder, name="", version=""),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    trainer.fit(Classifier(SmallConvNet(width=4), num_classes=10), Digits())
+    return report
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """The rows of the printed table by their first cell."""
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]
+    return {name: cells for name, *cells in rows}
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "150")
+
+
+def test_a_run_without_an_average_has_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = fit(tmp_path)
+    out = capsys.readouterr().out
+    rows = table(out)
+    assert list(rows) == ["raw"]
+    assert rows["raw"][0] == f"{report.measured['raw'][6]['val/acc']:.4f}"
+    assert rows["raw"][2] == "checkpoints/last.ckpt"
+    assert f"Figure:     {tmp_path}/curves.png" in out
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_raw_and_merged_are_what_was_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = fit(tmp_path, SWA(start_epoch=2, validate="both"), epochs=4)
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {key: [float(row[key]) for row in rows if row[key]] for key in ("val/loss", "raw/val/loss")}
+    assert list(report.measured["raw"]) == [2, 4, 6, 8]
+    assert list(report.measured["swa"]) == [4, 6, 8]  # before it is ready, the plain name is of the raw weights
+    assert [p["val/loss"] for p in report.measured["raw"].values()] == logged["raw/val/loss"]
+    assert [p["val/loss"] for p in report.measured["swa"].values()] == logged["val/loss"][1:]
+
+    out = capsys.readouterr().out
+    cells = table(out)
+    assert cells["raw"][1] == f"{logged['raw/val/loss'][-1]:.4f}"
+    assert cells["swa"][1] == f"{logged['val/loss'][-1]:.4f}"
+    raw, merged = (report.measured[name][8]["val/acc"] for name in ("raw", "swa"))
+    assert f"swa {merged:.2%} against raw {raw:.2%} val/acc: {100 * (merged - raw):+.2f} points" in out
+    assert f"{round(449 * (merged - raw)):+d} of 449 images" in out
+
+
+def test_the_named_files_hold_the_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    average = EMA(decay=0.5)
+    fit(tmp_path, average)
+    rows = table(capsys.readouterr().out)
+    assert rows["ema"][2] == "checkpoints/ema-final.ckpt"
+    merged = read(tmp_path / rows["ema"][2])["state_dict"]
+    assert all(torch.equal(merged[name], t) for name, t in (average.merged_weights() or {}).items())
+    assert rows["raw"][2] == "checkpoints/last.ckpt (to go on training)"
+    raw = read(tmp_path / "checkpoints/last.ckpt")["lightning_merge"]["raw"]
+    assert all(torch.equal(raw[name], t) for name, t in average.raw_weights().items())
+
+
+def test_raw_weights_that_were_not_measured_at_the_end_are_not_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = fit(tmp_path, SWA(start_epoch=2, validate="merged"))
+    assert list(report.measured["raw"]) == [2]  # before there was an average
+    out = capsys.readouterr().out
+    assert table(out)["raw"][:2] == ["not measured", "not measured"]
+    assert "`validate: both` on swa measures them" in out
+
+
+def test_average_that_validation_leaves_out_is_measured_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    average = EMA(decay=0.5, validate="raw")
+    report = fit(tmp_path, average)
+    assert list(report.measured["raw"]) == [2, 4, 6]
+    assert list(report.measured["ema"]) == [6]
+    rows = table(capsys.readouterr().out)
+    assert rows["ema"][1] == f"{average.final_metrics['val/loss']:.4f}" != rows["raw"][1]
+
+
+def test_several_averages_have_a_row_and_a_sentence_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, EMA(decay=0.5, validate="both"), EMA(decay=0.9, name="slow"), SWA(start_epoch=9))
+    out = capsys.readouterr().out
+    rows = table(out)
+    assert list(rows) == ["raw", "ema", "slow", "swa"]
+    assert "ema " in out
+    assert "slow " in out
+    assert rows["swa"] == ["not measured", "not measured", "none"]
+    assert "swa merged nothing in this run." in out
+
+
+def test_a_run_without_validation_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, EMA(decay=0.5), limit_val_batches=0)
+    out = capsys.readouterr().out
+    assert "ema was not measured: there was no validation." in out
+    assert "Figure" not in out
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_fast_dev_run_leaves_no_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, EMA(decay=0.5), fast_dev_run=True, default_root_dir=tmp_path)
+    assert "raw" in table(capsys.readouterr().out)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_resumed_run_shows_its_whole_curves(tmp_path: Path) -> None:
+    first = fit(tmp_path / "a", epochs=2)
+    again = RunReport()
+    trainer = Trainer(
+        max_epochs=3,
+        limit_train_batches=2,
+        accelerator="cpu",
+        callbacks=[again],
+        logger=CSVLogger(tmp_path / "b"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    last = tmp_path / "a/checkpoints/last.ckpt"
+    trainer.fit(Classifier(SmallConvNet(width=4), num_classes=10), Digits(), ckpt_path=str(last))
+    assert list(again.measured["raw"]) == [2, 4, 6]
+    assert again.measured["raw"][2] == first.measured["raw"][2]
+
+
+def test_figure_shows_both_curves_and_the_averaging_window() -> None:
+    curves = {"raw": [(2, 0.5), (4, 0.7), (6, 0.6)], "swa": [(4, 0.7), (6, 0.8)]}
+    axes = _figure(curves, {"swa": (4, 6)}, "val/acc", 6).axes[0]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}  # type: ignore[union-attr]
+    assert drawn == {name: [list(point) for point in points] for name, points in curves.items()}
+    (window,) = axes.patches
+    assert (window.get_x(), window.get_width()) == (4, 2)  # type: ignore[attr-defined]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["raw", "swa", "swa takes weights in (steps 4 to 6)"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer steps", "val/acc")
+
+
+def test_range_of_the_figure_leaves_early_values_out_and_last_ones_in() -> None:
+    late = [0.1, 0.2] + [0.97, 0.98, 0.99] * 4
+    low, high = _limits([late])
+    assert 0.9 < low < 0.97
+    assert 0.99 < high <= 1.01
+    low, _ = _limits([[*late, 0.9]])
+    assert low < 0.9
