@@ -17,6 +17,7 @@ from lightning_merge import weights
 from lightning_merge.callbacks._checkpoints import Checkpoints
 from lightning_merge.callbacks._patches import Patches
 from lightning_merge.callbacks._validation import Validation
+from lightning_merge.schedules import Moment
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Publisher:
         self.swapped_out: Mapping[str, Tensor] = {}  # raw tensors while merged ones are in their place
         self._patches = Patches()
         self._hooks: list[Any] = []
+        self._counted: list[tuple[Optimizer, WeightMerging]] = []
         self.validation = Validation(self)
         self.checkpoints = Checkpoints(self)
         self.checkpoints.wrap(self._patches)
@@ -82,20 +84,32 @@ class Publisher:
 
     # ---- a fit begins and ends
 
-    def begin(self, optimizer: Optimizer, after_step: Callable[[Any], None]) -> None:
+    def begin(self, average: "WeightMerging", optimizer: Optimizer) -> None:
         """Counts the applied steps of an average's optimizer; the last average to begin also wraps the loops."""
-
-        def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            # Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
-            found_inf = getattr(optimizer, "found_inf", None)
-            if found_inf is None or not bool(found_inf):
-                after_step(self.trainer)
-
-        self._hooks.append(optimizer.register_step_post_hook(hook))
-        if len(self._hooks) == len(self.averages):
+        if not any(other is optimizer for other, _ in self._counted):
+            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._counted.append((optimizer, average))
+        if len(self._counted) == len(self.averages):
             self.validation.wrap(self._patches)
             self.checkpoints.wrap_writers(self._patches)
             self.validation.announce()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        # Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        wanting = []
+        for counted, average in self._counted:
+            if counted is optimizer:
+                average.steps += 1
+                moment = Moment(average.steps, self.trainer.current_epoch)
+                if average.wants(moment):
+                    wanting.append((average, moment))
+        # All that take weights in share one look at them.
+        nonfinite = weights.nonfinite({name: t for average, _ in wanting for name, t in average.tensors.items()})
+        for average, moment in wanting:
+            average.take_in(moment, nonfinite)
 
     def continue_fit(self, average: "WeightMerging") -> None:
         """Puts the raw weights of an earlier fit back in place, unless the live ones have changed since."""
@@ -186,7 +200,8 @@ class Publisher:
         merged = self.set_of(average) if merged is None else merged
         before: Weights = {}
         outer = self.swapped_out
-        self.swapped_out = ChainMap(outer, before)  # type: ignore[arg-type]  # the outermost block knows the raw ones
+        # Of nested blocks the outermost knows the raw weights.
+        self.swapped_out = ChainMap(outer, before)  # type: ignore[arg-type]
         try:
             weights.exchange(live, merged, before)
             yield
@@ -209,7 +224,8 @@ def averages_of(trainer: Any) -> "list[WeightMerging]":
     """The averages of a Trainer in the order of its callback list.
 
     Raises:
-        ValueError: If two share a name, or another callback that exchanges weights is among the callbacks.
+        ValueError: If two share a name, one would decide on merged figures, or another callback that exchanges weights
+            is among the callbacks.
     """
     ours = [callback for callback in trainer.callbacks if hasattr(callback, "merged_weights")]
     names = [average.name for average in ours]
@@ -218,6 +234,11 @@ def averages_of(trainer: Any) -> "list[WeightMerging]":
             raise ValueError(
                 f"`name` must be unique in a Trainer, but {names.count(average.name)} averages are called"
                 f" {average.name!r}. Give one another: {type(average).__name__}(name='{average.name}2')."
+            )
+        if average.monitor is not None and (other := average.monitor.partition("/")[0]) in names:
+            raise ValueError(
+                f"{average.title} decides on how the raw weights do, but `monitor={average.monitor!r}` is a metric of"
+                f" the average {other!r}. Name the metric without that prefix."
             )
     for callback in trainer.callbacks:
         if callback not in ours and _OTHER_MERGERS & {cls.__name__ for cls in type(callback).__mro__}:

@@ -44,7 +44,7 @@ class Validation:
         self._canary = Canary()
         self._current: Pass | None = None
         self._measured_on: dict[str, str] = {}  # metric key -> the set it was last measured on
-        self._measured_at: dict[str, int] = {}  # set -> its version when it was last measured
+        self._measured_at: dict[str, tuple[int, int]] = {}  # set -> its version when it was last measured
 
     def wrap(self, patches: Patches) -> None:
         """Installs itself."""
@@ -97,6 +97,11 @@ class Validation:
         known = bool(self._measured_on) or monitor in self._publisher.trainer.callback_metrics
         return RAW if known or self._raw_owns_plain_names or prefix == f"{RAW}/" else primary.name
 
+    @property
+    def measures_raw(self) -> bool:
+        """Whether the validation run that is going on measures the raw weights of a fit."""
+        return self._current is not None and self._current.average is None
+
     def is_measured(self, average: "WeightMerging | None") -> bool:
         """Whether a validation run has measured (or is measuring) just these weights."""
         holds = RAW if average is None else average.name
@@ -118,21 +123,25 @@ class Validation:
 
     @property
     def _raw_owns_plain_names(self) -> bool:
-        return self._publisher.primary.validate == "raw"
+        averages = self._publisher.averages
+        return averages[0].validate == "raw" or any(average.rule.decides_on_score for average in averages)
 
     def _prefix(self, average: "WeightMerging") -> str:
         owns = average is self._publisher.primary and not self._raw_owns_plain_names
         return "" if owns else f"{average.name}/"
 
-    def _version(self, average: "WeightMerging | None") -> int:
-        """A number that changes whenever the set does."""
+    def _version(self, average: "WeightMerging | None") -> tuple[int, int]:
+        """Changes whenever the set does."""
         if average is not None:
-            return average.updates
+            return average.version
         # Steps of optimizers that Lightning does not see are not in its `global_step`.
-        return int(self._publisher.trainer.global_step + sum(other.steps for other in self._publisher.averages))
+        return self._publisher.trainer.global_step, sum(other.steps for other in self._publisher.averages)
 
     def _passes(self) -> list[Pass]:
-        """What a validation measures: raw, the other averages, and the owner of the plain names last."""
+        """What a validation measures: raw, then the other averages, the primary last.
+
+        Callbacks that decide by a metric see the last run only, and the metrics of all of them.
+        """
         averages = self._publisher.averages
         raw = Pass(None, [""] if self._raw_owns_plain_names else [])
         if not self._raw_owns_plain_names and any(average.validate != "merged" for average in averages):
@@ -146,7 +155,7 @@ class Validation:
             else:
                 # What would be published now are the raw weights, so its metrics are theirs.
                 raw.prefixes.append(self._prefix(average))
-        return sorted((p for p in passes if p.prefixes), key=lambda p: ("" in p.prefixes, p.average is not None))
+        return sorted((p for p in passes if p.prefixes), key=lambda p: p.average is averages[0])
 
     def _validate(self, original: Callable[[], Any]) -> Any:
         if self._publisher.trainer.sanity_checking:

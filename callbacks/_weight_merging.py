@@ -37,6 +37,9 @@ class WeightMerging(Callback):
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose applied steps are counted; at least 0.
+        monitor: For a rule that decides on a score, and only for one: the metric of the raw weights that it is told
+            after each validation, lower is better.
+        stop_when_finished: Stop training once nothing more can change what such a rule merges.
 
     Attributes:
         steps: Applied optimizer steps counted so far.
@@ -65,6 +68,8 @@ class WeightMerging(Callback):
         name: str = "merged",
         *,
         optimizer: int = 0,
+        monitor: str | None = None,
+        stop_when_finished: bool = False,
     ) -> None:
         schedule = EveryNSteps() if schedule is None else schedule
         selection = Selection() if selection is None else selection
@@ -81,16 +86,24 @@ class WeightMerging(Callback):
             raise ValueError(f"`name` must be a word other than 'raw' and without '/', got {name!r}.")
         if optimizer < 0:
             raise ValueError(f"`optimizer` must be at least 0, got {optimizer}.")
+        if (monitor is not None) != rule.decides_on_score:
+            need = "needs the metric it decides on" if rule.decides_on_score else "decides on no metric"
+            raise ValueError(
+                f"`monitor` must be given if the rule decides on a score: {rule!r} {need}, got {monitor!r}."
+            )
         self.rule = rule
         self.schedule = schedule
         self.selection = selection
         self.validate: Validate = validate
         self.name = name
         self.optimizer = optimizer
+        self.monitor = monitor
+        self.stop_when_finished = stop_when_finished
 
         self.steps = 0
         self.update_window: tuple[int, int] | None = None
         self.skipped_nonfinite = 0
+        self.evaluations = 0
         self.final_path: str | None = None
         self.final_metrics: dict[str, float] = {}
 
@@ -98,7 +111,7 @@ class WeightMerging(Callback):
         self._active_schedule = schedule
         self._state: State | None = None
         self._buffers: Weights = {}  # copies of the buffers that do not go through the rule
-        self._calibrated_at: int | None = None  # `updates` when the statistics in `_buffers` were measured
+        self._calibrated_at: list[int] | None = None  # `version` when the statistics in `_buffers` were measured
         self._recent: RecentBatches | None = None
         self._last_epoch = 0  # epochs completed when an epoch end was last handled
         self._resumed = False
@@ -114,6 +127,11 @@ class WeightMerging(Callback):
     def updates(self) -> int:
         """Times that weights were taken in."""
         return int(self._state["updates"]) if self._state else 0
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the merged weights do."""
+        return self.updates, self.evaluations
 
     @property
     def ready(self) -> bool:
@@ -185,13 +203,15 @@ class WeightMerging(Callback):
         if self.selection.buffers == "recompute" and calibration.batch_norm_layers(pl_module):
             _refuse_unknown_forward(self, pl_module)
             self._recent = self._recent or RecentBatches()
-        self._publisher.begin(trainer.optimizers[self.optimizer], self._after_step)
+        self._publisher.begin(self, trainer.optimizers[self.optimizer])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An average that starts before training starts here, after everything was restored."""
         if not self._resumed:
             self._last_epoch = trainer.current_epoch
-        self._start(Moment(self.steps, trainer.current_epoch))
+        moment = Moment(self.steps, trainer.current_epoch)
+        if self._state is None and self._active_schedule.started(moment):
+            self._start(weights.nonfinite(self.tensors))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds parameters that were replaced or unfrozen."""
@@ -211,6 +231,11 @@ class WeightMerging(Callback):
             self._recent.keep()
         if trainer.is_last_batch:
             self._end_epoch(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells a rule that decides on a score how the raw weights did. Comes before any checkpoint is written."""
+        if self._state is not None and self._publisher is not None and self._publisher.validation.measures_raw:
+            self._evaluate(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch that was cut short (``max_steps``, an exhausted loader) ends here, after its validation."""
@@ -234,15 +259,13 @@ class WeightMerging(Callback):
 
     # ---- taking weights in
 
-    def _after_step(self, trainer: Trainer) -> None:
-        self.steps += 1
-        self._at(Moment(self.steps, trainer.current_epoch))
-
     def _end_epoch(self, trainer: Trainer) -> None:
         completed = trainer.current_epoch + 1
         if completed > self._last_epoch:
             self._last_epoch = completed
-            self._at(Moment(self.steps, completed, epoch_end=True))
+            moment = Moment(self.steps, completed, epoch_end=True)
+            if self.wants(moment):
+                self.take_in(moment, weights.nonfinite(self.tensors))
             if self.steps == 0:
                 rank_zero_warn(
                     f"{self.title}: optimizer {self.optimizer} applied no step in the first epoch, so nothing can be"
@@ -250,24 +273,37 @@ class WeightMerging(Callback):
                     " `optimizer=`."
                 )
 
-    def _start(self, moment: Moment) -> None:
-        if self._state is None and self._active_schedule.started(moment) and not self._nonfinite():
-            self._state = self._active_rule.init(self._live)
-            self._buffers = weights.copies(self._live_buffers)
+    def wants(self, moment: Moment) -> bool:
+        """Whether the average starts or takes weights in at this moment."""
+        schedule = self._active_schedule
+        return schedule.due(moment) if self._state is not None else schedule.started(moment)
 
-    def _at(self, moment: Moment) -> None:
-        self._start(moment)
-        if self._state is None or not self._active_schedule.due(moment) or self._nonfinite():
+    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+        """Starts the average if it has not started, and takes the live weights in if that is due.
+
+        Args:
+            moment: Now.
+            nonfinite: Names of live tensors that hold a NaN or an infinity.
+        """
+        if not self._start(nonfinite) or not self._active_schedule.due(moment):
             return
+        assert self._state is not None
         self._active_rule.update(self._state, self._live)
         weights.copy_(self._buffers, self._live_buffers)
         first = self.update_window[0] if self.update_window else moment.step
         self.update_window = (first, moment.step)
 
-    def _nonfinite(self) -> bool:
-        culprit = weights.first_nonfinite({**self._live, **self._live_buffers})
-        if culprit is None:
+    def _start(self, nonfinite: set[str]) -> bool:
+        """Whether there is an average, and weights fit for it."""
+        if culprits := nonfinite & self.tensors.keys():
+            self._skip(min(culprits))
             return False
+        if self._state is None:
+            self._state = self._active_rule.init(self._live)
+            self._buffers = weights.copies(self._live_buffers)
+        return True
+
+    def _skip(self, culprit: str) -> None:
         self.skipped_nonfinite += 1
         if self.skipped_nonfinite == 1:
             rank_zero_warn(
@@ -275,7 +311,22 @@ class WeightMerging(Callback):
                 " are never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
                 " learning rate or clip gradients."
             )
-        return True
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        assert self._state is not None
+        if self.monitor is None:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            seen = ", ".join(sorted(trainer.callback_metrics)) or "none"
+            raise ValueError(
+                f"{self.title}: `monitor` must be a metric that validation logs, got {self.monitor!r}; it logs: {seen}."
+            )
+        # The ranks must decide alike, also where the metric is not synchronised.
+        score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        self._active_rule.evaluate(self._state, score)
+        self.evaluations += 1
+        if self.stop_when_finished and self._active_rule.finished(self._state):
+            trainer.should_stop = True
 
     # ---- which tensors
 
@@ -304,15 +355,15 @@ class WeightMerging(Callback):
     def _go_on(self) -> None:
         """Checks that a state from before belongs to this model, and brings it to the model's devices."""
         assert self._state is not None
+        devices = {name: tensor.device for name, tensor in self.tensors.items()}
+        self._state = self._active_rule.load(self._state, devices)
+        self._buffers = weights.to_devices(self._buffers, devices)
         average = self._active_rule.result(self._state)
         if average is not None and (difference := weights.first_mismatch(self._live, average)):
             raise ValueError(
                 f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
                 " model and the selection that it was started with."
             )
-        devices = {name: tensor.device for name, tensor in self.tensors.items()}
-        self._state = weights.to_devices(self._state, devices)
-        self._buffers = weights.to_devices(self._buffers, devices)
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
 
@@ -320,7 +371,7 @@ class WeightMerging(Callback):
 
     def recalibrate(self) -> None:
         """Measures BatchNorm statistics under the merged weights, unless those were measured already."""
-        if self._recent is None or not self._recent.batches or self._calibrated_at == self.updates:
+        if self._recent is None or not self._recent.batches or self._calibrated_at == list(self.version):
             return
         assert self._publisher is not None
         assert self._module is not None
@@ -328,7 +379,7 @@ class WeightMerging(Callback):
         with self._publisher.swapped(self, {**merged, **weights.copies(self._buffers)}):
             fresh = recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
         weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
-        self._calibrated_at = self.updates
+        self._calibrated_at = list(self.version)
 
     def label(self) -> dict[str, Any]:
         """What every file says about this average."""
@@ -337,7 +388,8 @@ class WeightMerging(Callback):
     def save(self) -> dict[str, Any]:
         """What a full file needs to go on bit for bit."""
         return {
-            "state": self._state,
+            "state": None if self._state is None else self._active_rule.save(self._state),
+            "evaluations": self.evaluations,
             "buffers": self._buffers,
             "calibrated_at": self._calibrated_at,
             "recent": None if self._recent is None else list(self._recent.batches),
@@ -352,6 +404,7 @@ class WeightMerging(Callback):
             rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
         self._state = saved["state"]
         self._buffers = saved["buffers"]
+        self.evaluations = saved["evaluations"]
         self._calibrated_at = saved["calibrated_at"]
         if saved["recent"] is not None:
             self._recent = RecentBatches()
@@ -364,12 +417,15 @@ class WeightMerging(Callback):
 
     def to_host(self) -> None:
         """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
+        host = torch.device("cpu")
         if self._state is not None:
-            self._state = weights.to_devices(self._state, torch.device("cpu"))
-        self._buffers = weights.to_devices(self._buffers, torch.device("cpu"))
+            self._state = self._active_rule.load(self._state, dict.fromkeys(self.tensors, host))
+        self._buffers = weights.to_devices(self._buffers, host)
 
     def note_the_end(self) -> None:
         """One line if nothing was merged, or if much of what was merged is the start."""
+        if self._state is not None and (sentence := self._active_rule.conclude(self._state)):
+            rank_zero_info(f"{self.title}: {sentence}")
         if not self.ready:
             rank_zero_info(
                 f"{self.title} merged nothing: {self.schedule!r} was not due in {self.steps} applied steps and"

@@ -171,18 +171,18 @@ def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[st
 
 
 @torch.no_grad()
-def first_nonfinite(weights: Mapping[str, Tensor]) -> str | None:
-    """Name of the first tensor that holds a NaN or an infinity; ``None`` if all is finite."""
+def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
     averaged = {name: t for name, t in weights.items() if is_averaged(t) and t.numel()}
-    # One reduction per tensor and one synchronisation in all: a sum of finite numbers can only overflow to infinity,
-    # so a finite sum proves the tensor finite and the exact test runs on the rare rest.
-    if not averaged:
-        return None
-    device = next(iter(averaged.values())).device
-    finite = [t.sum(dtype=average_dtype(t)).isfinite().to(device, non_blocking=True) for t in averaged.values()]
-    if bool(torch.stack(finite).all()):
-        return None
-    return next((name for name, t in averaged.items() if not bool(t.isfinite().all())), None)
+    # One reduction per tensor and one synchronisation per dtype and device: a sum of finite numbers can only overflow
+    # to infinity, so a finite sum proves the tensor finite and the exact test runs on the rare rest.
+    sums: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in averaged.values():
+        total = tensor.sum(dtype=average_dtype(tensor))
+        sums.setdefault((total.dtype, total.device), []).append(total)
+    if all(bool(torch.stack(group).isfinite().all()) for group in sums.values()):
+        return set()
+    return {name for name, t in averaged.items() if not bool(t.isfinite().all())}
 
 
 def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:

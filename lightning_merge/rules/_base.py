@@ -49,6 +49,10 @@ class Rule(ABC):
         """Takes in the score of the raw weights that were just measured; only rules that decide on it do anything."""
         return
 
+    def finished(self, state: State) -> bool:
+        """Whether nothing can change the result any more, so that training may stop."""
+        return False
+
     def conclude(self, state: State) -> str | None:
         """Called once after the last step: settles what is published if nothing was merged so far.
 

@@ -14,7 +14,6 @@ from lightning_merge.weights import (
     copy_,
     exchange,
     first_mismatch,
-    first_nonfinite,
     is_averaged,
     is_metric,
     lerp_,
@@ -22,6 +21,7 @@ from lightning_merge.weights import (
     named_buffers,
     named_parameters,
     named_tensors,
+    nonfinite,
     state_dict_names,
     to_devices,
     zeros,
@@ -172,18 +172,18 @@ def test_like_converts_only_what_differs():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str)
-def test_first_nonfinite_names_the_first_offender(bad, dtype):
+def test_nonfinite_names_the_offenders(bad, dtype):
     tensors = {"count": torch.tensor(1), "empty": torch.empty(0), "a": torch.ones(3), "b": torch.ones(5, dtype=dtype)}
-    assert first_nonfinite(tensors) is None
+    assert nonfinite(tensors) == set()
     tensors["b"][3] = bad
     tensors["c"] = torch.tensor(torch.nan)
-    assert first_nonfinite(tensors) == "b"
+    assert nonfinite(tensors) == {"b", "c"}
 
 
 def test_finite_numbers_whose_sum_overflows_are_finite():
-    assert first_nonfinite({"w": torch.full((4,), 3e38)}) is None
-    assert first_nonfinite({"w": torch.full((4,), 60_000.0, dtype=torch.float16)}) is None
-    assert first_nonfinite({}) is None
+    assert not nonfinite({"w": torch.full((4,), 3e38)})
+    assert not nonfinite({"w": torch.full((4,), 60_000.0, dtype=torch.float16)})
+    assert not nonfinite({})
 
 
 def test_exchange_swaps_storage_and_keeps_the_objects():
