@@ -1,11 +1,13 @@
 """What counts as a step and when weights are taken in: exact values through a real Trainer."""
 
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from tiny import Net, Walk, WalkParts, batches, of, steps, trainer
 from torch import Tensor
@@ -81,6 +83,8 @@ def test_the_mean_of_epoch_ends_in_float64(tmp_path: Path) -> None:
     [
         (SWA(start_epoch=3, swa_lr=0.5, anneal_epochs=2), 7.875),
         (SWA(start_epoch=3, swa_lr=0.5, anneal_epochs=2, anneal_strategy="linear"), 7.875),
+        # The rates of the tail are 0.875, 0.75, 0.625, 0.5: the epochs end at 4, 5.75, 7.25, 8.5, 9.5.
+        (SWA(start_epoch=2, swa_lr=0.5, anneal_epochs=4, anneal_strategy="linear"), 7.0),
         (SWA(start_epoch=4), 10.0),
         (SWA(start_epoch=0.5), 9.0),
         (SWA(start_epoch=2, every_n_epochs=2), 8.0),
@@ -93,6 +97,18 @@ def test_swa_averages_as_its_paper_says(swa: SWA, expected: float, tmp_path: Pat
     run.fit(module, steps(1))
     assert module.w.item() == pytest.approx(expected, abs=1e-12)
     assert run.global_step == swa.steps == 6
+
+
+def test_the_learning_rate_of_the_tail_goes_on_after_a_resume(tmp_path: Path) -> None:
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[float, float]:
+        swa = SWA(start_epoch=2, swa_lr=0.5, anneal_epochs=4, anneal_strategy="linear")
+        files = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        module = Walk(growth=(2.0,))
+        trainer(tmp_path, [swa, files], max_epochs=epochs).fit(module, steps(1), ckpt_path=ckpt_path)
+        return module.w.item(), swa.raw_weights()["w"].item()
+
+    run(4)
+    assert run(6, tmp_path / "epoch=3.ckpt") == run(6) == (7.0, 9.5)
 
 
 def test_swa_leaves_the_schedule_of_the_module_in_place(tmp_path: Path) -> None:
@@ -165,26 +181,31 @@ def test_the_last_window_of_an_epoch_counts_even_if_it_is_short(tmp_path: Path) 
     assert ema.steps == 3
 
 
-def test_a_step_that_the_gradient_scaler_skips_is_not_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_gradient_scaler_skips_is_not_counted(fused: bool, tmp_path: Path) -> None:
     class Overflowing(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
             return loss * float("inf") if batch_idx == 3 else loss
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            optimizer = super().configure_optimizers()
-            optimizer.register_step_post_hook(lambda *args: self.applied.append(1))
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1, fused=fused)
+            optimizer.register_step_post_hook(lambda *args: self.path.append(self.net[0].weight.detach().clone()))
             return optimizer
 
     ema = EMA(decay=0.5)
     module = Overflowing()
-    module.applied = []
+    module.path = [module.net[0].weight.detach().clone()]
     scaled = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
     run = trainer(tmp_path, [ema], plugins=[scaled], max_epochs=1)
     run.fit(module, batches(8))
     assert run.global_step == 8
-    assert ema.steps == ema.updates == len(module.applied) == 7
     assert scaled.scaler.get_scale() == 2.0  # halved once: one step was skipped
+    assert ema.steps == ema.updates == 7
+    # A fused optimizer is called all the same, and leaves the weights alone by itself.
+    assert len(module.path) == (9 if fused else 8)
+    moves = [not torch.equal(before, after) for before, after in pairwise(module.path)]
+    assert sum(moves) == 7
     assert all(tensor.isfinite().all() for tensor in ema.merged_weights().values())
 
 
