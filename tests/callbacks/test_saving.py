@@ -57,7 +57,9 @@ def test_the_weights_in_a_file_have_the_score_in_the_file(
         assert label["measured"] or "every_n_train_steps" in arguments
         if label["measured"]:
             measured += 1
-            assert label["score"] == score(file["state_dict"], norm=True)
+            assert label["metrics"]["val/loss"] == label["score"] == score(file["state_dict"], norm=True)
+        else:
+            assert label["metrics"] == {}
     assert measured
     last = read(checkpoint.last_model_path or checkpoint.best_model_path)
     assert last["lightning_merge"]["metrics"]["val/loss"] == score(last["state_dict"], norm=True)
@@ -71,15 +73,17 @@ def test_score_equals_file_in_both_packages(package: ModuleType, tmp_path: Path)
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.parametrize("at_epoch_end", [False, True])
 @pytest.mark.parametrize(
     ("monitor", "holds"),
     [("val/loss", "ema"), ("raw/val/loss", "raw"), ("slow/val/loss", "slow"), ("train/loss", "raw")],
 )
 def test_each_file_holds_the_set_that_its_own_monitor_was_measured_on(
-    monitor: str, holds: str, weights_only: bool, tmp_path: Path
+    monitor: str, holds: str, at_epoch_end: bool, weights_only: bool, tmp_path: Path
 ) -> None:
+    arguments = {"monitor": monitor, "save_weights_only": weights_only, "save_on_train_epoch_end": at_epoch_end}
     averages = [EMA(decay=0.5, validate="both"), EMA(decay=0.9, name="slow")]
-    checkpoint = ModelCheckpoint(tmp_path, monitor=monitor, save_weights_only=weights_only)
+    checkpoint = ModelCheckpoint(tmp_path, **arguments)
     run = trainer(tmp_path, [*averages, checkpoint], max_epochs=2)
     run.fit(Net(), batches(4), validation())
 
@@ -87,11 +91,32 @@ def test_each_file_holds_the_set_that_its_own_monitor_was_measured_on(
     assert file["lightning_merge"]["holds"] == holds
     assert file["lightning_merge"]["score"] == checkpoint.best_model_score.item()
     if monitor == "train/loss":
-        plain = ModelCheckpoint(tmp_path / "plain", monitor=monitor)
+        plain = ModelCheckpoint(tmp_path / "plain", **arguments)
         trainer(tmp_path, [plain], max_epochs=2).fit(Net(), batches(4), validation())
         assert not differing(file["state_dict"], read(plain.best_model_path)["state_dict"])
     else:
         assert checkpoint.best_model_score.item() == score(file["state_dict"])
+
+
+@pytest.mark.parametrize(("monitor", "holds", "weight"), [(None, "ema", 3.0625), ("train/w", "raw", 4.0)])
+def test_a_file_written_after_the_publication_is_like_any_other(
+    monitor: str | None, holds: str, weight: float, tmp_path: Path
+) -> None:
+    class Logging(Walk):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.log("train/w", self.w.detach().sum())
+
+    # Lightning writes the last file in `on_train_end` if no other was due.
+    last = ModelCheckpoint(tmp_path, monitor=monitor, save_last=True, every_n_train_steps=100)
+    module = Logging()
+    trainer(tmp_path, [EMA(decay=0.5), last], max_epochs=1).fit(module, steps(4))
+    file = read(last.last_model_path)
+    assert (file["lightning_merge"]["holds"], file["state_dict"]["w"].item()) == (holds, weight)
+    assert raw_of(file)["w"].item() == 4.0
+    assert module.w.item() == 3.0625
+    resumed, ema = Logging(), EMA(decay=0.5)
+    trainer(tmp_path, [ema], max_epochs=2).fit(resumed, steps(4), ckpt_path=last.last_model_path)
+    assert (ema.updates, ema.raw_weights()["w"].item()) == (8, 8.0)
 
 
 @pytest.mark.parametrize("where", ["on_validation_end", "on_train_epoch_end", "on_train_batch_end"])
@@ -173,11 +198,11 @@ def test_a_full_file_has_all_sets_and_a_weights_only_file_only_its_own(tmp_path:
 def test_resuming_from_a_weights_only_file_is_an_error_that_says_so(tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(tmp_path, save_weights_only=True)
     trainer(tmp_path, [EMA(), checkpoint], max_epochs=1).fit(Net(), batches(4))
-    with pytest.raises(Exception, match="weights only"):
+    with pytest.raises(ValueError, match="weights only"):
         trainer(tmp_path, [EMA()], max_epochs=2).fit(Net(), batches(4), ckpt_path=checkpoint.best_model_path)
 
 
-def test_resuming_with_the_average_of_another_model_names_the_first_difference(tmp_path: Path) -> None:
+def test_resuming_with_the_average_of_another_model_names_the_first_difference_and_both_shapes(tmp_path: Path) -> None:
     class Other(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -185,7 +210,8 @@ def test_resuming_with_the_average_of_another_model_names_the_first_difference(t
 
     checkpoint = ModelCheckpoint(tmp_path)
     trainer(tmp_path, [EMA(), checkpoint], max_epochs=1).fit(Net(), batches(4))
-    with pytest.raises(Exception, match=r"net\.2\.weight"):
+    different = r"another model: `net\.2\.weight` has shape \(1, 8\) instead of \(3, 8\)"
+    with pytest.raises(ValueError, match=different):
         trainer(tmp_path, [EMA()], max_epochs=2).fit(Other(), batches(4), ckpt_path=checkpoint.best_model_path)
 
 
@@ -240,3 +266,30 @@ def test_best_file_loads_by_the_usual_ways(tmp_path: Path) -> None:
         again = trainer(tmp_path, callbacks)
         path = checkpoint.best_model_path
         assert again.validate(Net(), validation(), ckpt_path=path, verbose=False) == [{"val/loss": best}]
+
+
+@pytest.mark.parametrize("monitor", ["val/loss", "val/loss_epoch", "raw/val/loss_epoch"])
+def test_a_metric_that_is_logged_per_step_and_epoch_can_be_monitored(monitor: str, tmp_path: Path) -> None:
+    class Both(Net):
+        def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+            self.log("val/loss", self.loss(batch), on_step=True, on_epoch=True, batch_size=len(batch[0]))
+
+    checkpoint = ModelCheckpoint(tmp_path, monitor=monitor)
+    run = trainer(tmp_path, [EMA(decay=0.8, validate="both"), checkpoint], max_epochs=2)
+    run.fit(Both(), batches(4), validation())
+    file = read(checkpoint.best_model_path)
+    assert file["lightning_merge"]["holds"] == ("raw" if monitor.startswith("raw/") else "ema")
+    assert file["lightning_merge"]["measured"] is True
+    assert checkpoint.best_model_score.item() == file["lightning_merge"]["score"] == score(file["state_dict"])
+
+
+def test_several_checkpoints_of_one_run_each_hold_their_own_set(tmp_path: Path) -> None:
+    holds = {"val/loss": "ema", "raw/val/loss": "raw", "swa/val/loss": "swa"}
+    checkpoints = {key: ModelCheckpoint(tmp_path / name, monitor=key) for key, name in holds.items()}
+    averages = [EMA(decay=0.8, validate="both"), SWA(start_epoch=1)]
+    run = trainer(tmp_path, [*averages, *checkpoints.values()], max_epochs=3)
+    run.fit(Net(norm=True), batches(4), validation())
+    for key, checkpoint in checkpoints.items():
+        file = read(checkpoint.best_model_path)
+        assert file["lightning_merge"]["holds"] == holds[key]
+        assert checkpoint.best_model_score.item() == score(file["state_dict"], norm=True)
