@@ -173,6 +173,8 @@ def test_a_signal_leaves_the_raw_weights_live(kind: str, hook: str, call: int, t
 @pytest.mark.parametrize("crash", [True, False])
 def test_a_fit_leaves_nothing_behind_in_trainer_module_or_optimizer(crash: bool, tmp_path: Path) -> None:
     module = interrupted("validation_step", 1, pull_the_plug if crash else int, lightning.pytorch)
+    optimizer = module.configure_optimizers()
+    module.configure_optimizers = lambda: optimizer  # the same one in each fit
     ema = EMA(decay=0.8)
     run = trainer(tmp_path, [ema], max_epochs=2)
     with pytest.raises(RuntimeError, match="pulled the plug") if crash else nullcontext():
@@ -218,6 +220,19 @@ def test_a_run_resumed_from_any_file_ends_where_the_uninterrupted_run_does(
             assert not differing(left.raw_weights(), right.raw_weights())
             assert (left.steps, left.updates) == (right.steps, right.updates)
         assert measured == metrics
+
+
+def test_a_fit_after_an_interrupted_one_goes_on_with_the_average(tmp_path: Path) -> None:
+    class Crashing(Walk):
+        def on_validation_end(self) -> None:
+            raise RuntimeError("out of memory")
+
+    ema, module = EMA(decay=0.5), Crashing()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer(tmp_path, [ema], max_epochs=1).fit(module, steps(2), steps(1))
+    assert (module.w.item(), ema.updates) == (2.0, 2)
+    trainer(tmp_path, [ema], max_epochs=1).fit(module, steps(2))
+    assert (module.w.item(), ema.updates) == (3.0625, 4)
 
 
 def test_resuming_from_a_file_made_without_the_callback_starts_an_empty_average(tmp_path: Path) -> None:
