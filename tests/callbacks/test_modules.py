@@ -150,6 +150,23 @@ def test_parameters_that_are_unfrozen_later_are_averaged_from_then_on(trainable:
     assert not torch.equal(expected, module.path[-1])
 
 
+def test_a_parameter_that_was_averaged_stays_averaged_when_it_is_frozen(tmp_path: Path) -> None:
+    class Freezing(Net):
+        def on_train_epoch_start(self) -> None:
+            self.net[0].requires_grad_(self.current_epoch == 0)
+
+        def on_train_epoch_end(self) -> None:
+            self.frozen = self.net[0].bias.detach().clone()
+
+    ema = EMA(decay=0.5, selection=Selection(trainable=True))
+    module = Freezing()
+    trainer(tmp_path, [ema], max_epochs=3).fit(module, batches(8), validation())
+    # It went on towards where the parameter stays.
+    torch.testing.assert_close(ema.merged_weights()["net.0.bias"], module.frozen, atol=1e-4, rtol=0)
+    assert not torch.equal(ema.merged_weights()["net.0.bias"], module.frozen)
+    assert ema.raw_weights()["net.0.bias"].equal(module.frozen)
+
+
 def test_what_is_not_selected_is_published_as_it_is_live(tmp_path: Path) -> None:
     ema = EMA(decay=0.8, selection=without("net.2.*"))
     checkpoint = ModelCheckpoint(tmp_path, monitor="val/loss")
@@ -168,6 +185,28 @@ def test_what_is_not_selected_is_published_as_it_is_live(tmp_path: Path) -> None
     final = read(ema.final_path)
     assert not differing(final["state_dict"], module)
     assert not differing(raw_of(final), last.live)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrised_layers_are_averaged_by_what_is_trained(wrap: Any, tmp_path: Path) -> None:
+    class Wrapped(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            wrap(self.net[0])
+
+    def measure(weights: dict[str, Tensor]) -> float:
+        module = Wrapped()
+        module.load_state_dict(weights)
+        module.eval()
+        with torch.no_grad():
+            return torch.stack([module.loss(batch) for batch in validation()]).mean().item()
+
+    ema, checkpoint = EMA(decay=0.8, validate="both"), ModelCheckpoint(tmp_path, monitor="val/loss")
+    run = trainer(tmp_path, [ema, checkpoint], max_epochs=2)
+    run.fit(Wrapped(), batches(4), validation())
+    file = read(checkpoint.best_model_path)
+    assert file["lightning_merge"]["score"] == measure(file["state_dict"])
+    assert run.callback_metrics["raw/val/loss"].item() == measure(ema.raw_weights())
 
 
 def compiled_net(**settings: Any) -> LightningModule:
