@@ -7,9 +7,24 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
-from tiny import Net, NetParts, Walk, WalkParts, batches, differing, of, score, steps, trainer, validation, values
+from lightning.pytorch.loggers.logger import DummyLogger
+from tiny import (
+    Net,
+    NetParts,
+    Walk,
+    WalkParts,
+    batches,
+    differing,
+    of,
+    score,
+    steps,
+    trainer,
+    validation,
+    values,
+)
 from torch import Tensor, nn
 
 from lightning_merge.callbacks import EMA, SWA, WeightMerging
@@ -207,6 +222,17 @@ def test_recomputed_statistics_are_those_of_the_merged_weights(average: str, tmp
     assert not torch.allclose(raw["net.1.running_mean"], module.net[1].running_mean)
 
 
+def test_statistics_are_measured_in_the_precision_of_training(tmp_path: Path) -> None:
+    module = Net(norm=True)
+    run = trainer(tmp_path, [SWA(start_epoch=1)], max_epochs=1, precision="bf16-mixed")
+    run.fit(module, batches(4), validation())
+    inputs = torch.cat([x for x, _ in batches(4)])
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = module.net[0](inputs).float()
+    torch.testing.assert_close(module.net[1].running_mean, hidden.mean(0))
+    assert not torch.allclose(module.net[1].running_mean, module.net[0](inputs).mean(0))
+
+
 def test_an_average_that_never_starts_changes_nothing_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -227,11 +253,14 @@ def test_an_average_that_never_starts_changes_nothing_and_says_so_once(
 
 
 def test_the_sanity_check_measures_the_raw_weights(tmp_path: Path) -> None:
-    module = Walk(start=3.0)
-    seen = Looking()
-    run = trainer(tmp_path, [EMA(decay=0.5), seen], max_epochs=1, num_sanity_val_steps=1)
-    run.fit(module, steps(2), steps(1))
-    assert seen.looks["on_validation_end"] == [3.0, 4.25]
+    ema, module = EMA(decay=0.5), Walk(start=3.0)
+    looks = []
+    for _ in range(2):
+        seen = Looking()
+        run = trainer(tmp_path, [ema, seen], max_epochs=1, num_sanity_val_steps=1)
+        run.fit(module, steps(2), steps(1))
+        looks.append(seen.looks["on_validation_end"])
+    assert looks == [[3.0, 4.25], [5.0, 6.0625]]
 
 
 def test_after_the_fit_the_module_holds_a_copy_of_the_primary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -263,6 +292,15 @@ def test_a_second_fit_continues_the_run(package: ModuleType, tmp_path: Path, cap
     assert not differing(once[1], twice[1])
     assert once[2] == twice[2] == [16, 4]
     assert len([record for record in caplog.records if "raw weights are back in place" in record.message]) == 1
+
+
+def test_a_second_fit_with_another_primary_continues_the_run(tmp_path: Path) -> None:
+    ema, mean = EMA(decay=0.5), WeightMerging(Mean(), EveryNEpochs(), name="mean")
+    module = Walk()
+    trainer(tmp_path, [ema, mean], max_epochs=2).fit(module, steps(1))
+    trainer(tmp_path, [mean], max_epochs=2).fit(module, steps(1))
+    assert mean.raw_weights()["w"].item() == 4.0
+    assert module.w.item() == 2.5  # the mean of 1, 2, 3, 4
 
 
 def test_a_second_fit_starts_from_weights_that_were_changed_in_between(
@@ -379,3 +417,99 @@ def test_several_validation_loaders_keep_their_names_behind_the_prefix(tmp_path:
         "raw/val/w/dataloader_idx_0": 2.0,
         "raw/val/w/dataloader_idx_1": 2.0,
     }
+
+
+def test_a_logger_gets_every_key_once_per_validation_at_its_step(tmp_path: Path) -> None:
+    class Rows(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.rows.append((step, set(metrics) - {"epoch"}))
+
+    def rows(*callbacks: Callback) -> list[tuple[int, set[str]]]:
+        logger = Rows()
+        logger.rows = []
+        settings = {"logger": logger, "max_epochs": 2, "log_every_n_steps": 1, "val_check_interval": 2}
+        trainer(tmp_path, callbacks, **settings).fit(Net(), batches(4), validation())
+        return logger.rows
+
+    plain = rows()
+    merging = rows(EMA(decay=0.5, validate="both"))
+    assert [(step, keys) for step, keys in merging if "raw/val/loss" not in keys] == plain
+    assert [step for step, keys in merging if keys == {"raw/val/loss"}] == [1, 3, 5, 7]
+    assert [step for step, keys in merging if keys == {"val/loss"}] == [1, 3, 5, 7]
+
+
+def test_metrics_that_are_logged_as_objects_belong_to_their_own_set(tmp_path: Path) -> None:
+    class Measured(Walk):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mean = torchmetrics.MeanMetric()
+
+        def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.mean(self.w.detach())
+            self.log("val/w", self.mean)
+
+    metrics = Metrics()
+    averages = [EMA(decay=0.5, validate="both"), SWA(start_epoch=2)]
+    trainer(tmp_path, [*averages, metrics], max_epochs=2).fit(Measured(), steps(2), steps(3))
+    assert metrics.validations[-1] == {"val/w": 3.0625, "raw/val/w": 4.0, "swa/val/w": 4.0}
+
+
+def test_values_logged_by_callbacks_belong_to_the_set_that_they_saw(tmp_path: Path) -> None:
+    class Logging(Callback):
+        def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pl_module.log_dict({"seen": pl_module.w.detach().sum()})
+
+    run = trainer(tmp_path, [EMA(decay=0.5, validate="both"), Logging()], max_epochs=1)
+    run.fit(Walk(), steps(2), steps(1))
+    assert run.callback_metrics["seen"].item() == 1.25
+    assert run.callback_metrics["raw/seen"].item() == 2.0
+
+
+def test_both_sets_can_be_read_at_any_time(tmp_path: Path) -> None:
+    class Reading(Callback):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.read = ema.raw_weights()["w"].item(), ema.merged_weights()["w"].item(), pl_module.w.item()
+
+    ema, reading = EMA(decay=0.5), Reading()
+    assert ema.merged_weights() is None
+    trainer(tmp_path, [ema, reading], max_epochs=1).fit(Walk(), steps(2), steps(1))
+    assert reading.read == (2.0, 1.25, 1.25)
+
+
+def test_bars_and_summaries_do_not_mind_more_than_one_validation(tmp_path: Path, package: ModuleType) -> None:
+    settings = {"enable_progress_bar": True, "enable_model_summary": True, "num_sanity_val_steps": 1}
+    averages = [EMA(decay=0.5, validate="both"), SWA(start_epoch=1)]
+    run = trainer(tmp_path, averages, package=package, max_epochs=2, **settings)
+    run.fit(of(NetParts, package)(norm=True), batches(4), validation())
+    assert [average.updates for average in averages] == [8, 2]
+
+
+def test_a_network_that_keeps_its_own_copy_of_the_weights_is_an_error(tmp_path: Path) -> None:
+    class Frozen(nn.Linear):
+        """Like a graph that was compiled with the weights as constants."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.constants = values(self)
+                return super().forward(x)
+            return nn.functional.linear(x, self.constants["weight"], self.constants["bias"])
+
+    class Cached(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Frozen(4, 1)
+
+    with pytest.raises(RuntimeError, match="output is the same under both"):
+        trainer(tmp_path, [EMA(decay=0.8)], max_epochs=2).fit(Cached(), batches(4), validation())
+
+
+def test_validation_that_writes_to_the_raw_weights_is_an_error(tmp_path: Path) -> None:
+    class Writing(Walk):
+        def on_train_start(self) -> None:
+            self.alias = self.w.detach()
+
+        def on_validation_end(self) -> None:
+            self.alias.add_(1)
+
+    with pytest.raises(RuntimeError, match="not those before"):
+        trainer(tmp_path, [EMA(decay=0.5)], max_epochs=1).fit(Writing(), steps(2), steps(1))
