@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_merge import weights
-from lightning_merge.weights import canonical
+from lightning_merge.weights import Weights, canonical
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._publisher import Publisher
@@ -28,12 +28,14 @@ class Canary:
         self._sang = False
 
     @contextmanager
-    def watch(self, publisher: "Publisher", average: "WeightMerging") -> Iterator[None]:
+    def watch(self, publisher: "Publisher", average: "WeightMerging", merged: Weights) -> Iterator[None]:
         """Watches one validation run under merged weights, until one has shown that the exchange works."""
         if self._sang:
             yield
             return
-        before = _fingerprint(average.tensors)
+        # Merged buffers are copies, and may be written to.
+        merged_parameters = {name: t for name, t in merged.items() if name not in average.buffer_names}
+        before = _fingerprint(average.tensors), _fingerprint(merged_parameters)
         handles = [
             child.register_forward_hook(self._compare(publisher, average, name), with_kwargs=True)
             for name, child in publisher.module.named_children()
@@ -45,11 +47,13 @@ class Canary:
         finally:
             for handle in handles:
                 handle.remove()
-        if not torch.equal(before, _fingerprint(average.tensors)):
-            raise RuntimeError(
-                f"{average.title}: the raw weights after validation are not those before it. Something in validation"
-                " writes to parameters or buffers; remove that, or validate with `validate='raw'`."
-            )
+        after = _fingerprint(average.tensors), _fingerprint(merged_parameters)
+        for kind, left, right in zip(("raw", "merged"), before, after, strict=True):
+            if not torch.equal(left, right):
+                raise RuntimeError(
+                    f"{average.title}: the {kind} weights after validation are not those before it. Something in"
+                    " validation writes to parameters; remove that, or validate with `validate='raw'`."
+                )
 
     def _compare(self, publisher: "Publisher", average: "WeightMerging", name: str) -> Callable[..., None]:
         def hook(child: nn.Module, args: Any, kwargs: Any, merged_output: Any) -> None:

@@ -101,10 +101,19 @@ class Checkpoints:
 
     def _on_save_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
         original(checkpoint)
+        self._label(checkpoint)
+
+    def label_after_fit(self, checkpoint: dict[str, Any]) -> None:
+        """Completes a full file that is saved after the fit, when its ``state_dict`` is what the module holds."""
+        ending = self._publisher.ending
+        self._holds = ending.primary if ending is not None and ending.is_live(self._publisher.module) else None
+        self._label(checkpoint)
+
+    def _label(self, checkpoint: dict[str, Any]) -> None:
         publisher, holds = self._publisher, self._holds
         name = RAW if holds is None else holds.name
         measured = publisher.validation.is_measured(holds)
-        score = publisher.trainer.callback_metrics.get(self._monitor) if self._monitor else None
+        score = publisher.trainer.callback_metrics.get(self._monitor) if measured and self._monitor else None
         section: dict[str, Any] = {
             "format": FORMAT,
             "holds": name,

@@ -32,10 +32,18 @@ _publishers: "WeakKeyDictionary[Any, Publisher]" = WeakKeyDictionary()
 
 @dataclass
 class Ending:
-    """How a fit ended: the raw weights it set aside, and whose merged weights took their place."""
+    """How a fit ended: the raw weights it set aside, and what took their place."""
 
     raw: Weights
     primary: "WeightMerging"
+    buffers: Weights
+    """The published buffers, which are those of all ranks while an average has its own."""
+
+    def is_live(self, module: LightningModule) -> bool:
+        """Whether the module still holds what was published."""
+        live = weights.named_tensors(module)
+        published = weights.like({**(self.primary.merged_weights() or {}), **self.buffers}, live)
+        return all(torch.equal(live[name], tensor) for name, tensor in published.items())
 
 
 class Publisher:
@@ -73,9 +81,14 @@ class Publisher:
     def attach(cls, trainer: Any, module: LightningModule) -> "Publisher":
         """The publisher of the Trainer's current fit; the first average makes it."""
         publisher = _publishers.get(trainer)
-        if publisher is None or not publisher._patches:
+        if publisher is None or publisher.is_over:
             publisher = _publishers[trainer] = cls(trainer, module)
         return publisher
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the fit has ended and nothing of the Trainer is wrapped any more."""
+        return not self._patches
 
     @property
     def primary(self) -> "WeightMerging":
@@ -117,9 +130,8 @@ class Publisher:
         if ending is None:
             rank_zero_info(f"{average.title} goes on with its average of {average.updates} updates.")
             return
-        live = weights.named_tensors(self.module)
-        published = weights.like(ending.primary.merged_weights() or {}, live)
-        if all(torch.equal(live[name], tensor) for name, tensor in published.items()):
+        if ending.is_live(self.module):
+            live = weights.named_tensors(self.module)
             weights.copy_({name: live[name] for name in ending.raw}, ending.raw)
             how = "the raw weights are back in place"
         else:
@@ -145,7 +157,11 @@ class Publisher:
         if not self.primary.ready:
             return
         published = weights.copies(self.set_of(self.primary))
-        self.ending = Ending(raw=weights.exchange(self.primary.tensors, published), primary=self.primary)
+        self.ending = Ending(
+            raw=weights.exchange(self.primary.tensors, published),
+            primary=self.primary,
+            buffers=weights.copies({name: published[name] for name in self.primary.buffer_names}),
+        )
         for average in self.averages:
             average.ending = self.ending
         rank_zero_info(

@@ -4,8 +4,9 @@ import inspect
 import math
 from typing import Any
 
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_merge.calibration import recalibrated_statistics
@@ -45,7 +46,8 @@ def recalibrate(trainer: Any, module: LightningModule, name: str, recent: Recent
     takes_index = len(inspect.signature(module.training_step).parameters) > 1
 
     def forward(batch: Any) -> None:
-        batch = move_data_to_device(batch, trainer.strategy.root_device)
+        # A copy, since a step may write to its batch and the kept one is used again.
+        batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(trainer.strategy.root_device, copy=True))
         with trainer.precision_plugin.train_step_context():
             if calibration_step is not None:
                 calibration_step(batch)

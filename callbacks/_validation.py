@@ -161,10 +161,17 @@ class Validation:
         if self._publisher.trainer.sanity_checking:
             return original()
         *extra, last = self._passes()
-        for pass_ in extra:
-            with self._muted():
-                self._run(pass_, original)
-        return self._run(last, original)
+        try:
+            for pass_ in extra:
+                with self._muted():
+                    self._run(pass_, original)
+            return self._run(last, original)
+        finally:
+            # DDP sent the first rank's buffers to all in the validation's first forward pass, and takes them for sent.
+            # With merged buffers in place those were not the raw ones, which it has to send again.
+            model = self._publisher.trainer.model
+            if hasattr(model, "require_forward_param_sync"):
+                model.require_forward_param_sync = True
 
     def _run(self, pass_: Pass, original: Callable[[], Any]) -> Any:
         results = self._loop._results
@@ -178,7 +185,7 @@ class Validation:
         with ExitStack() as stack:
             if pass_.average is not None:
                 merged = self._publisher.set_of(pass_.average)  # may run the module, which the canary must not see
-                stack.enter_context(self._canary.watch(self._publisher, pass_.average))
+                stack.enter_context(self._canary.watch(self._publisher, pass_.average, merged))
                 stack.enter_context(self._publisher.swapped(pass_.average, merged))
             self._current = pass_
             results.log = prefixed

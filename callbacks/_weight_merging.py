@@ -247,6 +247,12 @@ class WeightMerging(Callback):
         if self._publisher.averages[-1] is self:
             self._publisher.finish()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """During a fit the save path is wrapped, which covers weights-only files too; this is for a save after it."""
+        publisher = self._publisher
+        if publisher is not None and publisher.is_over and publisher.primary is self:
+            publisher.checkpoints.label_after_fit(checkpoint)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Raw weights are live whatever happens; only a fit that had already published needs them put back."""
         if self._publisher is not None:

@@ -21,5 +21,5 @@ def test_a_strategy_that_shards_parameters_is_refused(tmp_path: Path) -> None:
         """Goes by the name of Lightning's, which needs several processes."""
 
     run = trainer(tmp_path, [EMA()], strategy=ModelParallelStrategy())
-    with pytest.raises(ValueError, match="ModelParallelStrategy shards parameters.*strategy='ddp'"):
+    with pytest.raises(ValueError, match=r"ModelParallelStrategy shards parameters.*strategy='ddp'"):
         run.fit(Net(), batches())

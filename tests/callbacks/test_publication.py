@@ -19,6 +19,8 @@ from tiny import (
     batches,
     differing,
     of,
+    raw_of,
+    read,
     score,
     steps,
     trainer,
@@ -220,6 +222,18 @@ def test_recomputed_statistics_are_those_of_the_merged_weights(average: str, tmp
     assert run.callback_metrics["val/loss"].item() == score(module.state_dict(), norm=True)
     raw = callback.raw_weights()
     assert not torch.allclose(raw["net.1.running_mean"], module.net[1].running_mean)
+
+
+def test_a_training_step_that_writes_to_its_batch_changes_no_statistics(tmp_path: Path) -> None:
+    class Doubling(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            batch[0].mul_(2)
+            return super().training_step(batch, batch_idx)
+
+    module = Doubling(norm=True)
+    trainer(tmp_path, [SWA(start_epoch=1)], max_epochs=2).fit(module, batches(4), validation())
+    hidden = module.net[0](2 * torch.cat([x for x, _ in batches(4)] * 2))
+    torch.testing.assert_close(module.net[1].running_mean, hidden.mean(0))
 
 
 def test_statistics_are_measured_in_the_precision_of_training(tmp_path: Path) -> None:
@@ -513,3 +527,15 @@ def test_validation_that_writes_to_the_raw_weights_is_an_error(tmp_path: Path) -
 
     with pytest.raises(RuntimeError, match="not those before"):
         trainer(tmp_path, [EMA(decay=0.5)], max_epochs=1).fit(Writing(), steps(2), steps(1))
+
+
+def test_a_full_file_that_is_saved_after_the_fit_goes_on_with_the_run(tmp_path: Path) -> None:
+    ema, module = EMA(decay=0.5), Walk()
+    run = trainer(tmp_path, [ema], max_epochs=1)
+    run.fit(module, steps(2), steps(1))
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    file = read(tmp_path / "after.ckpt")
+    assert (file["state_dict"]["w"].item(), raw_of(file)["w"].item()) == (1.25, 2.0)
+    resumed, again = Walk(), EMA(decay=0.5)
+    trainer(tmp_path, [again], max_epochs=2).fit(resumed, steps(2), steps(1), ckpt_path=tmp_path / "after.ckpt")
+    assert (resumed.w.item(), again.updates) == (3.0625, 4)

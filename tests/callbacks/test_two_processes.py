@@ -1,5 +1,8 @@
 """Two gloo processes under DDP, with BatchNorm statistics that differ between them."""
 
+import multiprocessing
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,13 @@ class SyncedParts(NetParts):
         self.log("val/loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
 
 
+class PlainStepsParts(SyncedParts):
+    """Without momentum, so a new optimizer goes on where another ended."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 class Witness(Callback):
     """Writes down, in each process, what the fit left behind."""
 
@@ -34,6 +44,7 @@ class Witness(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.found["raw"] = values(pl_module)
+        self.found.setdefault("path", []).append(self.found["raw"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.found["validated"] = values(pl_module)
@@ -88,13 +99,16 @@ def test_one_set_is_measured_saved_and_published_whatever_the_buffers(policy: st
     assert first["metrics"]["val/loss"].item() == pytest.approx(score(file["state_dict"], norm=True), rel=1e-6)
 
 
-def test_training_is_that_of_a_run_without_the_callback(tmp_path: Path) -> None:
+@pytest.mark.parametrize("validate", ["raw", "merged", "both"])
+def test_training_is_that_of_a_run_without_the_callback_at_every_step(validate: Any, tmp_path: Path) -> None:
     plain = run(tmp_path / "plain")
-    average = EMA(decay=0.8, validate="raw", selection=Selection(buffers="recompute"))
+    average = EMA(decay=0.8, validate=validate, selection=Selection(buffers="recompute"))
     merging = run(tmp_path / "merging", average, average=average)
+    key = {"raw": "val/loss", "both": "raw/val/loss"}.get(validate)
     for before, after in zip(plain, merging, strict=True):
-        assert not differing(before["raw"], after["raw"])
-        assert before["metrics"]["val/loss"] == after["metrics"]["val/loss"]
+        paths = zip(before["path"], after["path"], strict=True)
+        assert [differing(left, right) for left, right in paths] == [[]] * 8
+        assert key is None or before["metrics"]["val/loss"] == after["metrics"][key]
 
 
 def test_a_resumed_run_trains_on_as_one_without_the_callback(tmp_path: Path) -> None:
@@ -112,3 +126,45 @@ def test_a_resumed_run_trains_on_as_one_without_the_callback(tmp_path: Path) -> 
     whole = run(tmp_path / "whole", EMA(decay=0.8))
     # Lightning keeps the statistics of the first process only; parameters go on bit for bit.
     assert set(differing(whole[0]["end"], merging[0]["end"])) <= {"net.1.running_mean", "net.1.running_var"}
+
+
+def fit_twice(rank: int, root: Path, port: int) -> None:
+    """What a script started by ``torchrun`` does."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "TORCHELASTIC_RUN_ID": "test",
+    }
+    found = []
+    for fits in (1, 2):
+        ema, module = EMA(decay=0.8), of(PlainStepsParts)(norm=True)
+        for _ in range(fits):
+            strategy = DDPStrategy(process_group_backend="gloo")
+            settings = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+            fit = trainer(root, [ema], max_epochs=2 // fits, **settings)
+            fit.fit(module, batches(4, seed=rank), validation())
+        found.append({"steps": ema.steps, "raw": values(ema.raw_weights()), "module": values(module)})
+    torch.save(found, root / f"rank{rank}.pt")
+
+
+def test_a_second_fit_continues_the_run_in_every_process(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=fit_twice, args=(rank, tmp_path, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    for rank in range(2):
+        once, twice = torch.load(tmp_path / f"rank{rank}.pt")
+        assert once["steps"] == twice["steps"] == 8
+        assert not differing(once["raw"], twice["raw"])
+        assert not differing(once["module"], twice["module"])
