@@ -142,9 +142,9 @@ class Publisher:
 
     def finish(self) -> None:
         """After the last step: measures and saves each final set, and makes the primary's the model's weights."""
-        ready = [average for average in self.averages if average.ready]
         for average in self.averages:
             average.note_the_end()
+        ready = [average for average in self.averages if average.ready]
         self.validation.measure_final(ready)
         for average in ready:
             average.final_metrics = self.validation.metrics_of(average.name)
@@ -154,6 +154,9 @@ class Publisher:
         self._publish()
 
     def _publish(self) -> None:
+        for average in self.averages:
+            if average.ready:
+                average.recalibrate()  # the last chance: after the fit there is nothing to measure on
         if not self.primary.ready:
             return
         published = weights.copies(self.set_of(self.primary))
