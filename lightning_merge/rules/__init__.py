@@ -4,6 +4,8 @@ from lightning_merge.rules._base import Rule
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
 from lightning_merge.rules._exponential_mean import ExponentialMean
 from lightning_merge.rules._mean import Mean
+from lightning_merge.rules._valley_mean import ValleyMean
+from lightning_merge.rules._window_mean import WindowMean
 
 __all__ = [
     "DecayWarmup",
@@ -13,4 +15,6 @@ __all__ = [
     "Mean",
     "Rule",
     "TimmWarmup",
+    "ValleyMean",
+    "WindowMean",
 ]

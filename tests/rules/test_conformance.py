@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 import lightning_merge.rules
-from lightning_merge.rules import DiffusersWarmup, EmaPytorchWarmup, ExponentialMean, Mean, Rule, TimmWarmup
+from lightning_merge.rules import (
+    DiffusersWarmup,
+    EmaPytorchWarmup,
+    ExponentialMean,
+    Mean,
+    Rule,
+    TimmWarmup,
+    ValleyMean,
+    WindowMean,
+)
 from lightning_merge.schedules import Duration, RunLength
 from lightning_merge.weights import State, Weights
 
@@ -24,10 +33,23 @@ RULES = [
     ExponentialMean(decay=0.9, warmup=EmaPytorchWarmup(power=0.5)),
     ExponentialMean(decay=0.9, compensated=True),
     Mean(),
+    WindowMean(k=1),
+    WindowMean(k=3),
+    WindowMean(k=3, store="cpu"),
+    WindowMean(k=3, store="disk", directory="snapshots"),
+    ValleyMean(),
+    ValleyMean(n_converge=1, n_tolerance=1),
+    ValleyMean(n_converge=2, n_tolerance=2, preset="paper"),
+    ValleyMean(n_converge=2, preset="official"),
 ]
 RUN = RunLength(steps=40, epochs=4, steps_per_epoch=10)
 
 every_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
+
+
+@pytest.fixture(autouse=True)
+def _folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def stream(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Weights]:
@@ -43,9 +65,19 @@ def stream(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> lis
 def run(rule: Rule, start: Weights, updates: list[Weights]) -> tuple[Rule, State]:
     rule = rule.resolve(RUN)
     state = rule.init(start)
+    go_on(rule, state, updates)
+    return rule, state
+
+
+def go_on(rule: Rule, state: State, updates: list[Weights]) -> None:
     for weights in updates:
         rule.update(state, weights)
-    return rule, state
+        if state["updates"] % 2 == 0:
+            rule.evaluate(state, 1.0)  # as low as those before: the first three are a valley
+
+
+def devices(weights: Weights) -> dict[str, torch.device]:
+    return {name: tensor.device for name, tensor in weights.items()}
 
 
 def bits(value: object) -> object:
@@ -54,7 +86,9 @@ def bits(value: object) -> object:
         return (value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
     if isinstance(value, dict):
         return {key: bits(item) for key, item in value.items()}
-    return value
+    if isinstance(value, list):
+        return [bits(item) for item in value]
+    return value if not isinstance(value, str) else str  # names of files differ from run to run
 
 
 def test_table_has_every_rule():
@@ -91,11 +125,11 @@ def test_constant_weights_are_a_fixed_point_bit_for_bit(rule):
 
 
 @every_rule
-def test_there_is_no_result_before_the_first_update(rule):
-    start, first = stream(2)
+def test_there_is_no_result_before_the_first_update_and_there_is_one_in_time(rule):
+    start, *updates = stream(8)
     rule, state = run(rule, start, [])
     assert rule.result(state) is None
-    rule.update(state, first)
+    go_on(rule, state, updates)
     assert rule.result(state) is not None
 
 
@@ -103,16 +137,37 @@ def test_there_is_no_result_before_the_first_update(rule):
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(rule):
     start, *updates = stream(13)
     rule, state = run(rule, start, updates[:6])
+    rule.result(state)
     file = io.BytesIO()
-    torch.save(state, file)
+    torch.save(rule.save(state), file)
     file.seek(0)
-    resumed = torch.load(file, weights_only=True)
-    assert bits(resumed) == bits(state)
-    for weights in updates[6:]:
-        rule.update(resumed, weights)
-    _, uninterrupted = run(rule, start, updates)
+    resumed = rule.load(torch.load(file, weights_only=True), devices(start))
+    assert bits(resumed) == bits(rule.save(state))
+    go_on(rule, resumed, updates[6:])
+    _, uninterrupted = run(rule, start, updates[:6])
+    rule.save(uninterrupted)
+    go_on(rule, uninterrupted, updates[6:])
     assert bits(resumed) == bits(uninterrupted)
     assert bits(rule.result(resumed)) == bits(rule.result(uninterrupted))
+
+
+@every_rule
+def test_what_can_be_computed_again_is_not_saved(rule):
+    start, *updates = stream(8)
+    rule, state = run(rule, start, updates)
+    before = bits(rule.result(state))
+    assert "cache" not in rule.save(state)
+    assert "cache" not in rule.load(state, devices(start))
+    assert bits(rule.result(rule.load(state, devices(start)))) == before
+
+
+@every_rule
+def test_only_rules_that_decide_on_a_score_notice_it(rule):
+    start, *updates = stream(4)
+    rule, state = run(rule, start, updates)
+    before = bits(deepcopy(state))
+    rule.evaluate(state, 1.0)
+    assert (bits(state) != before) == rule.decides_on_score
 
 
 @every_rule
@@ -128,7 +183,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(rule):
     ids=str,
 )
 def test_average_is_float32_or_wider(rule, live, average):
-    start, *updates = stream(4, live)
+    start, *updates = stream(8, live)
     rule, state = run(rule, start, updates)
     assert {tensor.dtype for tensor in rule.result(state).values()} == {average}
 
@@ -163,10 +218,11 @@ def test_tensors_added_later_are_as_if_they_had_been_there_unchanged_since_the_s
     rule, expected = run(rule, start, constant)
     early = [{name: t for name, t in weights.items() if name != "scale"} for weights in (start, *updates[:3])]
     _, state = run(rule, early[0], early[1:])
+    rule.result(state)
     rule.extend(state, late)
+    assert "scale" in (rule.result(state) or late)
     late["scale"].add_(1)  # the state has copied it
-    for weights in updates[3:]:
-        rule.update(state, weights)
+    go_on(rule, state, updates[3:])
     late["scale"].sub_(1)
     order = list(rule.result(expected))
     result = rule.result(state)
@@ -178,4 +234,5 @@ def test_tensors_added_later_are_as_if_they_had_been_there_unchanged_since_the_s
 def test_initial_share_is_the_weight_of_the_start_in_the_result(rule, updates):
     one, zero = {"w": torch.ones((), dtype=torch.float64)}, {"w": torch.zeros((), dtype=torch.float64)}
     rule, state = run(rule, one, [zero] * updates)
-    assert rule.initial_share(state) == pytest.approx(rule.result(state)["w"].item(), rel=1e-12, abs=1e-15)
+    expected = (rule.result(state) or zero)["w"].item()
+    assert rule.initial_share(state) == pytest.approx(expected, rel=1e-12, abs=1e-15)

@@ -17,16 +17,24 @@ from lightning_merge.rules import (
     Mean,
     Rule,
     TimmWarmup,
+    WindowMean,
 )
 from lightning_merge.schedules import Duration, RunLength
 from lightning_merge.weights import State
 
 NAN = math.nan
 
-# rule, weights at the start, weights at each update, result after each update (to 1e-12).
+# rule, weights at the start, weights at each update, result after each update (to 1e-12; None: none yet).
 VALUES = {
     "uniform mean": (Mean(), 100.0, [4, 2, 9, 1, 5], [4, 3, 5, 4, 4.2]),
     "uniform mean forgets a start that is not a number": (Mean(), NAN, [4, 2], [4, 3]),
+    "last 1": (WindowMean(1), NAN, [4, 16], [4, 16]),
+    "last 3 of the squares of 2, 4, ... 12": (
+        WindowMean(3),
+        NAN,
+        [4, 16, 36, 64, 100, 144],
+        [None, None, 56 / 3, 116 / 3, 200 / 3, 308 / 3],  # published as 18.666667, 38.666667, 66.666667, 102.666667
+    ),
     "decay 0.9 from a copy": (
         ExponentialMean(0.9),
         1.0,
@@ -122,9 +130,12 @@ def test_rule_gives_the_expected_values(rule, start, inputs, expected):
     state = started(rule, start)
     for value, wanted in zip(inputs, expected, strict=True):
         rule.update(state, weights(value))
-        result = rule.result(state)["w"]
-        assert result.dtype == torch.float64
-        assert result.tolist() == pytest.approx([wanted] * 3, rel=0, abs=1e-12)
+        result = rule.result(state)
+        if wanted is None:
+            assert result is None
+            continue
+        assert result["w"].dtype == torch.float64
+        assert result["w"].tolist() == pytest.approx([wanted] * 3, rel=0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
