@@ -5,8 +5,10 @@ if __name__ != "lightning_merge.callbacks":
     raise ImportError(f"import `lightning_merge.callbacks`, not `{__name__}`.")
 
 from lightning_merge.callbacks._ema import EMA
+from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._swa import SWA
+from lightning_merge.callbacks._swad import SWAD
 from lightning_merge.callbacks._weight_merging import WeightMerging
 
-__all__ = ["EMA", "SWA", "RandomState", "WeightMerging"]
+__all__ = ["EMA", "LAWA", "SWA", "SWAD", "RandomState", "WeightMerging"]
