@@ -1,0 +1,99 @@
+"""LightningCLI as the ``lightning-merge`` command uses it."""
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import NoReturn, TextIO
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning_merge._files import read
+
+# Shown on every run, and nothing a user of a recipe could act on.
+_NOISE = (
+    r".*does not have many workers.*",
+    r".*is smaller than the logging interval.*",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",
+    r".*LightningCLI's args parameter is intended to run from within Python.*",
+)
+
+# Lines of jsonargparse's reports that say how it tried rather than what is wrong.
+_ROUTE = re.compile(
+    r"(- )?(Does not validate|Subtypes:|Errors:|Given value type:|Given value: (Namespace|NestedArg)"
+    r"|Expected a <class 'NoneType'>)"
+)
+_PLAINER = (
+    (r'Parser key "([^"]+)":', r"`\1`:"),
+    (r"Expected an? <class '([^']+)'>", r"expected \1"),
+    (r"(Given|Got) value:", "given value:"),
+)
+
+
+class _Parser(LightningArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exits 2 with the message only: the usage text would push it off the screen with a hundred lines."""
+        if not self.exit_on_error:  # a parser of a nested class, whose error becomes part of another
+            super().error(message, ex)
+        print(f"lightning-merge: error: {condensed(message)}\n`--help` lists all options.", file=sys.stderr)
+        self.exit(2)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the moment. A live progress bar takes its place, and shows lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class _CLI(LightningCLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Also reads the checkpoint that is asked for: what is wrong with it is said before anything is built."""
+        super().parse_arguments(parser, args)
+        path = self.config[self.config.subcommand].get("ckpt_path")
+        if path and Path(path).is_file():
+            read(Path(path))
+
+
+def run(args: list[str]) -> None:
+    """Runs ``fit``, ``validate``, ``test`` or ``predict`` with the options of LightningCLI.
+
+    ``${...}`` in a file refers to the value after all files and options are read, so a schedule whose length is
+    ``${trainer.max_epochs}`` follows ``--trainer.max_epochs 5``.
+    """
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_is_no_tip)
+        logger = logging.getLogger(name)
+        logger.handlers = [_Stderr() if type(h) is logging.StreamHandler else h for h in logger.handlers]
+    _CLI(
+        args=args,
+        parser_class=_Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        # Testing a run leaves nothing behind in its folder.
+        save_config_callback=SaveConfigCallback if args[:1] == ["fit"] else None,
+    )
+
+
+def condensed(message: str) -> str:
+    """The reasons out of jsonargparse's report on a value, in one line, without the types it tried on the way.
+
+    Example:
+        >>> condensed("Parser key \\"n\\":\\n  Errors:\\n    - Expected a <class 'int'>\\n  Given value: x")
+        '`n`: expected int; given value: x'
+    """
+    lines = [line.strip() for line in message.splitlines()]
+    reasons = dict.fromkeys(line.removeprefix("- ") for line in lines if line and not _ROUTE.match(line))
+    text = " ".join(reason if reason.endswith((":", ".", ",")) else f"{reason};" for reason in reasons).rstrip(";")
+    for pattern, plain in _PLAINER:
+        text = re.sub(pattern, plain, text)
+    return text
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in str(record.msg)
