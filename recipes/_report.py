@@ -150,7 +150,7 @@ def _sentence(accuracy: str, average: WeightMerging, final: dict[str, dict[str, 
     if images:
         error = (raw * (1 - raw) / images) ** 0.5
         text += f", {round((merged - raw) * images):+d} of {images} images"
-        text += f" (standard error of each figure: {100 * error:.2f} points)"
+        text += f" (standard error of each: {100 * error:.2f})"
     return text + "."
 
 

@@ -1,13 +1,14 @@
 """The table, the sentence and the figure that a run ends with."""
 
 import csv
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_merge._files import read
@@ -16,7 +17,9 @@ from lightning_merge.recipes import Classifier, Digits, RunReport, SmallConvNet
 from lightning_merge.recipes._report import _figure, _limits
 
 
-def fit(folder: Path, *callbacks: Callback, epochs: int = 3, **options: Any) -> RunReport:
+def fit(
+    folder: Path, *callbacks: Callback, epochs: int = 3, checkpoint: ModelCheckpoint | None = None, **options: Any
+) -> RunReport:
     """Trains for two steps an epoch and returns the report."""
     seed_everything(0)
     report = RunReport()
@@ -24,11 +27,10 @@ def fit(folder: Path, *callbacks: Callback, epochs: int = 3, **options: Any) -> 
         max_epochs=epochs,
         limit_train_batches=2,
         accelerator="cpu",
-        callbacks=[report, ModelCheckpoint(filename="last"), *callbacks],
+        callbacks=[report, checkpoint or ModelCheckpoint(filename="last"), *callbacks],
         logger=CSVLogger(folder, name="", version=""),
-        enable_progress_bar=False,
         enable_model_summary=False,
-        **options,
+        **{"enable_progress_bar": False} | options,
     )
     trainer.fit(Classifier(SmallConvNet(width=4), num_classes=10), Digits())
     return report
@@ -171,3 +173,56 @@ def test_range_of_the_figure_leaves_early_values_out_and_last_ones_in() -> None:
     assert 0.99 < high <= 1.01
     low, _ = _limits([[*late, 0.9]])
     assert low < 0.9
+
+
+def test_file_of_an_earlier_step_is_not_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, checkpoint=ModelCheckpoint(every_n_epochs=2))
+    assert table(capsys.readouterr().out)["raw"][2] == "none"
+
+
+def test_file_with_objects_of_the_user_is_left_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Odd(Callback):
+        def state_dict(self) -> dict[str, Any]:
+            return {"odd": tmp_path}
+
+    fit(tmp_path, Odd())
+    assert table(capsys.readouterr().out)["raw"][2] == "none"
+
+
+def test_validation_after_the_fit_changes_nothing(tmp_path: Path) -> None:
+    report = RunReport()
+    model, data = Classifier(SmallConvNet(width=4), num_classes=10), Digits()
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    average = EMA(decay=0.9, validate="both")
+    trainer = Trainer(
+        max_epochs=1,
+        limit_train_batches=2,
+        accelerator="cpu",
+        callbacks=[report, average],
+        default_root_dir=tmp_path,
+        enable_progress_bar=False,
+        **options,
+    )
+    trainer.fit(model, data)
+    before = deepcopy(report.measured)
+    trainer.validate(Classifier(SmallConvNet(width=4), num_classes=10), data, verbose=False)
+    assert report.measured == before
+
+
+def test_progress_bar_ends_before_averages_say_their_last(tmp_path: Path) -> None:
+    seen = []
+
+    class Bar(ProgressBar):
+        ended = False
+
+        def disable(self) -> None: ...
+
+        def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            self.ended = True
+
+    class Later(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            seen.append(trainer.progress_bar_callback.ended)  # type: ignore[union-attr]
+
+    fit(tmp_path, Later(), Bar(), enable_progress_bar=True, epochs=1)
+    assert seen == [True]
