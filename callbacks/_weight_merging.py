@@ -272,7 +272,7 @@ class WeightMerging(Callback):
             moment = Moment(self.steps, completed, epoch_end=True)
             if self.wants(moment):
                 self.take_in(moment, weights.nonfinite(self.tensors))
-            if self.steps == 0:
+            if self.steps == 0 and completed == 1:
                 rank_zero_warn(
                     f"{self.title}: optimizer {self.optimizer} applied no step in the first epoch, so nothing can be"
                     " averaged. If it is stepped rarely or in a way that torch does not see, choose another with"
