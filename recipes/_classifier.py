@@ -88,5 +88,5 @@ class Classifier(LightningModule):
         images, labels = batch
         logits = self(images)
         accuracy(logits, labels)
-        self.log(f"{stage}/loss", cross_entropy(logits, labels), batch_size=len(labels))
+        self.log(f"{stage}/loss", cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=True)

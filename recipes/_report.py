@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
@@ -61,12 +60,15 @@ class RunReport(Callback):
         """Ends the progress bar; a bar that lives on is redrawn over what averages say at the end."""
         _end_progress_bar(trainer, pl_module)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the table and draws the figure."""
         _end_progress_bar(trainer, pl_module)  # one of the last measurement
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        if trainer.is_global_zero:
+            self._report(trainer, folder)
+
+    def _report(self, trainer: Trainer, folder: Path) -> None:
         averages = _averages(trainer)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
         final = {name: points.get(trainer.global_step, {}) for name, points in self.measured.items()}
         final |= {average.name: average.final_metrics for average in averages if average.final_metrics}
 

@@ -226,3 +226,20 @@ def test_progress_bar_ends_before_averages_say_their_last(tmp_path: Path) -> Non
 
     fit(tmp_path, Later(), Bar(), enable_progress_bar=True, epochs=1)
     assert seen == [True]
+
+
+def test_every_rank_is_asked_for_the_folder_and_one_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    class OtherRank:
+        progress_bar_callback = None
+        is_global_zero = False
+
+        @property
+        def log_dir(self) -> str:
+            asked.append(self)  # a broadcast, which hangs unless all ranks take part
+            return "runs"
+
+    RunReport().on_fit_end(OtherRank(), None)  # type: ignore[arg-type]
+    assert len(asked) == 1
+    assert capsys.readouterr().out == ""
