@@ -17,7 +17,7 @@ _RECIPE_MODULES = (*_CLI_MODULES, "torchvision", "sklearn", "matplotlib", "rich"
 
 _HELP = """\
 commands:
-  recipes                      list the bundled recipes
+  recipes [NAME]               list the bundled recipes, or print one: `lightning-merge recipes digits/swa > mine.yaml`
   run NAME [--option value]    train with a recipe, e.g. `lightning-merge run digits/swa --trainer.max_epochs 10`;
                                `--config FILE` and options override it, `--print_config` shows it,
                                `run NAME --help` lists all options
@@ -66,13 +66,14 @@ def _dispatch(arguments: list[str]) -> int:
     commands = parser.add_subparsers(prog="lightning-merge", dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
     for name in ("run", *_TRAINER_COMMANDS):
         commands.add_parser(name)
-    commands.add_parser("recipes", description="List the bundled recipes.")
+    listing = commands.add_parser("recipes", description="List the bundled recipes, or print one.")
+    listing.add_argument("name", nargs="?", help="the recipe to print, as `digits/swa`")
     inspect = commands.add_parser("inspect", description="Say which weights a checkpoint file holds.")
     inspect.add_argument("file", type=Path)
 
     options = parser.parse_args(arguments)
     if options.command == "recipes":
-        _recipes()
+        _recipes(options.name)
     elif options.command == "inspect":
         from lightning_merge._files import describe
 
@@ -82,9 +83,12 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-def _recipes() -> None:
-    from lightning_merge.recipes._catalog import recipes, summary
+def _recipes(name: str | None) -> None:
+    from lightning_merge.recipes._catalog import find, recipes, summary
 
+    if name is not None:
+        print(find(name).read_text(encoding="utf-8"), end="")
+        return
     found = recipes()
     width = max(map(len, found))
     for name, path in found.items():

@@ -94,6 +94,14 @@ def test_recipes_has_a_line_for_each(run: Run) -> None:
     assert all(len(line) < 120 for line in lines)
 
 
+def test_a_printed_recipe_runs_as_a_config(run: Run) -> None:
+    text = run("recipes", "digits/plain").out
+    assert text.startswith("# ")
+    Path("mine.yaml").write_text(text)
+    config = run("fit", "--config=mine.yaml", "--trainer.max_epochs=7", "--print_config").out
+    assert "T_max: 7" in config
+
+
 # ---- mistakes
 
 
@@ -104,6 +112,7 @@ def test_recipes_has_a_line_for_each(run: Run) -> None:
         (["run"], ["digits/swa"]),
         (["run", "--trainer.max_epochs=1"], ["digits/swa"]),
         (["run", "digits/sma"], ["'digits/sma'", "digits/swa"]),
+        (["recipes", "digits/sma"], ["'digits/sma'", "digits/swa"]),
         (["inspect"], ["file"]),
         (["inspect", "nowhere.ckpt"], ["there is no file nowhere.ckpt"]),
         (["inspect", "."], ["is a folder"]),
