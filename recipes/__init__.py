@@ -11,11 +11,23 @@ if __name__ != "lightning_merge.recipes":
 if TYPE_CHECKING:
     from lightning_merge.recipes._classifier import Classifier
     from lightning_merge.recipes._digits import Digits, SmallConvNet
+    from lightning_merge.recipes._images import CIFAR, ImageNet
     from lightning_merge.recipes._report import RunReport
+    from lightning_merge.recipes._resnet import SmallResNet
+    from lightning_merge.recipes._warmup_cosine import WarmupCosine
 
-__all__ = ["Classifier", "Digits", "RunReport", "SmallConvNet"]
+__all__ = ["CIFAR", "Classifier", "Digits", "ImageNet", "RunReport", "SmallConvNet", "SmallResNet", "WarmupCosine"]
 
-_HOMES = {"Classifier": "_classifier", "Digits": "_digits", "SmallConvNet": "_digits", "RunReport": "_report"}
+_HOMES = {
+    "CIFAR": "_images",
+    "Classifier": "_classifier",
+    "Digits": "_digits",
+    "ImageNet": "_images",
+    "RunReport": "_report",
+    "SmallConvNet": "_digits",
+    "SmallResNet": "_resnet",
+    "WarmupCosine": "_warmup_cosine",
+}
 
 
 def __getattr__(name: str) -> object:
