@@ -9,6 +9,7 @@ from typing import NoReturn, TextIO
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning_utilities.core import rank_zero
 
 from lightning_merge._files import read
 
@@ -67,8 +68,8 @@ def run(args: list[str]) -> None:
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    rank_zero.log.addFilter(_is_no_tip)  # the last Lightning package that was imported has set it
     for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(f"{name}.utilities.rank_zero").addFilter(_is_no_tip)
         logger = logging.getLogger(name)
         logger.handlers = [_Stderr() if type(h) is logging.StreamHandler else h for h in logger.handlers]
     _CLI(
