@@ -14,12 +14,24 @@ if TYPE_CHECKING:
     from lightning_merge.recipes._images import CIFAR, ImageNet
     from lightning_merge.recipes._report import RunReport
     from lightning_merge.recipes._resnet import SmallResNet
+    from lightning_merge.recipes._threads import CPUThreads
     from lightning_merge.recipes._warmup_cosine import WarmupCosine
 
-__all__ = ["CIFAR", "Classifier", "Digits", "ImageNet", "RunReport", "SmallConvNet", "SmallResNet", "WarmupCosine"]
+__all__ = [
+    "CIFAR",
+    "CPUThreads",
+    "Classifier",
+    "Digits",
+    "ImageNet",
+    "RunReport",
+    "SmallConvNet",
+    "SmallResNet",
+    "WarmupCosine",
+]
 
 _HOMES = {
     "CIFAR": "_images",
+    "CPUThreads": "_threads",
     "Classifier": "_classifier",
     "Digits": "_digits",
     "ImageNet": "_images",

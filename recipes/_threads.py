@@ -1,0 +1,33 @@
+"""How many threads torch computes with on the CPU."""
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class CPUThreads(Callback):
+    """Lets torch compute with ``count`` threads during a run, and with as many as before after it.
+
+    A small network is no faster with more. It is several times slower when another program is busy, as threads wait
+    for each other, and its numbers change with their count.
+
+    Args:
+        count: At least 1.
+
+    Raises:
+        ValueError: If ``count`` is less than 1.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        if count < 1:
+            raise ValueError(f"`count` must be at least 1, got {count}.")
+        self.count = count
+        self.before = torch.get_num_threads()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sets the count."""
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Puts it back."""
+        torch.set_num_threads(self.before)
