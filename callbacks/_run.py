@@ -62,6 +62,7 @@ def recalibrate(trainer: Any, module: LightningModule, name: str, recent: Recent
         desc=f"{name}: measuring BatchNorm statistics",
         unit="batch",
         leave=False,
+        delay=1.0,  # seconds: what is done at once needs no bar
         disable=bar is None or not bar.is_enabled,
     )
     patches = Patches()

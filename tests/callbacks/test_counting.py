@@ -57,6 +57,36 @@ def test_ema_in_a_trainer_equals_its_closed_form_in_float64(package: ModuleType,
     assert module.w.item() == values[-1]
 
 
+@pytest.mark.parametrize(
+    ("warmup", "decays"),
+    [
+        ("timm", [1 - s ** (-2 / 3) for s in range(1, 7)]),
+        ("diffusers", [0.0, *(s / (9 + s) for s in range(2, 7))]),
+    ],
+)
+def test_warm_ups_in_a_trainer_equal_their_closed_form_in_float64(
+    warmup: Any, decays: list[float], tmp_path: Path
+) -> None:
+    ema = EMA(decay=0.9999, warmup=warmup)
+    trainer(tmp_path, [ema], max_epochs=1, precision="64-true").fit(Walk(), steps(6))
+    expected = 0.0
+    for step, decay in enumerate(decays, start=1):
+        expected = decay * expected + (1 - decay) * step
+    assert ema.merged_weights()["w"].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_warm_up_of_ema_pytorch_in_a_trainer_equals_its_published_run(tmp_path: Path) -> None:
+    ema = EMA(decay=0.9999, warmup="ema_pytorch", start_step=101, every_n_steps=10)
+    # Its call c comes after optimizer step c + 1 and sees weights of c.
+    trainer(tmp_path, [ema], max_epochs=1, precision="64-true").fit(Walk(start=-1.0), steps(151))
+    expected = 100.0
+    for call in range(110, 151, 10):
+        decay = 1 - (1 + call - 100) ** (-2 / 3)
+        expected = decay * expected + (1 - decay) * call
+    assert expected == pytest.approx(112.682938, abs=1e-4)
+    assert ema.merged_weights()["w"].item() == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_an_update_every_few_steps_keeps_the_decay_of_as_many(every: int, tmp_path: Path) -> None:
     ema = EMA(decay=0.9, every_n_steps=every)
