@@ -4,7 +4,7 @@ import hashlib
 import pickle
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ from lightning_merge.recipes._images import in_turn
 REAL = Path(__file__).resolve().parents[3] / "shared/data"
 METHODS = {"plain", "ema", "swa", "lawa", "swad"}
 OURS = [name for name in recipes() if not name.startswith("digits/") or name in ("digits/lawa", "digits/swad")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other would take most of the time on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def ready(data: LightningDataModule, stage: str = "fit") -> Any:
