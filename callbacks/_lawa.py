@@ -21,8 +21,8 @@ class LAWA(WeightMerging):
         directory: For ``"disk"``: the folder they are in.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
-        selection: Which tensors are averaged and what happens to buffers; by default all parameters, and the buffers
-            of the latest snapshot.
+        selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
+            BatchNorm statistics are measured again under the mean.
         optimizer: Index of the optimizer whose steps are counted.
 
     Raises:
@@ -60,7 +60,7 @@ class LAWA(WeightMerging):
         super().__init__(
             WindowMean(k, store=store, directory=directory),
             schedule=epochs if every_n_steps is None else EveryNSteps(every_n_steps, start),
-            selection=selection or Selection(buffers="copy"),
+            selection=selection or Selection(buffers="recompute"),
             validate=validate,
             name=name,
             optimizer=optimizer,

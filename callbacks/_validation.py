@@ -54,10 +54,10 @@ class Validation:
         """Says once per fit what is averaged and under which keys it is measured."""
         averages = self._publisher.averages
         lines = [f"{average.title} averages {average.describe()}." for average in averages]
-        owner = "the raw weights" if self._raw_owns_plain_names else self._publisher.primary.title
+        owner = "the raw weights" if self.owner is None else self.owner.title
         lines.append(f"Validation measures {owner} under the plain metric names, as `val/acc`.")
         prefixed = {self._prefix(average): average.title for average in averages if average.validate != "raw"}
-        if not self._raw_owns_plain_names and any(average.validate != "merged" for average in averages):
+        if self.owner is not None and any(average.validate != "merged" for average in averages):
             prefixed[f"{RAW}/"] = "the raw weights"
         lines += [f"It measures {title} as `{prefix}val/acc`." for prefix, title in prefixed.items() if prefix]
         if any(average.validate != "raw" for average in averages):
@@ -95,7 +95,7 @@ class Validation:
         if (prefix := f"{monitor.partition('/')[0]}/") in by_prefix:
             return by_prefix[prefix]
         known = bool(self._measured_on) or monitor in self._publisher.trainer.callback_metrics
-        return RAW if known or self._raw_owns_plain_names or prefix == f"{RAW}/" else primary.name
+        return RAW if known or self.owner is None or prefix == f"{RAW}/" else primary.name
 
     @property
     def measures_raw(self) -> bool:
@@ -122,13 +122,14 @@ class Validation:
         return self._publisher.trainer.fit_loop.epoch_loop.val_loop
 
     @property
-    def _raw_owns_plain_names(self) -> bool:
+    def owner(self) -> "WeightMerging | None":
+        """The average whose metrics have plain names; ``None``: the raw weights do, since a rule decides on them."""
         averages = self._publisher.averages
-        return averages[0].validate == "raw" or any(average.rule.decides_on_score for average in averages)
+        raw_owns = averages[0].validate == "raw" or any(average.rule.decides_on_score for average in averages)
+        return None if raw_owns else averages[0]
 
     def _prefix(self, average: "WeightMerging") -> str:
-        owns = average is self._publisher.primary and not self._raw_owns_plain_names
-        return "" if owns else f"{average.name}/"
+        return "" if average is self.owner else f"{average.name}/"
 
     def _version(self, average: "WeightMerging | None") -> tuple[int, int]:
         """Changes whenever the set does."""
@@ -143,8 +144,8 @@ class Validation:
         Callbacks that decide by a metric see the last run only, and the metrics of all of them.
         """
         averages = self._publisher.averages
-        raw = Pass(None, [""] if self._raw_owns_plain_names else [])
-        if not self._raw_owns_plain_names and any(average.validate != "merged" for average in averages):
+        raw = Pass(None, [""] if self.owner is None else [])
+        if self.owner is not None and any(average.validate != "merged" for average in averages):
             raw.prefixes.append(f"{RAW}/")
         passes = [raw]
         for average in averages:

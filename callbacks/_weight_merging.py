@@ -153,6 +153,11 @@ class WeightMerging(Callback):
         return self._publisher.raw(self)
 
     @property
+    def owns_plain_names(self) -> bool:
+        """Whether validation logs its metrics under plain names, as ``val/acc``, once it is ready."""
+        return self._publisher is not None and self._publisher.validation.owner is self
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The live parameters and buffers that it merges, by canonical name."""
         return {**self._live, **self._live_buffers}

@@ -39,8 +39,7 @@ class RunReport(Callback):
             return
         # Under the name of an average that is not ready yet, the raw weights are measured.
         averages = [average for average in _averages(trainer) if average.ready]
-        owner = next((average for average in _averages(trainer)[:1] if average.validate != "raw"), None)
-        plain = owner.name if owner in averages else "raw"
+        plain = next((average.name for average in averages if average.owns_plain_names), "raw")
         for name in ("raw", *(average.name for average in averages)):
             for metric in self.metrics:
                 value = trainer.callback_metrics.get(metric if name == plain else f"{name}/{metric}")
@@ -103,7 +102,11 @@ def _curve(points: dict[int, dict[str, float]], metric: str) -> list[tuple[int, 
 def _images(trainer: Trainer) -> int | None:
     """How many images validation measures, if it has one loader that can tell and runs all of it."""
     dataset = getattr(trainer.val_dataloaders, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) and trainer.limit_val_batches == 1.0 else None
+    return len(dataset) if isinstance(dataset, Sized) and _is_all(trainer.limit_val_batches) else None
+
+
+def _is_all(limit: int | float) -> bool:
+    return isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
 
 
 def _files(trainer: Trainer, averages: list[WeightMerging]) -> dict[str, str]:
