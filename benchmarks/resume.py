@@ -27,14 +27,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_merge.callbacks import EMA, SWA, RandomState, WeightMerging
+from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, RandomState, WeightMerging
 
 METHODS: dict[str, Callable[[], WeightMerging]] = {
     "ema": lambda: EMA(decay=0.9, validate="both"),
     "swa": lambda: SWA(start_epoch=1, swa_lr=0.02, anneal_epochs=2),
+    "lawa": lambda: LAWA(k=2, every_n_steps=3),
+    "swad": lambda: SWAD("val/loss", n_converge=2, n_tolerance=2, stop=False, validate="both"),
 }
 EPOCHS, BATCHES = 3, 8
-EVENTS = {"train": EPOCHS * BATCHES, "validation": EPOCHS * 2 * 2, "write": EPOCHS * (BATCHES // 3 + 1)}
+EVENTS = {"train": EPOCHS * BATCHES, "validation": EPOCHS * 2 * 2, "write": EPOCHS * 3}
 
 
 class Network(pl.LightningModule):
@@ -75,8 +77,9 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
     if on_event is not None:
         network.on_event = on_event
         cut_writes(on_event)
-    # Not a file per step: Lightning 2.6 skips an epoch when it resumes from the file of an epoch's last batch.
-    by_step = ModelCheckpoint(folder, filename="batch-{step}", every_n_train_steps=3, save_top_k=-1)
+    # Every 7 steps, which never meets a validation (every 4) or the end of an epoch: a file that is written just before
+    # one makes Lightning 2.6 leave it out when it resumes, and skip an epoch.
+    by_step = ModelCheckpoint(folder, filename="batch-{step}", every_n_train_steps=7, save_top_k=-1)
     by_epoch = ModelCheckpoint(folder, filename="epoch-{step}", every_n_epochs=1, save_top_k=-1)
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
