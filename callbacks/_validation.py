@@ -43,6 +43,7 @@ class Validation:
         self._publisher = publisher
         self._canary = Canary()
         self._current: Pass | None = None
+        self._at_the_end = False  # whether what is measured now is only measured, after everything was decided
         self._measured_on: dict[str, str] = {}  # metric key -> the set it was last measured on
         self._measured_at: dict[str, tuple[int, int]] = {}  # set -> its version when it was last measured
 
@@ -71,7 +72,8 @@ class Validation:
             return
         passes = [Pass(average, [self._prefix(average)]) for average in ready]
         if any(average.validate == "both" for average in self._publisher.averages):
-            passes.insert(0, Pass(None, [f"{RAW}/"]))
+            passes.insert(0, Pass(None, ["" if self.owner is None else f"{RAW}/"]))
+        self._at_the_end = True
         first_loop_iter = trainer._logger_connector._first_loop_iter
         self._loop.restarting = False  # as after a training batch: it must not go on where a resumed file left it
         for pass_ in passes:
@@ -98,9 +100,9 @@ class Validation:
         return RAW if known or self.owner is None or prefix == f"{RAW}/" else primary.name
 
     @property
-    def measures_raw(self) -> bool:
-        """Whether the validation run that is going on measures the raw weights of a fit."""
-        return self._current is not None and self._current.average is None
+    def is_evaluation(self) -> bool:
+        """Whether the validation run that is going on measures the raw weights for a rule to decide by."""
+        return self._current is not None and self._current.average is None and not self._at_the_end
 
     def is_measured(self, average: "WeightMerging | None") -> bool:
         """Whether a validation run has measured (or is measuring) just these weights."""

@@ -239,7 +239,7 @@ class WeightMerging(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells a rule that decides on a score how the raw weights did. Comes before any checkpoint is written."""
-        if self._state is not None and self._publisher is not None and self._publisher.validation.measures_raw:
+        if self._state is not None and self._publisher is not None and self._publisher.validation.is_evaluation:
             self._evaluate(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,7 +346,7 @@ class WeightMerging(Callback):
         assert self._module is not None
         live = {**self.selection.parameters(self._module), **self.selection.averaged_buffers(self._module)}
         # A parameter that was averaged once stays averaged, also while it is frozen.
-        everything = {**weights.named_parameters(self._module), **weights.named_buffers(self._module)}
+        everything = weights.named_tensors(self._module)
         live = {name: everything[name] for name in everything if name in live or name in self._live}
         new = {name: tensor for name, tensor in live.items() if name not in self._live}
         if self._state is not None and self._live and new:

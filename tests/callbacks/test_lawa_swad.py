@@ -155,3 +155,13 @@ def test_lawa_and_swad_go_on_bit_for_bit_from_any_file(store: Any, tmp_path: Pat
 def test_both_intervals_of_lawa_are_refused() -> None:
     with pytest.raises(ValueError, match="`every_n_epochs` or `every_n_steps`, not both"):
         LAWA(every_n_epochs=1, every_n_steps=1)
+
+
+def test_measuring_the_end_is_no_evaluation_that_swad_decides_by(tmp_path: Path) -> None:
+    swad = SWAD("val/loss", validate="both")
+    run = trainer(tmp_path, [swad], max_epochs=3, check_val_every_n_epoch=2, precision="64-true")
+    module = Scripted([2.0])
+    run.fit(module, steps(2), steps(1))  # the last two of six steps come after the only validation
+    assert swad.evaluations == 1
+    assert module.w.item() == 1.5  # the last segment that was evaluated: 0 ... 3
+    assert run.callback_metrics.keys() == {"val/loss", "swad/val/loss"}
