@@ -1,14 +1,19 @@
-"""Times one update and one exchange of weights, ours and others', as ratios to the memory-bandwidth limit.
+"""Times one update, one exchange of weights and a training step, as ratios to the memory-bandwidth limit.
 
     python benchmarks/averaging.py --processes 5 --output benchmarks/results/averaging.json
 
 The limit is one flat in-place ``lerp_`` over as many float32 numbers as the model has: it reads the weights and the
 average and writes the average. All contestants alternate in one process, so that a drift of the machine meets them
 alike; each process gives the ratio of medians, and the figure is the median over processes, with lowest and highest.
-Others average BatchNorm's buffers along, ours copies none here: buffers are 0.1 to 0.4 % of these models.
+Others average BatchNorm's buffers along, ours copies none here: buffers are 0.1 to 0.4 % of these models. "One read" is
+a flat dot product, the least that a look for NaN before the update can cost.
+
+A training step is measured in a Trainer, plain and with ``EMA`` in turns: SGD with momentum, float32, random images.
+"Inside hooks" is all time that the callback takes per step, "apart from the update" that less the update and the check.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -19,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 MODELS = ("resnet18", "resnet50", "vit_base_patch16_224")
+TRAINED = {"resnet18": 16, "resnet50": 8, "vit_base_patch16_224": 4}  # batch sizes
 ROUNDS = 15
 DECAY = 0.999
 
@@ -52,6 +58,7 @@ def contestants(module: Any) -> dict[str, Callable[[], Any]]:
 
     return {
         "limit": lambda: flat[0].lerp_(flat[1], 1 - DECAY),
+        "one read": lambda: flat[1].dot(flat[1]),
         "ours, update": lambda: ours(1, check=False),
         "ours, update and NaN check": lambda: ours(1, check=True),
         "ours, three averages and one check": lambda: ours(3, check=True),
@@ -126,6 +133,101 @@ def exchanges(name: str) -> dict[str, float]:
     return {"tensors": float(len(ema.tensors)), "us_per_tensor": statistics.median(found)}
 
 
+class Clock:
+    """Adds up the seconds spent in functions it wraps, nested ones once; only what happens within another clock's."""
+
+    def __init__(self, within: "Clock | None" = None) -> None:
+        self.within = within
+        self.seconds = 0.0
+        self.inside = False
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if self.inside or (self.within is not None and not self.within.inside):
+                return function(*args, **kwargs)
+            self.inside, start = True, time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+                self.inside = False
+
+        return timed
+
+
+def training_steps(name: str, batch_size: int, steps: int = 6, rounds: int = 3) -> dict[str, float]:
+    """Milliseconds of a training step with and without ``EMA``, and of that the time inside its hooks."""
+    from unittest.mock import patch
+
+    import lightning.pytorch as pl
+    import timm
+    import torch
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from lightning_merge import weights
+    from lightning_merge.callbacks import EMA
+    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.rules import ExponentialMean
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = timm.create_model(name, pretrained=False, num_classes=10)
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+    class StepTimes(pl.Callback):
+        def __init__(self) -> None:
+            self.at: list[float] = []
+
+        def on_train_batch_start(self, *args: Any) -> None:
+            self.at.append(time.perf_counter())
+
+    hooks = Clock()
+    work = Clock(within=hooks)
+    images = TensorDataset(torch.randn(steps * batch_size, 3, 224, 224), torch.randint(10, (steps * batch_size,)))
+
+    def fit(callbacks: list[pl.Callback]) -> list[float]:
+        clock = StepTimes()
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            callbacks=[clock, *callbacks],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(), DataLoader(images, batch_size=batch_size))
+        return [1e3 * (end - start) for start, end in itertools.pairwise(clock.at[1:])]
+
+    class Timed(EMA):
+        pass
+
+    for hook in ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_start", "on_train_epoch_end"):
+        setattr(Timed, hook, hooks.around(getattr(EMA, hook)))
+    times: dict[str, list[float]] = {"plain": [], "EMA": []}
+    with (
+        patch.object(Publisher, "_after_step", hooks.around(Publisher._after_step)),
+        patch.object(ExponentialMean, "update", work.around(ExponentialMean.update)),
+        patch.object(weights, "nonfinite", work.around(weights.nonfinite)),
+    ):
+        for _ in range(rounds):
+            times["plain"] += fit([])
+            times["EMA"] += fit([Timed(DECAY)])
+    inside = 1e3 * hooks.seconds / (rounds * steps)
+    return {
+        "plain": statistics.median(times["plain"]),
+        "EMA": statistics.median(times["EMA"]),
+        "inside hooks": inside,
+        "apart from the update": inside - 1e3 * work.seconds / (rounds * steps),
+    }
+
+
 def one_process() -> dict[str, Any]:
     """Everything, once."""
     import logging
@@ -137,6 +239,7 @@ def one_process() -> dict[str, Any]:
     return {
         "updates_ms": {name: updates(name) for name in MODELS},
         "exchange": {name: exchanges(name) for name in ("resnet50", "resnet152")},
+        "training_step_ms": {name: training_steps(name, batch_size) for name, batch_size in TRAINED.items()},
     }
 
 
@@ -153,6 +256,16 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         }
         for name in MODELS
     }
+    checked = {
+        name: spread(
+            [
+                run["updates_ms"][name]["ours, three averages and one check"]
+                / (3 * run["updates_ms"][name]["ours, update and NaN check"])
+                for run in runs
+            ]
+        )
+        for name in MODELS
+    }
     three = {
         name: spread(
             [
@@ -164,11 +277,22 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
     limit = {name: spread([run["updates_ms"][name]["limit"] for run in runs]) for name in MODELS}
     exchange = {name: spread([run["exchange"][name]["us_per_tensor"] for run in runs]) for name in runs[0]["exchange"]}
+    steps = {}
+    for name, batch_size in TRAINED.items():
+        measured = [run["training_step_ms"][name] for run in runs]
+        steps[name] = {
+            "batch_size": batch_size,
+            "EMA over plain": spread([step["EMA"] / step["plain"] for step in measured]),
+            **{f"{key}, ms": spread([step[key] for step in measured]) for key in ("plain", "inside hooks")},
+            "hooks apart from the update, ms": spread([step["apart from the update"] for step in measured]),
+        }
     return {
         "limit_ms": limit,
         "update_over_limit": ratios,
         "three_over_three_passes": three,
+        "three_and_one_check_over_three_checked_passes": checked,
         "exchange_us_per_tensor": exchange,
+        "training_step_at_224_px": steps,
     }
 
 

@@ -174,23 +174,31 @@ def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[st
 def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors that hold a NaN or an infinity."""
     averaged = {name: t for name, t in weights.items() if is_averaged(t) and t.numel()}
-    # One reduction per tensor and one synchronisation per dtype and device: a sum of finite numbers can only overflow
-    # to infinity, so a finite sum proves the tensor finite and the exact test runs on the rare rest.
-    sums: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in averaged.values():
-        total = _sum_for_check(tensor)
-        sums.setdefault((total.dtype, total.device), []).append(total)
-    if all(bool(torch.stack(group).isfinite().all()) for group in sums.values()):
+    # One number per tensor and one synchronisation per dtype and device: a norm of finite numbers can only overflow to
+    # infinity, so a finite norm proves the tensor finite and the exact test runs on the rare rest.
+    if all(bool(torch.stack(norms).isfinite().all()) for norms in _norms(list(averaged.values()))):
         return set()
     return {name for name, t in averaged.items() if not bool(t.isfinite().all())}
 
 
-def _sum_for_check(tensor: Tensor) -> Tensor:
-    # The sum of squares where BLAS has it: on a CPU that takes up to a third less time than torch's sum.
-    if tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous():
-        flat = tensor.view(-1)
-        return torch.dot(flat, flat)
-    return tensor.sum(dtype=average_dtype(tensor))
+def _norms(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """A norm of each tensor, in lists of one dtype and device."""
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in groups.values():
+        # On a CPU BLAS reads a large tensor faster than torch does, on both cores; small ones are all dispatch.
+        large = [t for t in group if _is_for_blas(t)]
+        small = [t for t in group if not _is_for_blas(t)]
+        norms = [torch.dot(flat, flat) for flat in (t.view(-1) for t in large)]
+        if small:
+            norms += torch._foreach_norm(small, dtype=average_dtype(small[0]))
+        yield norms
+
+
+def _is_for_blas(tensor: Tensor) -> bool:
+    plain = tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous()
+    return plain and tensor.device.type == "cpu" and tensor.numel() >= 1 << 16
 
 
 def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:

@@ -172,17 +172,20 @@ def test_like_converts_only_what_differs():
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str)
-def test_nonfinite_names_the_offenders(bad, dtype):
-    tensors = {"count": torch.tensor(1), "empty": torch.empty(0), "a": torch.ones(3), "b": torch.ones(5, dtype=dtype)}
+@pytest.mark.parametrize("numbers", [5, 100_000])
+def test_nonfinite_names_the_offenders(bad, dtype, numbers):
+    large = torch.ones(numbers, dtype=dtype)
+    tensors = {"count": torch.tensor(1), "empty": torch.empty(0), "a": torch.ones(3), "b": large}
     assert nonfinite(tensors) == set()
     tensors["b"][3] = bad
     tensors["c"] = torch.tensor(torch.nan)
     assert nonfinite(tensors) == {"b", "c"}
 
 
-def test_finite_numbers_whose_sum_overflows_are_finite():
-    assert not nonfinite({"w": torch.full((4,), 3e38)})
-    assert not nonfinite({"w": torch.full((4,), 60_000.0, dtype=torch.float16)})
+@pytest.mark.parametrize("numbers", [4, 100_000])
+def test_finite_numbers_whose_norm_overflows_are_finite(numbers):
+    assert not nonfinite({"w": torch.full((numbers,), 3e38)})
+    assert not nonfinite({"w": torch.full((numbers,), 60_000.0, dtype=torch.float16)})
     assert not nonfinite({})
 
 
