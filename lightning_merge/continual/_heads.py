@@ -1,0 +1,111 @@
+"""Heads: what a classifier's last layer needs when classes come in tasks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+def only(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
+    """The logits with those of other classes at ``-inf``, so that softmax and argmax choose among ``classes``.
+
+    Args:
+        logits: Of shape (N, C).
+        classes: Which columns stay; ``None`` for all.
+
+    Raises:
+        ValueError: If a class has no column.
+
+    Example:
+        >>> only(torch.tensor([[1.0, 3.0, 2.0]]), classes=(0, 2))
+        tensor([[1., -inf, 2.]])
+    """
+    if classes is None:
+        return logits
+    if not 0 <= min(classes) <= max(classes) < logits.shape[1]:
+        raise ValueError(
+            f"`classes` must be in [0, {logits.shape[1]}), the logits of the head, got {list(classes)}. Grow the head"
+            " first: `grow_head(head, classes)`."
+        )
+    masked = torch.full_like(logits, -torch.inf)
+    index = torch.as_tensor(classes, device=logits.device)
+    return masked.index_copy(1, index, logits.index_select(1, index))
+
+
+def masked_cross_entropy(
+    logits: Tensor, labels: Tensor, classes: Sequence[int] | None, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross-entropy among the classes of the current task: no other class's logit gets a gradient.
+
+    Over all classes, every sample of the current task would push the logits of all earlier classes down, and a model
+    without their samples has nothing to push back.
+
+    Args:
+        logits: Of shape (N, C).
+        labels: Of shape (N,); each is among ``classes``.
+        classes: Those of the current task; ``None`` for all.
+        label_smoothing: Share of the target spread evenly over ``classes``, in [0, 1).
+
+    Example:
+        >>> masked_cross_entropy(torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([2]), classes=(0, 2))
+        tensor(0.6931)
+    """
+    if classes is None:
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    # The columns themselves rather than -inf in the others, whose share of the smoothed target would be infinite.
+    return cross_entropy(
+        logits[:, torch.as_tensor(classes, device=logits.device)],
+        remapped(labels, classes),
+        label_smoothing=label_smoothing,
+    )
+
+
+def remapped(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """Labels as places in ``classes``: what a head with one output per class of the task is trained on.
+
+    Args:
+        labels: Class numbers, of any shape.
+        classes: The classes in the order of the head's outputs.
+
+    Raises:
+        ValueError: If a label is not among them.
+
+    Example:
+        >>> remapped(torch.tensor([7, 3, 7]), classes=(3, 7))
+        tensor([1, 0, 1])
+    """
+    order = torch.as_tensor(classes, device=labels.device)
+    matches = labels.unsqueeze(-1) == order
+    if not bool(matches.any(-1).all()):
+        other = labels[~matches.any(-1)].flatten()[0].item()
+        raise ValueError(f"`labels` must be among the classes of the task, {list(classes)}, got {other}.")
+    return matches.long().argmax(-1)
+
+
+def grow_head(head: nn.Linear, num_classes: int) -> nn.Linear:
+    """A layer with ``num_classes`` outputs: the rows of ``head``, then fresh ones as ``nn.Linear`` makes them.
+
+    Args:
+        head: The last layer.
+        num_classes: At least the outputs it has.
+
+    Raises:
+        ValueError: If it has more.
+
+    Example:
+        >>> old = nn.Linear(3, 2)
+        >>> new = grow_head(old, 5)
+        >>> new.weight.shape, torch.equal(new.weight[:2], old.weight)
+        (torch.Size([5, 3]), True)
+    """
+    if num_classes < head.out_features:
+        raise ValueError(f"`num_classes` must be at least {head.out_features}, what the head has, got {num_classes}.")
+    grown = nn.Linear(
+        head.in_features, num_classes, head.bias is not None, device=head.weight.device, dtype=head.weight.dtype
+    )
+    with torch.no_grad():
+        grown.weight[: head.out_features] = head.weight
+        if head.bias is not None:
+            grown.bias[: head.out_features] = head.bias
+    return grown

@@ -1,0 +1,285 @@
+"""What a stream of tasks is judged by: one matrix of accuracies, and the figures that are taken from it.
+
+``R[i][j]`` is the accuracy on task ``j`` after training task ``i``, NaN where it was not measured. Every figure leaves
+the matrix as it is, counts the tasks trained so far (the last row with a value is now), and is NaN where it is not
+defined.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, final, get_args
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+Average = Literal["macro", "micro"]
+Convention = Literal["chaudhry", "max_all", "initial"]
+
+
+@final
+class AccuracyMatrix(Metric):
+    """``R[i][j]``: share of task ``j``'s test samples that the model gets right after task ``i``.
+
+    Counts are summed over processes, so it is exact under DDP.
+
+    Args:
+        tasks: Length of the stream, in tasks; at least 1.
+
+    Raises:
+        ValueError: If ``tasks`` is less than 1, or an index of ``update`` is not one of the tasks.
+
+    Example:
+        >>> matrix = AccuracyMatrix(tasks=2)
+        >>> matrix.update(torch.tensor([0, 1, 1, 1]), torch.tensor([0, 1, 0, 1]), after=0, task=0)
+        >>> matrix.compute()
+        tensor([[0.7500,    nan],
+                [   nan,    nan]])
+    """
+
+    full_state_update = False
+    right: Tensor
+    samples: Tensor
+
+    def __init__(self, tasks: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if tasks < 1:
+            raise ValueError(f"`tasks` must be at least 1, got {tasks}.")
+        self.tasks = tasks
+        for name in ("right", "samples"):
+            self.add_state(name, torch.zeros(tasks, tasks, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, predictions: Tensor, labels: Tensor, after: int, task: int) -> None:
+        """Counts a batch of task ``task`` predicted after training task ``after``.
+
+        Args:
+            predictions: Classes of shape (N,), or logits of shape (N, C).
+            labels: Of shape (N,).
+            after: Index of the task trained last, from 0.
+            task: Index of the task that the batch is of, from 0.
+        """
+        for name, index in (("after", after), ("task", task)):
+            if not 0 <= index < self.tasks:
+                raise ValueError(f"`{name}` must be in [0, {self.tasks}), got {index}.")
+        classes = predictions.argmax(dim=1) if predictions.dim() == 2 else predictions
+        self.right[after, task] += (classes == labels).sum()
+        self.samples[after, task] += labels.numel()
+
+    def compute(self) -> Tensor:
+        """The matrix of shape (tasks, tasks); NaN where nothing was measured."""
+        return torch.where(self.samples > 0, self.right / self.samples, torch.nan)
+
+    def sizes(self) -> Tensor:
+        """Test samples of each task, of shape (tasks,)."""
+        return self.samples.amax(dim=0)
+
+
+class OfMatrix(Metric, ABC):
+    """A figure taken from a matrix of accuracies; the last one it was given counts."""
+
+    full_state_update = True  # there is nothing to add up
+    higher_is_better = True
+    matrix: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("matrix", torch.full((0, 0), torch.nan), dist_reduce_fx=None)
+
+    def update(self, matrix: Tensor) -> None:
+        """Takes the matrix as it is now.
+
+        Raises:
+            ValueError: If it is not square.
+        """
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+            raise ValueError(f"`matrix` must be of shape (tasks, tasks), got {tuple(matrix.shape)}.")
+        # Widened: a matrix of integers has no NaN.
+        self.matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
+
+    def compute(self) -> Tensor:
+        """The figure; NaN if it is not defined yet."""
+        matrix = self.matrix.flatten()[: self.matrix.shape[-1] ** 2].view(self.matrix.shape[-1], -1)  # of one process
+        trained = _trained(matrix)
+        return self._figure(matrix[:trained, :trained]) if trained else matrix.new_tensor(torch.nan)
+
+    @abstractmethod
+    def _figure(self, matrix: Tensor) -> Tensor:
+        """The figure of a matrix of at least one task, all trained."""
+
+
+@final
+class FinalAverage(OfMatrix):
+    """``mean_j R[T-1][j]``: the mean accuracy over all tasks seen, now. ``micro`` weighs a task by its test samples.
+
+    Args:
+        average: ``"macro"`` or ``"micro"``.
+        sizes: For ``"micro"``, and only for it: test samples per task, of shape (tasks,).
+
+    Raises:
+        ValueError: If ``average`` is neither, or ``sizes`` does not go with it.
+
+    Example:
+        >>> metric = FinalAverage()
+        >>> metric(torch.tensor([[0.9, torch.nan], [0.7, 0.8]]))
+        tensor(0.7500)
+    """
+
+    def __init__(self, average: Average = "macro", sizes: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_average(average, sizes)
+        self.sizes = sizes
+
+    def _figure(self, matrix: Tensor) -> Tensor:
+        return _mean_of_row(matrix, len(matrix) - 1, self.sizes)
+
+
+@final
+class AverageIncremental(OfMatrix):
+    """``mean_i A_i`` with ``A_i = mean_{j<=i} R[i][j]``: the accuracy over the tasks seen, averaged over the stream.
+
+    Args:
+        average: ``"macro"`` or ``"micro"``, of each ``A_i``.
+        sizes: For ``"micro"``, and only for it: test samples per task, of shape (tasks,).
+
+    Raises:
+        ValueError: If ``average`` is neither, or ``sizes`` does not go with it.
+    """
+
+    def __init__(self, average: Average = "macro", sizes: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_average(average, sizes)
+        self.sizes = sizes
+
+    def _figure(self, matrix: Tensor) -> Tensor:
+        return torch.stack([_mean_of_row(matrix, i, self.sizes) for i in range(len(matrix))]).mean()
+
+
+@final
+class BackwardTransfer(OfMatrix):
+    """``mean_{j<T-1} (R[T-1][j] - R[j][j])``: what later tasks did to earlier ones. Negative where they are forgotten.
+
+    References:
+        Lopez-Paz and Ranzato, "Gradient episodic memory for continual learning", NeurIPS 2017, equation 3.
+    """
+
+    def _figure(self, matrix: Tensor) -> Tensor:
+        return (matrix[-1, :-1] - matrix.diagonal()[:-1]).mean()
+
+
+@final
+class ForwardTransfer(OfMatrix):
+    """``mean_{j>=1} (R[j-1][j] - b_j)``: accuracy on the next task before it is trained, over that of the base.
+
+    NaN unless the matrix has the entries above its diagonal.
+
+    Args:
+        baseline: ``b``: accuracy of the untrained base on each task, of shape (tasks,).
+
+    References:
+        Lopez-Paz and Ranzato, 2017, equation 4.
+    """
+
+    def __init__(self, baseline: Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.baseline = baseline
+
+    def _figure(self, matrix: Tensor) -> Tensor:
+        return (matrix.diagonal(1) - self.baseline[1 : len(matrix)].to(matrix)).mean()
+
+
+@final
+class Forgetting(OfMatrix):
+    """``mean_{j<T-1} (best_j - R[T-1][j])``: how far earlier tasks are below their best.
+
+    Args:
+        convention: What ``best_j`` is. ``"chaudhry"``: the best of the rows before the last, so forgetting is negative
+            where the last task helps. ``"max_all"``: the best of all rows, so it is at least 0 (Mammoth, PILOT).
+            ``"initial"``: right after task ``j``, which makes it ``-BWT`` (Avalanche).
+
+    Raises:
+        ValueError: If ``convention`` is none of these.
+
+    References:
+        Chaudhry et al., "Riemannian walk for incremental learning", ECCV 2018, equation 3.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, convention: Convention = "chaudhry", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if convention not in get_args(Convention):
+            raise ValueError(f"`convention` must be 'chaudhry', 'max_all' or 'initial', got {convention!r}.")
+        self.convention = convention
+
+    def _figure(self, matrix: Tensor) -> Tensor:
+        if len(matrix) == 1:
+            return matrix.new_tensor(torch.nan)
+        if self.convention == "initial":
+            best = matrix.diagonal()[:-1]
+        else:
+            rows = matrix if self.convention == "max_all" else matrix[:-1]
+            best = rows[:, :-1].nan_to_num(nan=-torch.inf).amax(dim=0)  # entries that were not measured are no best
+        return (best - matrix[-1, :-1]).mean()
+
+
+@final
+class Plasticity(OfMatrix):
+    """``mean_j R[j][j]``: accuracy on a task right after it was trained (learning accuracy)."""
+
+    def _figure(self, matrix: Tensor) -> Tensor:
+        return matrix.diagonal().mean()
+
+
+@final
+class Stability(OfMatrix):
+    """``mean_{j<T-1} R[T-1][j]``: accuracy on the earlier tasks, now. Read it beside ``Plasticity``."""
+
+    def _figure(self, matrix: Tensor) -> Tensor:
+        return matrix[-1, :-1].mean()
+
+
+def continual_metrics(baseline: Tensor | None = None) -> MetricCollection:
+    """All figures of a matrix at once, under the names used in logs, tables and files.
+
+    Args:
+        baseline: Accuracy of the base on each task, for forward transfer; without it that figure is left out.
+
+    Example:
+        >>> matrix = torch.tensor([[0.9, torch.nan], [0.7, 0.8]])
+        >>> {name: round(value.item(), 2) for name, value in continual_metrics()(matrix).items()}  # doctest: +ELLIPSIS
+        {'average_incremental': 0.82, 'backward_transfer': -0.2, 'final_average': 0.75, 'forgetting': 0.2, ...
+    """
+    metrics: dict[str, Metric | MetricCollection] = {
+        "final_average": FinalAverage(),
+        "average_incremental": AverageIncremental(),
+        "backward_transfer": BackwardTransfer(),
+        "forgetting": Forgetting(),
+        "forgetting_max_all": Forgetting("max_all"),
+        "plasticity": Plasticity(),
+        "stability": Stability(),
+    }
+    if baseline is not None:
+        metrics["forward_transfer"] = ForwardTransfer(baseline)
+    # Their states are equal, but what they compute is not cheap enough to share it.
+    return MetricCollection(metrics, compute_groups=False)
+
+
+def _trained(matrix: Tensor) -> int:
+    """Tasks trained so far: up to the last row with a value."""
+    rows = (~matrix.isnan()).any(dim=1).nonzero()
+    return int(rows.max()) + 1 if rows.numel() else 0
+
+
+def _mean_of_row(matrix: Tensor, row: int, sizes: Tensor | None) -> Tensor:
+    seen = matrix[row, : row + 1]
+    if sizes is None:
+        return seen.mean()
+    weights = sizes[: row + 1].to(seen)
+    return (seen * weights).sum() / weights.sum()
+
+
+def _check_average(average: str, sizes: Tensor | None) -> None:
+    if average not in get_args(Average):
+        raise ValueError(f"`average` must be 'macro' or 'micro', got {average!r}.")
+    if (average == "micro") != (sizes is not None):
+        need = "needs the test samples per task" if average == "micro" else "weighs all tasks alike"
+        raise ValueError(f"`sizes` must be given for `average='micro'` only: {average!r} {need}, got {sizes}.")

@@ -1,0 +1,130 @@
+"""Which classes are in which task of a stream."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, final, get_args
+
+import torch
+from torch import Tensor
+
+Scenario = Literal["class", "task"]
+
+
+@final
+@dataclass(frozen=True)
+class Split:
+    """Classes dealt to tasks; no class is in two of them. It is its own record: printed, compared, written as JSON.
+
+    Args:
+        tasks: The classes of each task, in the order of the stream; one class at least in each.
+        scenario: What the model may choose among at test: ``"class"`` (class-incremental) all classes seen so far,
+            ``"task"`` (task-incremental, the task is told) those of the sample's task.
+        seed: What shuffled the classes, for the record; ``None`` if they were not.
+
+    Raises:
+        ValueError: If a class is in two tasks, a task is empty, or ``scenario`` is unknown.
+
+    Example:
+        >>> Split.of(10, tasks=5, seed=None)
+        Split(tasks=((0, 1), (2, 3), (4, 5), (6, 7), (8, 9)), scenario='class', seed=None)
+    """
+
+    tasks: tuple[tuple[int, ...], ...]
+    scenario: Scenario = "class"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(tuple(int(c) for c in classes) for classes in self.tasks))
+        if self.scenario not in get_args(Scenario):
+            raise ValueError(f"`scenario` must be 'class' or 'task', got {self.scenario!r}.")
+        if not self.tasks:
+            raise ValueError("`tasks` must hold at least one task, got none.")
+        owner: dict[int, int] = {}
+        for index, classes in enumerate(self.tasks):
+            if not classes:
+                raise ValueError(f"`tasks` must each hold at least one class, got none in task {index}.")
+            for each in classes:
+                if each in owner:
+                    raise ValueError(
+                        f"`tasks` must not overlap in a class-incremental split, but class {each} is in task"
+                        f" {owner[each]} and task {index}. For the same classes in every task use a domain-incremental"
+                        " stream."
+                    )
+                owner[each] = index
+
+    @classmethod
+    def of(
+        cls, classes: int | Sequence[int], tasks: int, scenario: Scenario = "class", seed: int | None = 0
+    ) -> "Split":
+        """Shuffles classes by ``seed`` and deals them out; task ``i`` gets those from ``floor(n i / tasks)`` on.
+
+        Args:
+            classes: Their number, or which ones (those that no base was trained on, say).
+            tasks: Number of tasks; from 1 to the number of classes.
+            scenario: As above.
+            seed: Of the order; ``None`` keeps it.
+
+        Raises:
+            ValueError: If there are fewer classes than tasks, or ``tasks`` is less than 1.
+        """
+        order = list(range(classes)) if isinstance(classes, int) else list(classes)
+        if not 1 <= tasks <= len(order):
+            raise ValueError(f"`tasks` must be in [1, {len(order)}], the number of classes, got {tasks}.")
+        if seed is not None:
+            shuffled = torch.randperm(len(order), generator=torch.Generator().manual_seed(seed)).tolist()
+            order = [order[index] for index in shuffled]
+        bounds = [len(order) * i // tasks for i in range(tasks + 1)]
+        return cls(tuple(tuple(order[a:b]) for a, b in pairwise(bounds)), scenario, seed)
+
+    def seen(self, after: int) -> tuple[int, ...]:
+        """The classes of the tasks up to task ``after``."""
+        return tuple(each for classes in self.tasks[: after + 1] for each in classes)
+
+    def choices(self, after: int, task: int) -> tuple[int, ...]:
+        """What the model may choose among for a sample of ``task``, after training task ``after``."""
+        return self.seen(max(after, task)) if self.scenario == "class" else self.tasks[task]
+
+    def indices(self, labels: Any, task: int) -> list[int]:
+        """Where samples of a task are, given the labels of a dataset."""
+        return indices_of(labels, self.tasks[task])
+
+
+def indices_of(labels: Any, classes: Iterable[int]) -> list[int]:
+    """Places of the labels that are among the classes.
+
+    Raises:
+        ValueError: If there is none.
+
+    Example:
+        >>> indices_of([2, 0, 1, 2], classes=(2, 0))
+        [0, 1, 3]
+    """
+    wanted = torch.tensor(sorted(classes))
+    found: list[int] = torch.isin(torch.as_tensor(labels), wanted).nonzero().flatten().tolist()
+    if not found:
+        raise ValueError(f"no sample is of the classes {wanted.tolist()}: the labels are of other data than the split.")
+    return found
+
+
+def labels_of(dataset: Any) -> Tensor:
+    """The labels of a dataset of (input, label) pairs, without reading inputs where it keeps labels apart.
+
+    Looks at ``targets`` (torchvision), ``labels`` and ``tensors[1]`` (``TensorDataset``), through ``Subset``; else it
+    reads every sample.
+
+    Example:
+        >>> from torch.utils.data import Subset, TensorDataset
+        >>> data = TensorDataset(torch.zeros(3, 1), torch.tensor([4, 5, 6]))
+        >>> labels_of(Subset(data, [2, 0]))
+        tensor([6, 4])
+    """
+    if hasattr(dataset, "dataset") and hasattr(dataset, "indices"):
+        return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    for found in (getattr(dataset, "targets", None), getattr(dataset, "labels", None)):
+        if found is not None:
+            return torch.as_tensor(found)
+    if hasattr(dataset, "tensors"):
+        labels: Tensor = dataset.tensors[1]
+        return labels
+    return torch.tensor([int(dataset[index][1]) for index in range(len(dataset))])
