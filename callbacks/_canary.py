@@ -14,8 +14,8 @@ from lightning_merge import weights
 from lightning_merge.weights import Weights, canonical
 
 if TYPE_CHECKING:
+    from lightning_merge.callbacks._published import Published
     from lightning_merge.callbacks._publisher import Publisher
-    from lightning_merge.callbacks._weight_merging import WeightMerging
 
 _CLEARLY_DIFFERENT = 1e-3
 """Relative distance of merged and raw weights from which outputs must differ; right after the start they are closer."""
@@ -28,7 +28,7 @@ class Canary:
         self._sang = False
 
     @contextmanager
-    def watch(self, publisher: "Publisher", average: "WeightMerging", merged: Weights) -> Iterator[None]:
+    def watch(self, publisher: "Publisher", average: "Published", merged: Weights) -> Iterator[None]:
         """Watches one validation run under merged weights, until one has shown that the exchange works."""
         if self._sang:
             yield
@@ -55,7 +55,7 @@ class Canary:
                     " validation writes to parameters; remove that, or validate with `validate='raw'`."
                 )
 
-    def _compare(self, publisher: "Publisher", average: "WeightMerging", name: str) -> Callable[..., None]:
+    def _compare(self, publisher: "Publisher", average: "Published", name: str) -> Callable[..., None]:
         def hook(child: nn.Module, args: Any, kwargs: Any, merged_output: Any) -> None:
             names = [n for n in average.tensors if n.startswith(canonical(f"{name}."))]
             if self._sang or child.training or not names:

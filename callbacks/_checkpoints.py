@@ -13,8 +13,8 @@ from lightning_merge.callbacks._validation import RAW
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
+    from lightning_merge.callbacks._published import Published
     from lightning_merge.callbacks._publisher import Publisher
-    from lightning_merge.callbacks._weight_merging import WeightMerging
 
 KEY = "lightning_merge"
 """Key of a checkpoint under which everything of ours is."""
@@ -33,8 +33,8 @@ class Checkpoints:
     def __init__(self, publisher: "Publisher") -> None:
         self._publisher = publisher
         self._writer: Any = None  # the ModelCheckpoint that is writing
-        self._final: WeightMerging | None = None  # the average whose final file is being written
-        self._holds: WeightMerging | None = None  # whose weights the file being written holds; None: raw
+        self._final: Published | None = None  # the average whose final file is being written
+        self._holds: Published | None = None  # whose weights the file being written holds; None: raw
 
     def wrap(self, patches: Patches) -> None:
         """Takes hold of the save and load paths."""
@@ -50,7 +50,7 @@ class Checkpoints:
             if hasattr(callback, "monitor") and hasattr(callback, "_save_checkpoint"):
                 patches.replace(callback, "_save_checkpoint", self._writes(callback))
 
-    def write_final(self, average: "WeightMerging") -> str | None:
+    def write_final(self, average: "Published") -> str | None:
         """Writes ``<name>-final.ckpt`` beside the other checkpoints; ``None`` if checkpointing is off."""
         trainer = self._publisher.trainer
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
@@ -80,7 +80,7 @@ class Checkpoints:
     def _monitor(self) -> str | None:
         return getattr(self._writer, "monitor", None)
 
-    def _choose(self) -> "WeightMerging | None":
+    def _choose(self) -> "Published | None":
         if self._final is not None:
             return self._final
         publisher = self._publisher

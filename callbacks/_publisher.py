@@ -21,7 +21,7 @@ from lightning_merge.schedules import Moment
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
-    from lightning_merge.callbacks._weight_merging import WeightMerging
+    from lightning_merge.callbacks._published import Published
 
 _OTHER_MERGERS = {"WeightAveraging", "StochasticWeightAveraging", "EMACallback", "EMAHook"}
 
@@ -35,7 +35,7 @@ class Ending:
     """How a fit ended: the raw weights it set aside, and what took their place."""
 
     raw: Weights
-    primary: "WeightMerging"
+    primary: "Published"
     buffers: Weights
     """The published buffers, which are those of all ranks while an average has its own."""
 
@@ -71,7 +71,7 @@ class Publisher:
         self.swapped_out: Mapping[str, Tensor] = {}  # raw tensors while merged ones are in their place
         self._patches = Patches()
         self._hooks: list[Any] = []
-        self._counted: list[tuple[Optimizer, WeightMerging]] = []
+        self._counted: list[tuple[Optimizer, Published]] = []
         self.validation = Validation(self)
         self.checkpoints = Checkpoints(self)
         self.checkpoints.wrap(self._patches)
@@ -91,13 +91,13 @@ class Publisher:
         return not self._patches
 
     @property
-    def primary(self) -> "WeightMerging":
+    def primary(self) -> "Published":
         """The first average of the callback list."""
         return self.averages[0]
 
     # ---- a fit begins and ends
 
-    def begin(self, average: "WeightMerging", optimizer: Optimizer) -> None:
+    def begin(self, average: "Published", optimizer: Optimizer) -> None:
         """Counts the applied steps of an average's optimizer; the last average to begin also wraps the loops."""
         if not any(other is optimizer for other, _ in self._counted):
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
@@ -124,7 +124,7 @@ class Publisher:
         for average, moment in wanting:
             average.take_in(moment, nonfinite)
 
-    def continue_fit(self, average: "WeightMerging") -> None:
+    def continue_fit(self, average: "Published") -> None:
         """Puts the raw weights of an earlier fit back in place, unless the live ones have changed since."""
         ending = average.ending
         if ending is None:
@@ -196,12 +196,12 @@ class Publisher:
 
     # ---- which weights
 
-    def raw(self, average: "WeightMerging") -> Weights:
+    def raw(self, average: "Published") -> Weights:
         """The raw tensors of the names an average merges."""
         set_aside = average.ending.raw if average.ending is not None else self.swapped_out
         return {name: set_aside.get(name, tensor).detach() for name, tensor in average.tensors.items()}
 
-    def set_of(self, average: "WeightMerging") -> Weights:
+    def set_of(self, average: "Published") -> Weights:
         """The merged tensors of an average as they are published: in the live dtype, buffers equal on all ranks."""
         if not self.interrupted:
             average.recalibrate()
@@ -213,7 +213,7 @@ class Publisher:
         return {**published, **buffers}
 
     @contextmanager
-    def swapped(self, average: "WeightMerging", merged: Weights | None = None) -> Iterator[None]:
+    def swapped(self, average: "Published", merged: Weights | None = None) -> Iterator[None]:
         """Merged weights in place of the raw ones, for the length of a block, whatever happens in it."""
         live = average.tensors
         merged = self.set_of(average) if merged is None else merged
@@ -229,7 +229,7 @@ class Publisher:
             self.swapped_out = outer
 
     @contextmanager
-    def raw_in_place(self, average: "WeightMerging") -> Iterator[None]:
+    def raw_in_place(self, average: "Published") -> Iterator[None]:
         """Raw weights in place again within a block of merged ones."""
         live = average.tensors
         merged = weights.exchange(live, {name: t for name, t in self.swapped_out.items() if name in live})
@@ -239,7 +239,7 @@ class Publisher:
             weights.exchange(live, merged)
 
 
-def averages_of(trainer: Any) -> "list[WeightMerging]":
+def averages_of(trainer: Any) -> "list[Published]":
     """The averages of a Trainer in the order of its callback list.
 
     Raises:

@@ -13,8 +13,8 @@ from lightning_merge.callbacks._canary import Canary
 from lightning_merge.callbacks._patches import Patches
 
 if TYPE_CHECKING:
+    from lightning_merge.callbacks._published import Published
     from lightning_merge.callbacks._publisher import Publisher
-    from lightning_merge.callbacks._weight_merging import WeightMerging
 
 RAW = "raw"
 """The name of the set of raw weights."""
@@ -24,7 +24,7 @@ RAW = "raw"
 class Pass:
     """One validation run: the weights it measures (``None``: raw) and the prefixes its metrics are logged under."""
 
-    average: "WeightMerging | None"
+    average: "Published | None"
     prefixes: list[str]
 
     @property
@@ -65,7 +65,7 @@ class Validation:
             lines.append("Until an average is ready, the raw weights are measured in its place.")
         rank_zero_info("\n".join(lines))
 
-    def measure_final(self, ready: "list[WeightMerging]") -> None:
+    def measure_final(self, ready: "list[Published]") -> None:
         """Measures the final sets that no validation has seen, where there is a validation loader."""
         trainer = self._publisher.trainer
         if not ready or not trainer.enable_validation:
@@ -104,7 +104,7 @@ class Validation:
         """Whether the validation run that is going on measures the raw weights for a rule to decide by."""
         return self._current is not None and self._current.average is None and not self._at_the_end
 
-    def is_measured(self, average: "WeightMerging | None") -> bool:
+    def is_measured(self, average: "Published | None") -> bool:
         """Whether a validation run has measured (or is measuring) just these weights."""
         holds = RAW if average is None else average.name
         if self._current is not None and self._current.holds == holds:
@@ -124,16 +124,16 @@ class Validation:
         return self._publisher.trainer.fit_loop.epoch_loop.val_loop
 
     @property
-    def owner(self) -> "WeightMerging | None":
+    def owner(self) -> "Published | None":
         """The average whose metrics have plain names; ``None``: the raw weights do, since a rule decides on them."""
         averages = self._publisher.averages
-        raw_owns = averages[0].validate == "raw" or any(average.rule.decides_on_score for average in averages)
+        raw_owns = averages[0].validate == "raw" or any(average.decides_on_score for average in averages)
         return None if raw_owns else averages[0]
 
-    def _prefix(self, average: "WeightMerging") -> str:
+    def _prefix(self, average: "Published") -> str:
         return "" if average is self.owner else f"{average.name}/"
 
-    def _version(self, average: "WeightMerging | None") -> tuple[int, int]:
+    def _version(self, average: "Published | None") -> tuple[int, int]:
         """Changes whenever the set does."""
         if average is not None:
             return average.version

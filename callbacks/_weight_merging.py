@@ -1,25 +1,25 @@
 """The one callback that touches Lightning's hooks. Named callbacks choose a rule, a schedule and a selection for it."""
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_merge import calibration, weights
-from lightning_merge.callbacks._publisher import Ending, Publisher
+from lightning_merge import weights
+from lightning_merge.callbacks._published import Published, Validate
 from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import planned_epochs, planned_length, recalibrate
+from lightning_merge.callbacks._run import planned_epochs, planned_length
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, RunLength, Schedule
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
 
-Validate = Literal["merged", "raw", "both"]
+__all__ = ["Validate", "WeightMerging"]
 
 
-class WeightMerging(Callback):
+class WeightMerging(Published):
     """Merges the weights of a run by a rule and publishes the result: for validation, in checkpoints, after the fit.
 
     Add it to the Trainer you have; nothing else changes. Raw weights train on undisturbed. What it promises:
@@ -80,12 +80,7 @@ class WeightMerging(Callback):
         ):
             if not isinstance(value, kind):
                 raise TypeError(f"`{argument}` must be a {kind.__name__} of lightning_merge, got {value!r}.")
-        if validate not in get_args(Validate):
-            raise ValueError(f"`validate` must be 'merged', 'raw' or 'both', got {validate!r}.")
-        if not name or name == "raw" or "/" in name:
-            raise ValueError(f"`name` must be a word other than 'raw' and without '/', got {name!r}.")
-        if optimizer < 0:
-            raise ValueError(f"`optimizer` must be at least 0, got {optimizer}.")
+        super().__init__(validate, name, optimizer)
         if (monitor is not None) != rule.decides_on_score:
             need = "needs the metric it decides on" if rule.decides_on_score else "decides on no metric"
             raise ValueError(
@@ -94,30 +89,17 @@ class WeightMerging(Callback):
         self.rule = rule
         self.schedule = schedule
         self.selection = selection
-        self.validate: Validate = validate
-        self.name = name
-        self.optimizer = optimizer
         self.monitor = monitor
         self.stop_when_finished = stop_when_finished
 
-        self.steps = 0
         self.update_window: tuple[int, int] | None = None
         self.skipped_nonfinite = 0
         self.evaluations = 0
-        self.final_path: str | None = None
-        self.final_metrics: dict[str, float] = {}
 
         self._active_rule = rule
         self._active_schedule = schedule
         self._state: State | None = None
-        self._buffers: Weights = {}  # copies of the buffers that do not go through the rule
-        self._calibrated_at: list[int] | None = None  # `version` when the statistics in `_buffers` were measured
-        self._recent: RecentBatches | None = None
         self._last_epoch = 0  # epochs completed when an epoch end was last handled
-        self._resumed = False
-        self._publisher: Publisher | None = None
-        self._module: LightningModule | None = None
-        self.ending: Ending | None = None  # how the last fit ended, until the next begins
         self._live: dict[str, Tensor] = {}  # what goes through the rule: parameters and averaged buffers
         self._live_buffers: dict[str, Tensor] = {}
 
@@ -127,6 +109,11 @@ class WeightMerging(Callback):
     def updates(self) -> int:
         """Times that weights were taken in."""
         return int(self._state["updates"]) if self._state else 0
+
+    @property
+    def decides_on_score(self) -> bool:
+        """Whether its rule does."""
+        return self.rule.decides_on_score
 
     @property
     def version(self) -> tuple[int, int]:
@@ -146,26 +133,10 @@ class WeightMerging(Callback):
         result = self._active_rule.result(self._state) if self._state else None
         return None if result is None else {**result, **self._buffers}
 
-    def raw_weights(self) -> Weights:
-        """The weights that training works on, by canonical name: live during a fit, set aside after it."""
-        if self._publisher is None:
-            raise RuntimeError(f"{self.title} has not been part of a fit yet, so there are no raw weights.")
-        return self._publisher.raw(self)
-
-    @property
-    def owns_plain_names(self) -> bool:
-        """Whether validation logs its metrics under plain names, as ``val/acc``, once it is ready."""
-        return self._publisher is not None and self._publisher.validation.owner is self
-
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live parameters and buffers that it merges, by canonical name."""
         return {**self._live, **self._live_buffers}
-
-    @property
-    def buffer_names(self) -> set[str]:
-        """Which of ``tensors`` are buffers."""
-        return {name for name, tensor in self.tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
 
     def describe(self) -> str:
         """What is merged and what it takes, in a few words."""
@@ -176,38 +147,21 @@ class WeightMerging(Callback):
             f" buffers: {self.selection.buffers}"
         )
 
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"{type(self).__name__} {self.name!r}"
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule!r}, {self.schedule!r}, {self.selection!r}, name={self.name!r})"
 
     # ---- a fit begins and ends
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what cannot work and, for a fit, takes hold of the save and load paths."""
-        if stage == "fit":
-            self._resumed = False
-            self._publisher = Publisher.attach(trainer, pl_module)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to count optimizer steps, or goes on with the average of an earlier fit or a checkpoint."""
+        super().on_fit_start(trainer, pl_module)
         assert self._publisher is not None
-        self._module = pl_module
         self._resolve(trainer)
-        if not 0 <= self.optimizer < len(trainer.optimizers):
-            raise ValueError(
-                f"`optimizer` of {self.title} must be the index of one of the {len(trainer.optimizers)} optimizers, got"
-                f" {self.optimizer}."
-            )
         self._capture()
         if self._state is not None:
             self._go_on()
-        if self.selection.buffers == "recompute" and calibration.batch_norm_layers(pl_module):
-            _refuse_unknown_forward(self, pl_module)
-            self._recent = self._recent or RecentBatches()
+        if self.selection.buffers == "recompute":
+            self._keep_recent_batches()
         self._publisher.begin(self, trainer.optimizers[self.optimizer])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,28 +199,6 @@ class WeightMerging(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch that was cut short (``max_steps``, an exhausted loader) ends here, after its validation."""
         self._end_epoch(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The last average of the list measures, saves and publishes for all of them."""
-        assert self._publisher is not None
-        if self._publisher.averages[-1] is self:
-            self._publisher.finish()
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """During a fit the save path is wrapped, which covers weights-only files too; this is for a save after it."""
-        publisher = self._publisher
-        if publisher is not None and publisher.is_over and publisher.primary is self:
-            publisher.checkpoints.label_after_fit(checkpoint)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Raw weights are live whatever happens; only a fit that had already published needs them put back."""
-        if self._publisher is not None:
-            self._publisher.interrupt()
-
-    @property
-    def state_key(self) -> str:
-        """By name, not by hyperparameters: a run may go on with another decay."""
-        return f"lightning_merge.{self.name}"
 
     # ---- taking weights in
 
@@ -380,18 +312,6 @@ class WeightMerging(Callback):
 
     # ---- for the publisher
 
-    def recalibrate(self) -> None:
-        """Measures BatchNorm statistics under the merged weights, unless those were measured already."""
-        if self._recent is None or not self._recent.batches or self._calibrated_at == list(self.version):
-            return
-        assert self._publisher is not None
-        assert self._module is not None
-        merged = weights.like(self.merged_weights() or {}, self.tensors)
-        with self._publisher.swapped(self, {**merged, **weights.copies(self._buffers)}):
-            fresh = recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
-        weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
-        self._calibrated_at = list(self.version)
-
     def label(self) -> dict[str, Any]:
         """What every file says about this average."""
         return {"class": type(self).__name__, "rule": repr(self.rule), "steps": self.steps, "updates": self.updates}
@@ -451,12 +371,3 @@ class WeightMerging(Callback):
                 f"{self.title}: {share:.0%} of the published average is still the weights of the start. For a run of"
                 f" {self.steps} steps `decay={fit:.4g}` leaves 10 %; or use `half_life` or `warmup`."
             )
-
-
-def _refuse_unknown_forward(average: WeightMerging, module: LightningModule) -> None:
-    if not module.automatic_optimization and not hasattr(module, "calibration_step"):
-        raise ValueError(
-            f"{average.title} measures BatchNorm statistics again (`buffers='recompute'`) by `training_step`, which"
-            " steps optimizers under manual optimization. Define `calibration_step(self, batch)` on"
-            f" {type(module).__name__}, which runs the forward pass, or choose `Selection(buffers='copy')`."
-        )

@@ -1,0 +1,213 @@
+"""What the publisher asks of a callback that merges: a name, merged weights, and what a file needs to go on."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_merge import calibration, weights
+from lightning_merge.callbacks._publisher import Ending, Publisher
+from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.callbacks._run import recalibrate
+from lightning_merge.schedules import Moment
+from lightning_merge.weights import Weights
+
+Validate = Literal["merged", "raw", "both"]
+
+
+class Published(Callback, ABC):
+    """A callback whose merged weights are measured, saved and left in the model by the Trainer's one publisher.
+
+    Args:
+        validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
+        optimizer: Index of the optimizer whose applied steps are counted; at least 0.
+
+    Attributes:
+        steps: Applied optimizer steps counted so far.
+        final_path: The file written at the end of the fit, if checkpointing is on.
+        final_metrics: Metrics measured on the final merged weights, under plain names.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    def __init__(self, validate: Validate, name: str, optimizer: int) -> None:
+        if validate not in get_args(Validate):
+            raise ValueError(f"`validate` must be 'merged', 'raw' or 'both', got {validate!r}.")
+        if not name or name == "raw" or "/" in name:
+            raise ValueError(f"`name` must be a word other than 'raw' and without '/', got {name!r}.")
+        if optimizer < 0:
+            raise ValueError(f"`optimizer` must be at least 0, got {optimizer}.")
+        self.validate: Validate = validate
+        self.name = name
+        self.optimizer = optimizer
+        self.monitor: str | None = None  # the metric of the raw weights that it decides by, if it decides by one
+
+        self.steps = 0
+        self.final_path: str | None = None
+        self.final_metrics: dict[str, float] = {}
+
+        self._buffers: Weights = {}  # copies of the buffers that are published as they were at the last update
+        self._calibrated_at: list[int] | None = None  # `version` when the statistics in `_buffers` were measured
+        self._recent: RecentBatches | None = None
+        self._resumed = False
+        self._publisher: Publisher | None = None
+        self._module: LightningModule | None = None
+        self.ending: Ending | None = None  # how the last fit ended, until the next begins
+
+    # ---- what there is
+
+    @property
+    @abstractmethod
+    def updates(self) -> int:
+        """Times that something was merged."""
+
+    @property
+    @abstractmethod
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the merged weights do."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether there is something to publish."""
+
+    @abstractmethod
+    def merged_weights(self) -> Weights | None:
+        """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
+
+        They are the stored tensors: clone before writing.
+        """
+
+    @property
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The live parameters and buffers that it merges, by canonical name."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What is merged and what it takes, in a few words."""
+
+    def raw_weights(self) -> Weights:
+        """The weights that training works on, by canonical name: live during a fit, set aside after it."""
+        if self._publisher is None:
+            raise RuntimeError(f"{self.title} has not been part of a fit yet, so there are no raw weights.")
+        return self._publisher.raw(self)
+
+    @property
+    def owns_plain_names(self) -> bool:
+        """Whether validation logs its metrics under plain names, as ``val/acc``, once it is ready."""
+        return self._publisher is not None and self._publisher.validation.owner is self
+
+    @property
+    def buffer_names(self) -> set[str]:
+        """Which of ``tensors`` are buffers."""
+        return {name for name, tensor in self.tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+
+    @property
+    def decides_on_score(self) -> bool:
+        """Whether what it merges depends on the scores of the raw weights, which then own the plain metric names."""
+        return False
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{type(self).__name__} {self.name!r}"
+
+    @property
+    def state_key(self) -> str:
+        """By name, not by hyperparameters: a run may go on with another decay."""
+        return f"lightning_merge.{self.name}"
+
+    # ---- a fit begins and ends
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what cannot work and, for a fit, takes hold of the save and load paths."""
+        if stage == "fit":
+            self._resumed = False
+            self._publisher = Publisher.attach(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learns the module."""
+        self._module = pl_module
+        if not 0 <= self.optimizer < len(trainer.optimizers):
+            raise ValueError(
+                f"`optimizer` of {self.title} must be the index of one of the {len(trainer.optimizers)} optimizers, got"
+                f" {self.optimizer}."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last average of the list measures, saves and publishes for all of them."""
+        assert self._publisher is not None
+        if self._publisher.averages[-1] is self:
+            self._publisher.finish()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """During a fit the save path is wrapped, which covers weights-only files too; this is for a save after it."""
+        publisher = self._publisher
+        if publisher is not None and publisher.is_over and publisher.primary is self:
+            publisher.checkpoints.label_after_fit(checkpoint)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Raw weights are live whatever happens; only a fit that had already published needs them put back."""
+        if self._publisher is not None:
+            self._publisher.interrupt()
+
+    # ---- for the publisher
+
+    @abstractmethod
+    def wants(self, moment: Moment) -> bool:
+        """Whether it starts or takes the live weights in right after this optimizer step."""
+
+    @abstractmethod
+    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+        """Takes the live weights in, of which those in ``nonfinite`` hold a NaN or an infinity."""
+
+    @abstractmethod
+    def label(self) -> dict[str, Any]:
+        """What every file says about it."""
+
+    @abstractmethod
+    def save(self) -> dict[str, Any]:
+        """What a full file needs to go on bit for bit."""
+
+    @abstractmethod
+    def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
+        """Takes over what ``save`` and ``label`` gave."""
+
+    @abstractmethod
+    def to_host(self) -> None:
+        """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
+
+    @abstractmethod
+    def note_the_end(self) -> None:
+        """Settles what is published, and says in a line what the user should know about it."""
+
+    def recalibrate(self) -> None:
+        """Measures BatchNorm statistics under the merged weights, unless those were measured already."""
+        if self._recent is None or not self._recent.batches or self._calibrated_at == list(self.version):
+            return
+        assert self._publisher is not None
+        assert self._module is not None
+        merged = weights.like(self.merged_weights() or {}, self.tensors)
+        with self._publisher.swapped(self, {**merged, **weights.copies(self._buffers)}):
+            fresh = recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
+        weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
+        self._calibrated_at = list(self.version)
+
+    def _keep_recent_batches(self) -> None:
+        """From here on batches are kept, if there are statistics to measure again."""
+        module = self._module
+        assert module is not None
+        if not calibration.batch_norm_layers(module):
+            return
+        if not module.automatic_optimization and not hasattr(module, "calibration_step"):
+            raise ValueError(
+                f"{self.title} measures BatchNorm statistics again (`buffers='recompute'`) by `training_step`, which"
+                " steps optimizers under manual optimization. Define `calibration_step(self, batch)` on"
+                f" {type(module).__name__}, which runs the forward pass, or choose another `buffers`."
+            )
+        self._recent = self._recent or RecentBatches()
