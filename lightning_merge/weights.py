@@ -156,6 +156,78 @@ def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
+def zero_(weights: Weights) -> None:
+    """Sets every number to zero, in place."""
+    if weights:
+        torch._foreach_zero_(list(weights.values()))
+
+
+@torch.no_grad()
+def add_(target: Weights, source: Mapping[str, Tensor], factor: float = 1.0) -> None:
+    """``target <- target + factor * source``, in place and in the target's precision."""
+    for targets, sources in _pairs(target, source):
+        torch._foreach_add_(targets, sources, alpha=factor)
+
+
+@torch.no_grad()
+def scaled(weights: Weights, factor: float) -> Weights:
+    """``factor * weights``; at 1 the weights themselves."""
+    if factor == 1 or not weights:
+        return weights
+    return dict(zip(weights, torch._foreach_mul(list(weights.values()), factor), strict=True))
+
+
+def parts(weights: Mapping[str, Tensor], locality: str, size: int = 2**20) -> Iterator[dict[str, slice]]:
+    """Divides the weights into parts of about ``size`` numbers that stay in the cache while several operations run.
+
+    Args:
+        weights: Any.
+        locality: ``"element"`` cuts tensors, ``"tensor"`` keeps each in one part, ``"model"`` gives a single part.
+        size: Numbers in a part.
+
+    Example:
+        >>> list(parts({"a": torch.zeros(5), "b": torch.zeros(1)}, "element", size=3))
+        [{'a': slice(0, 3, None)}, {'a': slice(3, 5, None), 'b': slice(0, 1, None)}]
+    """
+    if locality == "model":
+        yield {name: slice(None) for name in weights}
+        return
+    collected: dict[str, slice] = {}
+    room = size
+    for name, tensor in weights.items():
+        numbers = tensor.numel()
+        if locality == "tensor" or not _is_flat(tensor):
+            collected[name] = slice(None)
+            room -= numbers
+        else:
+            start = 0
+            while numbers - start > room:
+                collected[name] = slice(start, start + room)
+                start += room
+                yield collected
+                collected, room = {}, size
+            collected[name] = slice(start, numbers)
+            room -= numbers - start
+        if room <= 0:
+            yield collected
+            collected, room = {}, size
+    if collected:
+        yield collected
+
+
+def part(weights: Mapping[str, Tensor], where: Mapping[str, slice]) -> Weights:
+    """Views of one of the ``parts``."""
+    return {
+        name: weights[name] if piece == slice(None) else weights[name].reshape(-1)[piece]
+        for name, piece in where.items()
+    }
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.is_contiguous()
+
+
+@torch.no_grad()
 def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[str, Tensor], weight: float) -> None:
     """``lerp_`` that keeps in ``compensation`` what rounding loses, so steps below the resolution add up (Kahan)."""
     for name, value in target.items():

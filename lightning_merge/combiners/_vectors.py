@@ -1,0 +1,122 @@
+"""Task vectors: what training added to a base, and arithmetic on them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_merge.weights import Weights, average_dtype, first_mismatch, nonfinite
+
+
+@torch.no_grad()
+def task_vector(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Weights:
+    """``weights - base`` in float32 (wider if they are), without the integer tensors, which no sum can merge.
+
+    Args:
+        weights: What training ended with.
+        base: What the tasks have in common, same names and shapes.
+
+    Raises:
+        ValueError: If names or shapes differ, or the difference holds a NaN or an infinity; the first is named.
+
+    Example:
+        >>> import torch
+        >>> task_vector({"w": torch.tensor([1.5, 2.0])}, base={"w": torch.tensor([1.0, 2.0])})
+        {'w': tensor([0.5000, 0.0000])}
+    """
+    if (difference := first_mismatch(base, weights)) is not None:
+        raise ValueError(f"the weights are not those of the base: {difference}.")
+    vector = {
+        name: tensor.detach().to(average_dtype(tensor)) - base[name].detach().to(tensor.device, average_dtype(tensor))
+        for name, tensor in weights.items()
+        if tensor.is_floating_point()
+    }
+    if damaged := nonfinite(vector):
+        first = next(name for name in vector if name in damaged)
+        raise ValueError(f"`{first}` holds a NaN or an infinity in the weights or in the base.")
+    return vector
+
+
+@torch.no_grad()
+def add_vector(base: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> Weights:
+    """``base + vector`` in the dtypes and on the devices of the base; tensors without a part in the vector are copied.
+
+    Raises:
+        ValueError: If the vector has a name that the base has not, or another shape.
+
+    Example:
+        >>> import torch
+        >>> add_vector({"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}, {"w": torch.tensor([0.5, 0.0])})
+        {'w': tensor([1.5000, 2.0000]), 'steps': tensor(7)}
+    """
+    for name, tensor in vector.items():
+        if name not in base or base[name].shape != tensor.shape:
+            raise ValueError(f"`{name}` of shape {tuple(tensor.shape)} in the task vector is not in the base.")
+    return {
+        name: (tensor.detach().to(vector[name]) + vector[name].to(tensor.device)).to(tensor)
+        if name in vector
+        else tensor.detach().clone()
+        for name, tensor in base.items()
+    }
+
+
+def negate(vector: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
+    """``-scale * vector``: added to the base, it makes the model worse at that task and leaves others mostly alone.
+
+    Args:
+        vector: The task to forget.
+        scale: How far, above 0: the largest for which a control task keeps its score.
+
+    Raises:
+        ValueError: If ``scale`` is not a positive number.
+
+    Example:
+        >>> import torch
+        >>> negate({"w": torch.tensor([0.5, -1.0])}, scale=2.0)
+        {'w': tensor([-1.,  2.])}
+
+    References:
+        Ilharco et al., "Editing models with task arithmetic", ICLR 2023, section 3.
+    """
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"`scale` must be a positive number, got {scale}.")
+    return {name: tensor * -scale for name, tensor in vector.items()}
+
+
+def analogy(a: Mapping[str, Tensor], b: Mapping[str, Tensor], c: Mapping[str, Tensor]) -> Weights:
+    """``c + (b - a)``: a vector for task d, without its data, if "a is to b as c is to d".
+
+    Raises:
+        ValueError: If names or shapes differ.
+
+    Example:
+        >>> import torch
+        >>> analogy(a={"w": torch.tensor([1.0])}, b={"w": torch.tensor([3.0])}, c={"w": torch.tensor([10.0])})
+        {'w': tensor([12.])}
+
+    References:
+        Ilharco et al., "Editing models with task arithmetic", ICLR 2023, section 5.
+    """
+    for other in (b, c):
+        if (difference := first_mismatch(a, other)) is not None:
+            raise ValueError(f"the task vectors are not of one model: {difference}.")
+    return {name: c[name] + (b[name] - a[name]) for name in a}
+
+
+def check_vector(vector: Weights, expected: Mapping[str, Tensor], task: int | str) -> None:
+    """Refuses a vector of other names or shapes than expected, or with something else than real numbers in it."""
+    if (difference := first_mismatch(expected, vector)) is not None:
+        raise ValueError(f"the vector of task {task} does not fit the others: {difference}.")
+    for name, tensor in vector.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"`{name}` in the vector of task {task} is {tensor.dtype}; task vectors hold real floating-point"
+                " numbers: leave it out (`task_vector` does)."
+            )
+
+
+def check_finite(vector: Weights, task: int | str) -> None:
+    """Refuses a vector with a NaN or an infinity, which would stay in every later merge."""
+    if damaged := nonfinite(vector):
+        first = next(name for name in vector if name in damaged)
+        raise ValueError(f"`{first}` in the vector of task {task} holds a NaN or an infinity: it cannot be merged.")

@@ -1,0 +1,231 @@
+"""What every combiner keeps to, whatever it computes. Adding a combiner adds a line to ``COMBINERS``."""
+
+import io
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_merge.combiners
+from lightning_merge.combiners import Average, Combiner, ExponentialAverage, MagMax, Sum
+from lightning_merge.weights import Weights
+
+COMBINERS = [
+    Sum(),
+    Sum(scale="1/t"),
+    Sum(scale="1/sqrt(t)"),
+    Average(),
+    ExponentialAverage(),
+    MagMax(),
+    MagMax(scale=1.0, magmax_tie="first"),
+]
+
+every_combiner = pytest.mark.parametrize("combiner", COMBINERS, ids=repr)
+
+SHAPES = {"layer.weight": (6, 4), "layer.bias": (6,), "one": (1,), "scale": (), "empty": (0, 2), "conv": (2, 3, 2, 2)}
+
+
+def vectors(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Weights]:
+    """Task vectors with tensors of all sorts: of one element, of none, one that is zero in every other task."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+        for _ in range(count)
+    ]
+    for vector in made[::2]:
+        vector["layer.bias"].zero_()
+    return made
+
+
+def bits(value: object) -> object:
+    """Equal for two states only if every number in them is the same, bit for bit."""
+    if isinstance(value, Tensor):
+        return (value.dtype, value.shape, value.detach().contiguous().reshape(-1).view(torch.uint8).tolist())
+    if isinstance(value, dict):
+        return {key: bits(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [bits(item) for item in value]
+    return value
+
+
+def devices(weights: Weights) -> dict[str, torch.device]:
+    return {name: tensor.device for name, tensor in weights.items()}
+
+
+def updated(combiner: Combiner, stream: list[Weights], first_task: int = 0) -> dict[str, object]:
+    state = combiner.init(stream[0])
+    for task, vector in enumerate(stream, first_task):
+        combiner.update(state, vector, task=task)
+    return state
+
+
+def test_table_has_every_combiner():
+    public = [getattr(lightning_merge.combiners, name) for name in lightning_merge.combiners.__all__]
+    classes = {each for each in public if isinstance(each, type) and issubclass(each, Combiner)} - {Combiner}
+    assert classes
+    assert {type(combiner) for combiner in COMBINERS} == classes
+
+
+@every_combiner
+def test_list_merged_part_by_part_equals_the_stream_bit_for_bit(combiner):
+    stream = vectors(5)
+    state = updated(combiner, stream)
+    expected = bits(combiner.result(state))
+    assert bits(combiner.combine(stream)) == expected
+    assert bits(combiner.combine(iter(stream))) == expected
+
+
+@every_combiner
+def test_a_tensor_cut_into_parts_gives_what_it_gives_whole(combiner, monkeypatch):
+    from lightning_merge import weights
+
+    stream = vectors(4)
+    expected = bits(combiner.combine(iter(stream)))
+    monkeypatch.setattr(weights.parts, "__defaults__", (5,))
+    assert bits(combiner.combine(stream)) == expected
+
+
+@every_combiner
+def test_vectors_are_not_written_to_and_no_memory_is_shared(combiner):
+    stream = vectors(3)
+    before = bits(deepcopy(stream))
+    state = updated(combiner, stream)
+    combiner.result(state)
+    assert bits(stream) == before
+    expected = bits(deepcopy(state))
+    for vector in stream:
+        for tensor in vector.values():
+            tensor.fill_(7)
+    assert bits(state) == expected
+
+
+@every_combiner
+def test_result_changes_nothing_and_there_is_none_before_the_first_vector(combiner):
+    stream = vectors(3)
+    assert combiner.result(combiner.init(stream[0])) is None
+    state = updated(combiner, stream)
+    before = bits(deepcopy(state))
+    first = bits(combiner.result(state))
+    assert bits(combiner.result(state)) == first
+    assert bits(state) == before
+
+
+@every_combiner
+def test_saved_and_loaded_state_goes_on_bit_for_bit(combiner):
+    stream = vectors(6)
+    state = updated(combiner, stream[:3])
+    file = io.BytesIO()
+    torch.save(combiner.save(state), file)
+    file.seek(0)
+    resumed = combiner.load(torch.load(file, weights_only=True), devices(stream[0]))
+    assert bits(resumed) == bits(state)
+    for task, vector in enumerate(stream[3:], 3):
+        combiner.update(resumed, vector, task=task)
+    assert bits(combiner.result(resumed)) == bits(combiner.result(updated(combiner, stream)))
+
+
+@every_combiner
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+    ids=str,
+)
+def test_result_is_float32_or_wider_and_as_exact_as_from_wide_vectors(combiner, given, kept):
+    narrow = vectors(4, given)
+    result = combiner.combine(narrow)
+    assert {tensor.dtype for tensor in result.values()} == {kept}
+    wide = [{name: tensor.to(kept) for name, tensor in vector.items()} for vector in narrow]
+    assert bits(combiner.combine(wide)) == bits(result)
+
+
+@every_combiner
+def test_zero_vectors_merge_to_zero(combiner):
+    zero = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for tensor in combiner.combine([zero, zero, zero]).values():
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+
+
+@every_combiner
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_refused_by_name_and_the_state_stays_as_it_was(combiner, bad):
+    first, second = vectors(2)
+    state = updated(combiner, [first])
+    before = bits(deepcopy(state))
+    second["conv"][0, 0, 0, 0] = bad
+    for attempt in (
+        lambda: combiner.update(state, second, task="pets"),
+        lambda: combiner.combine([first, second], ["cars", "pets"]),
+        lambda: combiner.combine(iter([first, second]), ["cars", "pets"]),
+    ):
+        with pytest.raises(ValueError, match="`conv` in the vector of task pets holds a NaN or an infinity"):
+            attempt()
+    assert bits(state) == before
+
+
+@every_combiner
+def test_names_shapes_and_types_that_do_not_fit_are_named(combiner):
+    first, second = vectors(2)
+    state = updated(combiner, [first])
+    before = bits(deepcopy(state))
+    for wrong, message in (
+        ({name: tensor for name, tensor in second.items() if name != "conv"}, "`conv` .* is missing"),
+        ({**second, "layer.bias": torch.zeros(7)}, r"`layer.bias` has shape \(7,\) instead of \(6,\)"),
+        ({**second, "head": torch.zeros(2)}, "`head` .* is not part of this model"),
+        ({**second, "conv": second["conv"].long()}, "`conv` in the vector of task 3 is torch.int64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            combiner.update(state, wrong, task=3)
+        with pytest.raises(ValueError, match=message.replace("task 3", "task 1")):
+            combiner.combine([first, wrong])
+    assert bits(state) == before
+
+
+@every_combiner
+def test_a_vector_is_taken_out_again_where_the_rule_allows_it(combiner):
+    stream = vectors(4)
+    state = updated(combiner, stream)
+    if not combiner.removable:
+        with pytest.raises(TypeError, match="keep every vector"):
+            combiner.remove(state, stream[2], task=2)
+        return
+    combiner.remove(state, stream[2], task=2)
+    expected = combiner.combine([stream[0], stream[1], stream[3]], [0, 1, 3])
+    for name, tensor in combiner.result(state).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+    for task in (0, 1, 3):
+        combiner.remove(state, stream[task], task=task)
+    assert bits(state) == bits(combiner.init(stream[0]))
+    with pytest.raises(ValueError, match="no vector to remove"):
+        combiner.remove(state, stream[0])
+
+
+@every_combiner
+def test_repr_makes_the_combiner_again(combiner):
+    assert eval(repr(combiner), vars(lightning_merge.combiners)) == combiner
+
+
+@every_combiner
+def test_nothing_to_combine_is_an_error(combiner):
+    for nothing in ([], iter([])):
+        with pytest.raises(ValueError, match="no task vector to combine"):
+            combiner.combine(nothing)
+
+
+@pytest.mark.parametrize("cls", [Sum, ExponentialAverage, MagMax])
+@pytest.mark.parametrize("scale", [0, -0.5, 10.5, float("nan"), True, "1/T"])
+def test_scale_out_of_range_is_an_error_that_names_the_range(cls, scale):
+    with pytest.raises(ValueError, match=r"`scale` must be a number in \(0, 10\]"):
+        cls(scale=scale)
+
+
+def test_scale_counts_the_tasks_seen_so_far():
+    ones = {"w": torch.ones(1, dtype=torch.float64)}
+    for scale, expected in (("1/t", [1, 1, 1]), ("1/sqrt(t)", [1, 2 / 2**0.5, 3 / 3**0.5]), (0.3, [0.3, 0.6, 0.9])):
+        combiner = Sum(scale=scale)
+        state = combiner.init(ones)
+        found = []
+        for _ in expected:
+            combiner.update(state, ones)
+            found.append(combiner.result(state)["w"].item())
+        assert found == pytest.approx(expected, abs=1e-15)
