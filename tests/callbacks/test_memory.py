@@ -7,11 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from tiny import batches, trainer
+from tiny import batches, trainer, validation
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
-from lightning_merge.callbacks import EMA, SWA, WeightMerging
+from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, WeightMerging
 
 
 class Wide(pl.LightningModule):
@@ -25,6 +26,9 @@ class Wide(pl.LightningModule):
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
@@ -94,6 +98,38 @@ def test_an_average_takes_one_float32_copy(average: Callable[[], WeightMerging],
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in callback.merged_weights().values()}
     assert sum(held.values()) <= numbers * 4 * 1.05
     assert all(t.dtype == torch.float32 for t in callback.merged_weights().values() if t.is_floating_point())
+
+
+def held_copies(average: WeightMerging) -> float:
+    """Float32 copies of the parameters that its state keeps alive."""
+    tensors = [leaf for leaf in tree_leaves(average._state) if isinstance(leaf, torch.Tensor)]
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(held.values()) / sum(4 * p.numel() for p in Wide().parameters())
+
+
+@pytest.mark.parametrize("store", ["device", "cpu"])
+def test_lawa_holds_k_copies(store: Any, tmp_path: Path) -> None:
+    lawa = LAWA(k=2, every_n_steps=1, store=store)
+    assert max(fitted(lawa, tmp_path, lambda: held_copies(lawa))) == pytest.approx(2)
+
+
+def test_lawa_on_disk_holds_none(tmp_path: Path) -> None:
+    lawa = LAWA(k=2, every_n_steps=1, store="disk", directory=str(tmp_path / "window"))
+    assert max(fitted(lawa, tmp_path, lambda: held_copies(lawa))) == 0
+
+
+def test_swad_holds_at_most_eight_copies_at_defaults(tmp_path: Path) -> None:
+    swad = SWAD("val/loss", stop=False)
+    held: list[float] = []
+
+    class Probe(pl.Callback):
+        def on_validation_end(self, *args: Any) -> None:
+            held.append(held_copies(swad))
+
+    run = trainer(tmp_path, [swad, Probe()], max_epochs=14, limit_train_batches=3, val_check_interval=1)
+    run.fit(Wide(), batches(3), validation())
+    assert len(held) >= 42
+    assert 6 < max(held) <= 8.001
 
 
 def test_batches_kept_for_batch_statistics_stay_under_their_limit() -> None:
