@@ -90,6 +90,10 @@ def test_package_and_command_load_no_torch():
 def test_engine_loads_no_lightning():
     names = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in ENGINE)
     assert "lightning_merge.rules" in names
-    loaded = loaded_after(f"import {', '.join(names)}")
+    plain = [name for name in names if not name.startswith("lightning_merge.continual")]
+    loaded = loaded_after(f"import {', '.join(plain)}")
     assert "torch" in loaded
     assert not loaded & {"lightning", "pytorch_lightning", "lightning_fabric", *RECIPES_ONLY}
+    # torchmetrics imports matplotlib and torchvision by itself where they are installed.
+    everything = loaded_after(f"import {', '.join(names)}")
+    assert not everything & {"lightning", "pytorch_lightning", "lightning_fabric", "omegaconf", "jsonargparse"}
