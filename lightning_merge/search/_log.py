@@ -1,0 +1,76 @@
+"""The file a search writes its evaluations to, and continues from."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_merge.search._spaces import Coefficients
+
+
+class Log:
+    """One JSON object a line: what is searched first, then every evaluation as soon as it is made.
+
+    Args:
+        path: Made if it does not exist. What is there is read; a last line that was cut off is removed.
+        header: What is searched. A file of another search is refused.
+
+    Raises:
+        ValueError: If the file is the log of another search, or no log.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
+        self.path = Path(path)
+        self.known: dict[Coefficients, tuple[float | None, Coefficients | None]] = {}
+        lines = self._whole_lines()
+        if lines:
+            self._check(lines[0], header)
+            for line in lines[1:]:
+                self._take(line)
+        else:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append({"search": header})
+
+    def write(self, coefficients: Coefficients, score: float | None, gradient: Sequence[float] | None) -> None:
+        """Adds an evaluation; it is on disk when this returns. ``score=None``: rejected."""
+        row: dict[str, Any] = {"coefficients": coefficients, "score": score}
+        if gradient is not None:
+            row["gradient"] = list(gradient)
+        self._append(row)
+
+    def _whole_lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # stopped in the middle of a write
+            os.truncate(self.path, whole)
+        return content[:whole].decode().splitlines()
+
+    def _check(self, line: str, header: dict[str, Any]) -> None:
+        try:
+            found = json.loads(line)["search"]
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{self.path} is not the log of a search. Give `log` another file.") from None
+        expected = json.loads(json.dumps(header))
+        for key in expected:
+            if found.get(key) != expected[key]:
+                raise ValueError(
+                    f"{self.path} is the log of another search: `{key}` is {found.get(key)} there and {expected[key]}"
+                    " here. Give `log` another file, or search as before."
+                )
+
+    def _take(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            gradient = row.get("gradient")
+            self.known[tuple(row["coefficients"])] = (row["score"], None if gradient is None else tuple(gradient))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ValueError(f"{self.path} holds a line that no search wrote: {line[:80]!r}.") from None
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

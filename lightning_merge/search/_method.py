@@ -1,0 +1,40 @@
+"""What a search method is."""
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar, TypeAlias
+
+from lightning_merge.search._spaces import Coefficients, Space
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method is told about a candidate: higher is better.
+
+    Args:
+        value: The score, negated if the lowest is sought; minus infinity for a rejected candidate.
+        gradient: Derivatives of ``value`` by each coefficient, if the score gives them.
+    """
+
+    value: float
+    gradient: Coefficients | None = None
+
+
+Proposals: TypeAlias = Generator[Coefficients, Answer, None]
+"""Yields a candidate, is sent the answer."""
+
+
+class Method(ABC):
+    """How a search chooses its candidates: a frozen dataclass of settings.
+
+    The same answers lead to the same candidates, which is how a search continues from its log.
+    """
+
+    endless: ClassVar[bool] = False
+    """Whether it goes on until the budget is spent."""
+
+    @abstractmethod
+    def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
+        """The candidates for ``count`` ingredients, one by one."""
