@@ -2,21 +2,34 @@
 
 from lightning_merge.combiners._average import Average
 from lightning_merge.combiners._base import Combiner
+from lightning_merge.combiners._breadcrumbs import Breadcrumbs
+from lightning_merge.combiners._dare import DARE
 from lightning_merge.combiners._exponential_average import ExponentialAverage
 from lightning_merge.combiners._magmax import MagMax
+from lightning_merge.combiners._model_stock import ModelStock
+from lightning_merge.combiners._opcm import OPCM
 from lightning_merge.combiners._scale import Scale
+from lightning_merge.combiners._slerp import SLERP, slerp
 from lightning_merge.combiners._sum import Sum
+from lightning_merge.combiners._ties import TIES
 from lightning_merge.combiners._vectors import add_vector, analogy, negate, task_vector
 
 __all__ = [
+    "DARE",
+    "OPCM",
+    "SLERP",
+    "TIES",
     "Average",
+    "Breadcrumbs",
     "Combiner",
     "ExponentialAverage",
     "MagMax",
+    "ModelStock",
     "Scale",
     "Sum",
     "add_vector",
     "analogy",
     "negate",
+    "slerp",
     "task_vector",
 ]

@@ -8,7 +8,19 @@ import torch
 from torch import Tensor
 
 import lightning_merge.combiners
-from lightning_merge.combiners import Average, Combiner, ExponentialAverage, MagMax, Sum
+from lightning_merge.combiners import (
+    DARE,
+    OPCM,
+    SLERP,
+    TIES,
+    Average,
+    Breadcrumbs,
+    Combiner,
+    ExponentialAverage,
+    MagMax,
+    ModelStock,
+    Sum,
+)
 from lightning_merge.weights import Weights
 
 COMBINERS = [
@@ -19,6 +31,24 @@ COMBINERS = [
     ExponentialAverage(),
     MagMax(),
     MagMax(scale=1.0, magmax_tie="first"),
+    TIES(),
+    TIES(density=0.5, scope="global", zero_sign="official", topk_rule="official_plus_one"),
+    TIES(density=0.5, zero_sign="official", topk_rule="official_plus_one", scale="1/t"),
+    TIES(density=0.5, scope="global", zero_sign="positive"),
+    TIES(density=0.4, divisor="weight_sum", weights={1: 2.0, 3: 0.5}),
+    TIES(density=0.4, divisor=None, weights={1: 2.0}, weighted_sign=False),
+    DARE(),
+    DARE(Average(), density=0.3, seed=-5, dare_rescale="l1"),
+    DARE(TIES(density=0.5), density=0.5, dare_rescale=None),
+    DARE(MagMax()),
+    Breadcrumbs(),
+    Breadcrumbs(density=0.5, outliers=0.0, scale=1.0),
+    OPCM(),
+    OPCM(alpha=0.8, opcm_rank="fixed"),
+    ModelStock(),
+    ModelStock(stock_angle="mean_deg"),
+    SLERP(),
+    SLERP(t=0.25, scale=0.3),
 ]
 
 every_combiner = pytest.mark.parametrize("combiner", COMBINERS, ids=repr)
@@ -212,7 +242,7 @@ def test_nothing_to_combine_is_an_error(combiner):
             combiner.combine(nothing)
 
 
-@pytest.mark.parametrize("cls", [Sum, ExponentialAverage, MagMax])
+@pytest.mark.parametrize("cls", [Sum, ExponentialAverage, MagMax, TIES, Breadcrumbs, SLERP])
 @pytest.mark.parametrize("scale", [0, -0.5, 10.5, float("nan"), True, "1/T"])
 def test_scale_out_of_range_is_an_error_that_names_the_range(cls, scale):
     with pytest.raises(ValueError, match=r"`scale` must be a number in \(0, 10\]"):

@@ -1,0 +1,78 @@
+"""Sum of task vectors without their smallest and largest entries."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_merge.combiners._base import Combiner, Locality
+from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
+from lightning_merge.combiners._trim import count_of, ranked_between
+from lightning_merge.weights import State, Weights, add_, zero_, zeros
+
+
+@final
+@dataclass(frozen=True)
+class Breadcrumbs(Combiner):
+    """``scale * sum_t m_t v_t``: the mask of each vector leaves out its outliers and its smallest entries.
+
+    Per tensor, ``outliers * size`` entries of the largest magnitude are left out, and the ``density * size`` next
+    largest are kept; both rounded down, at least one entry is kept, and of equal ones those that come first.
+
+    Args:
+        density: Share of entries kept, in ``(0, 1]``.
+        outliers: Share of largest entries left out, in ``[0, 1)``; at most ``1 - density``.
+        scale: In ``(0, 10]``, or shrinking with the number of tasks (``Sum``).
+
+    Raises:
+        ValueError: If a value is outside its range.
+
+    Example:
+        >>> Breadcrumbs(density=0.5, outliers=0.25, scale=1.0).combine([{"w": torch.tensor([9.0, -3.0, 2.0, 1.0])}])
+        {'w': tensor([ 0., -3.,  2.,  0.])}
+
+    References:
+        Davari and Belilovsky, "Model breadcrumbs: scaling multi-task model merging with sparse masks", ECCV 2024,
+        section 3.
+    """
+
+    density: float = 0.2
+    outliers: float = 0.1
+    scale: Scale = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
+        if not 0.0 <= self.outliers < 1.0 or self.density + self.outliers > 1.0 + 1e-9:
+            raise ValueError(f"`outliers` must be in [0, 1) and at most 1 - density, got {self.outliers}.")
+        check_scale(self.scale)
+
+    @property
+    def removable(self) -> bool:
+        return True
+
+    @property
+    def locality(self) -> Locality:
+        return "tensor"
+
+    def init(self, like: Weights) -> State:
+        return {"sum": zeros(like), "updates": 0}
+
+    def _take(self, state: State, vector: Weights, task: int | str) -> None:
+        add_(state["sum"], {name: self._masked(tensor) for name, tensor in vector.items()})
+
+    def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
+        if state["updates"] == 1:
+            zero_(state["sum"])
+        else:
+            add_(state["sum"], {name: self._masked(tensor) for name, tensor in vector.items()}, -1.0)
+
+    def result(self, state: State) -> Weights | None:
+        return scaled_result(state, "sum", self.scale)
+
+    @torch.no_grad()
+    def _masked(self, tensor: Tensor) -> Tensor:
+        size = tensor.numel()
+        skip = count_of(self.outliers, size)
+        return tensor * ranked_between(tensor, skip, skip + max(1, count_of(self.density, size)))

@@ -1,0 +1,99 @@
+"""Drop and rescale."""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from lightning_merge.combiners._base import Combiner, Locality
+from lightning_merge.combiners._sum import Sum
+from lightning_merge.weights import State, Weights, average_dtype
+
+
+@final
+@dataclass(frozen=True)
+class DARE(Combiner):
+    """Drops each entry of a vector with probability ``1 - density``, divides the rest by ``density``, then combines.
+
+    What is dropped depends on ``seed``, the task's label and the tensor's name alone: not on the device, the order
+    of the tasks, or the rank. Every vector is thinned once, when it is taken in; what is merged already never is again.
+
+    Args:
+        combiner: What merges the thinned vectors: ``Sum``, ``TIES``, or any other.
+        density: Probability that an entry is kept, in ``(0, 1]``; 0.1 to 0.5 for fine-tuned models.
+        seed: Any integer.
+        dare_rescale: What makes up for the dropped entries: ``"inv_keep"`` divides by ``density``, so that the vector
+            is right on average; ``"l1"`` keeps each tensor's sum of magnitudes (mergekit); ``None`` does nothing.
+
+    Raises:
+        ValueError: If a value is outside its range, or ``combiner`` drops entries itself.
+
+    Example:
+        >>> from lightning_merge.combiners import Sum
+        >>> DARE(Sum(scale=1.0), density=0.5, seed=1).combine([{"w": torch.ones(8)}])
+        {'w': tensor([0., 0., 2., 0., 2., 2., 0., 2.])}
+
+    References:
+        Yu et al., "Language models are super Mario: absorbing abilities from homologous models as a free lunch",
+        ICML 2024, section 3.1.
+    """
+
+    combiner: Combiner = Sum()  # noqa: RUF009  (frozen)
+    density: float = 0.5
+    seed: int = 0
+    dare_rescale: Literal["inv_keep", "l1"] | None = "inv_keep"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.combiner, Combiner) or isinstance(self.combiner, DARE):
+            raise ValueError(f"`combiner` must be a combiner other than DARE, got {self.combiner!r}.")
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
+        if self.dare_rescale not in ("inv_keep", "l1", None):
+            raise ValueError(f'`dare_rescale` must be "inv_keep", "l1" or None, got {self.dare_rescale!r}.')
+
+    @property
+    def removable(self) -> bool:
+        return self.combiner.removable
+
+    @property
+    def needs_every_vector(self) -> bool:
+        return self.combiner.needs_every_vector
+
+    @property
+    def locality(self) -> Locality:
+        return "model" if self.combiner.locality == "model" else "tensor"
+
+    def init(self, like: Weights) -> State:
+        return self.combiner.init(like)
+
+    def _take(self, state: State, vector: Weights, task: int | str) -> None:
+        self.combiner._take(state, self._thinned(vector, task), task)
+
+    def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
+        self.combiner._take_out(state, self._thinned(vector, task), task)
+
+    def result(self, state: State) -> Weights | None:
+        return self.combiner.result(state)
+
+    @torch.no_grad()
+    def _thinned(self, vector: Weights, task: int | str) -> Weights:
+        return {name: self._thin(tensor, _kept(tensor, self, task, name)) for name, tensor in vector.items()}
+
+    def _thin(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        tensor = tensor.to(average_dtype(tensor))
+        thinned = tensor * mask
+        if self.dare_rescale == "inv_keep":
+            return thinned.div_(self.density)
+        if self.dare_rescale == "l1":
+            remaining = thinned.abs().sum()
+            return thinned.mul_(torch.where(remaining > 0, tensor.abs().sum() / remaining, 1.0))
+        return thinned
+
+
+def _kept(tensor: Tensor, dare: DARE, task: int | str, name: str) -> Tensor:
+    """Which entries stay: drawn on the CPU, since each kind of device has random numbers of its own."""
+    digest = sha256(repr((dare.seed, task, name)).encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return (torch.rand(tensor.shape, generator=generator) < dare.density).to(tensor.device)

@@ -1,0 +1,81 @@
+"""Spherical interpolation."""
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lightning_merge.combiners._base import Combiner, Locality
+from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
+from lightning_merge.weights import State, Weights, copy_, zeros
+
+_STRAIGHT = 0.9995
+
+
+@final
+@dataclass(frozen=True)
+class SLERP(Combiner):
+    """Per tensor along the great circle: ``merged <- sin((1 - t) a) / sin(a) * merged + sin(t a) / sin(a) * v``.
+
+    ``a`` is the angle between the two; the first vector is taken as it is, and the order of the tasks matters. Where
+    there is no great circle (one is zero, or ``|cos a| > 0.9995``) it is a straight line.
+
+    Args:
+        t: Share of the newest task, in ``[0, 1]``.
+        scale: Multiplies the result; in ``(0, 10]``, or shrinking with the number of tasks (``Sum``). Below 1 it is
+            WARP's step back to the base.
+
+    Raises:
+        ValueError: If a value is outside its range.
+
+    Example:
+        >>> SLERP().combine([{"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([0.0, 2.0])}])
+        {'w': tensor([0.7071, 1.4142])}
+
+    References:
+        Ramé et al., "WARP: on the benefits of weight averaged rewarded policies", 2024, section 3.2.
+    """
+
+    t: float = 0.5
+    scale: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.t <= 1.0:
+            raise ValueError(f"`t` must be in [0, 1], got {self.t}.")
+        check_scale(self.scale)
+
+    @property
+    def locality(self) -> Locality:
+        return "tensor"
+
+    def init(self, like: Weights) -> State:
+        return {"merged": zeros(like), "updates": 0}
+
+    @torch.no_grad()
+    def _take(self, state: State, vector: Weights, task: int | str) -> None:
+        merged = state["merged"]
+        if not state["updates"]:
+            copy_(merged, vector)
+            return
+        for name, tensor in merged.items():
+            tensor.copy_(slerp(tensor, vector[name].to(tensor), self.t))
+
+    def result(self, state: State) -> Weights | None:
+        return scaled_result(state, "merged", self.scale)
+
+
+def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """Interpolates along the great circle from ``a`` at ``t=0`` to ``b`` at ``t=1``; magnitudes are kept, not the norm.
+
+    Example:
+        >>> slerp(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0]), 0.25)
+        tensor([0.9239, 0.7654, 0.0000])
+    """
+    norms = a.norm() * b.norm()
+    cosine = float((a * b).sum() / norms) if norms > 0 else 1.0
+    if abs(cosine) > _STRAIGHT:
+        return torch.lerp(a, b, t)
+    angle = torch.tensor(cosine, dtype=torch.float64).arccos()
+    first, second = ((angle * share).sin() / angle.sin() for share in (1 - t, t))
+    return a * float(first) + b * float(second)

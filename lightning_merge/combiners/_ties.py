@@ -1,0 +1,144 @@
+"""Trim, elect sign, merge what agrees."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from lightning_merge.combiners._base import Combiner, Locality
+from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
+from lightning_merge.combiners._trim import TopK, trimmed
+from lightning_merge.weights import State, Weights, zeros
+
+_MOST_IN_A_BYTE = 255
+
+
+@final
+@dataclass(frozen=True)
+class TIES(Combiner):
+    """Per parameter the mean of the trimmed values that have the elected sign.
+
+    Each vector keeps its ``density`` largest magnitudes; the sign of a parameter is that of the sum of what was kept;
+    ``scale * mean of the kept values of that sign`` is the result. Trimming needs one vector at a time, and sign and
+    mean need the sums and counts of positive and of negative values, so the stream is exact in constant memory: two
+    float32 and two one-byte numbers per parameter (four bytes each after 255 tasks), whatever the number of tasks.
+
+    Args:
+        density: Share of entries kept of each vector, in ``(0, 1]``.
+        scale: In ``(0, 10]``, or shrinking with the number of tasks (``Sum``).
+        scope: Whether entries are ranked within their ``"tensor"`` or over the whole vector (``"global"``, as in the
+            official code). Global ranking holds a copy of the vector meanwhile.
+        topk_rule: ``"exact"`` keeps ``density * size`` rounded down, at least one, of equal ones those that come first;
+            ``"official_plus_one"`` keeps one more, and all that equal the last one.
+        zero_sign: Where positive and negative values cancel, the result is zero (``"zero"``), or they count as
+            ``"positive"`` (mergekit, PEFT), or as the majority of all other signs in the scope and without one as
+            negative (``"official"``).
+        divisor: What the sum of agreeing values is divided by: their ``"count"``, their ``"weight_sum"``, or nothing.
+        weights: A positive factor for the vector of each task by its label; 1 for tasks not in it.
+        weighted_sign: Whether the weights count in the election too (mergekit) or not (PEFT).
+
+    Raises:
+        ValueError: If a value is outside its range.
+
+    Example:
+        >>> vectors = [{"w": torch.tensor(values)} for values in ([4.0, 1.0], [2.0, 1.0], [1.0, -5.0])]
+        >>> TIES(density=0.5).combine(vectors)
+        {'w': tensor([ 3., -5.])}
+
+    References:
+        Yadav et al., "TIES-merging: resolving interference when merging models", NeurIPS 2023, section 4.2.
+    """
+
+    density: float = 0.2
+    scale: Scale = 1.0
+    scope: Literal["tensor", "global"] = "tensor"
+    topk_rule: TopK = "exact"
+    zero_sign: Literal["zero", "official", "positive"] = "zero"
+    divisor: Literal["count", "weight_sum"] | None = "count"
+    weights: Mapping[int | str, float] = field(default_factory=dict)
+    weighted_sign: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.density <= 1.0:
+            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
+        check_scale(self.scale)
+        for name, allowed in (
+            ("scope", ("tensor", "global")),
+            ("topk_rule", ("exact", "official_plus_one")),
+            ("zero_sign", ("zero", "official", "positive")),
+            ("divisor", ("count", "weight_sum", None)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
+        for task, weight in self.weights.items():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"`weights` must be positive numbers, got {weight} for task {task}.")
+
+    @property
+    def locality(self) -> Locality:
+        return "model" if self.scope == "global" else "tensor"
+
+    def init(self, like: Weights) -> State:
+        state: State = {"positive": zeros(like), "negative": zeros(like)}
+        if self.divisor is not None:
+            dtype = torch.uint8 if self.divisor == "count" else torch.float32
+            state["positives"] = {name: torch.zeros_like(t, dtype=dtype) for name, t in like.items()}
+            state["negatives"] = {name: torch.zeros_like(t, dtype=dtype) for name, t in like.items()}
+        if not self.weighted_sign:
+            state["votes"] = zeros(like)
+        return {**state, "updates": 0}
+
+    @torch.no_grad()
+    def _take(self, state: State, vector: Weights, task: int | str) -> None:
+        weight = self.weights.get(task, 1.0)
+        if state["updates"] == _MOST_IN_A_BYTE and self.divisor == "count":
+            for key in ("positives", "negatives"):
+                state[key] = {name: counts.int() for name, counts in state[key].items()}
+        for group in [vector] if self.scope == "global" else [{name: tensor} for name, tensor in vector.items()]:
+            for name, kept in trimmed(group, self.density, self.topk_rule):
+                kept = kept.to(state["positive"][name])
+                if not self.weighted_sign:
+                    state["votes"][name] += kept
+                self._count(state, name, kept, weight)
+                state["positive"][name].add_(kept.clamp(min=0), alpha=weight)
+                state["negative"][name].add_(kept.clamp(max=0), alpha=weight)
+
+    def _count(self, state: State, name: str, kept: Tensor, weight: float) -> None:
+        if self.divisor == "count":
+            state["positives"][name] += kept > 0
+            state["negatives"][name] += kept < 0
+        elif self.divisor == "weight_sum":
+            state["positives"][name].add_(kept > 0, alpha=weight)
+            state["negatives"][name].add_(kept < 0, alpha=weight)
+
+    @torch.no_grad()
+    def result(self, state: State) -> Weights | None:
+        if not state["updates"]:
+            return None
+        majority = None
+        if self.zero_sign == "official" and self.scope == "global":
+            majority = torch.stack([self._signs(state, name).sum() for name in state["positive"]]).sum().sign()
+        merged = {name: self._merged(state, name, majority) for name in state["positive"]}
+        return scaled_result({"merged": merged, "updates": state["updates"]}, "merged", self.scale)
+
+    def _signs(self, state: State, name: str) -> Tensor:
+        votes: Tensor = (
+            state["positive"][name] + state["negative"][name] if self.weighted_sign else state["votes"][name]
+        )
+        return votes.sign()
+
+    def _merged(self, state: State, name: str, majority: Tensor | None) -> Tensor:
+        positive, negative = state["positive"][name], state["negative"][name]
+        if self.divisor is not None:
+            tiny = 1 if self.divisor == "count" else torch.finfo(torch.float32).tiny
+            positive = positive / state["positives"][name].clamp(min=tiny)
+            negative = negative / state["negatives"][name].clamp(min=tiny)
+        signs = self._signs(state, name)
+        if self.zero_sign == "positive":
+            return torch.where(signs >= 0, positive, negative)
+        if self.zero_sign == "official":
+            signs = torch.where(signs == 0, signs.sum().sign() if majority is None else majority, signs)
+            return torch.where(signs > 0, positive, negative)
+        return torch.where(signs > 0, positive, torch.where(signs < 0, negative, 0.0))
