@@ -1,16 +1,34 @@
 """What is in a checkpoint file, in words."""
 
+import argparse
 import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# What Lightning's own WeightAveraging adds to a checkpoint.
-_LIGHTNING_AVERAGING = ("current_model_state", "averaging_state")
+
+class _Inert:
+    """Stands for a class that a file names: takes the data, runs none of its code."""
+
+
+# What timm and MMEngine put into their files besides tensors: data in a class that does nothing.
+_PLAIN_DATA: list[Any] = [
+    argparse.Namespace,
+    (_Inert, "mmengine.logging.history_buffer.HistoryBuffer"),
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "bool")),
+    *(
+        (np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct")  # NumPy 2 renamed the module
+        for core in ("core", "_core")
+    ),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
 
 
 def read(path: Path) -> Any:
@@ -26,18 +44,21 @@ def read(path: Path) -> Any:
         cure = f" In {path.parent} there are: {', '.join(file.name for file in near)}." if near else ""
         raise ValueError(f"there is no file {path}.{cure}")
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap can only be used" not in str(error):
-                raise
-            return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+        with torch.serialization.safe_globals(_PLAIN_DATA):
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
     except pickle.UnpicklingError as error:
         if "Unsupported global" not in str(error) and "GLOBAL" not in str(error):
             raise ValueError(_unreadable(path)) from error
         raise ValueError(
-            f"{path} holds Python objects besides tensors and plain data, so reading it would run code. If you trust"
-            " it, load it with `torch.load(..., weights_only=False)` and save its state_dict."
+            f"{path} holds Python objects{_which(error)} besides tensors and plain data, so reading it would run code."
+            " If you trust whoever wrote it, convert it once:\n"
+            f"  python -c \"import torch; x = torch.load('{path}', map_location='cpu', weights_only=False);"
+            f" torch.save(getattr(x, 'state_dict', lambda: x['state_dict'])(), '{path.with_suffix('.weights.pt')}')\""
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise ValueError(_unreadable(path)) from error
@@ -49,43 +70,48 @@ def describe(path: Path) -> str:
     Raises:
         ValueError: If the file cannot be read.
     """
-    content = read(path)
+    content = {} if path.suffix == ".safetensors" else read(path)  # `open_file` reads those
     return "\n".join([f"{path} ({path.stat().st_size / 2**20:.1f} MiB)", *_describe(content, path)])
 
 
 def _describe(content: Any, path: Path) -> Iterator[str]:
+    if isinstance(content, Mapping) and "lightning_merge" in content:
+        yield from _ours(content, content["lightning_merge"], path)
+    else:
+        yield from _foreign(content, path)
+
+
+def _foreign(content: Any, path: Path) -> Iterator[str]:
+    from lightning_merge._weight_sets import open_file
+
     if not isinstance(content, Mapping):
         yield f"  a {type(content).__name__}, not a checkpoint; written without lightning-merge"
-    elif "lightning_merge" in content:
-        yield from _ours(content, content["lightning_merge"], path)
-    elif all(key in content for key in _LIGHTNING_AVERAGING):
-        yield "  a checkpoint of Lightning's WeightAveraging callback, written without lightning-merge" + _progress(
-            content
-        )
-        yield from _table(
-            [
-                ("average", f"in `state_dict`: {_size(content['state_dict'])}"),
-                ("raw", f"in `current_model_state`: {_size(content['current_model_state'])}"),
-            ]
-        )
-        updates = content["averaging_state"].get("n_averaged")
-        yield f"  updates of the average: {'not recorded' if updates is None else int(updates)}"
-        yield "  score: the file does not say which weights its score was measured on"
-        yield from _how_to_load(path)
-    elif isinstance(content.get("state_dict"), Mapping):
-        kind = "plain Lightning checkpoint" if "pytorch-lightning_version" in content else "checkpoint"
-        yield f"  a {kind}, written without lightning-merge{_progress(content)}"
-        yield from _table([("weights", f"in `state_dict`: {_size(content['state_dict'])}")])
-        yield f"  keys: {', '.join(map(str, content))}"
-        yield from _how_to_load(path)
-    elif content and all(isinstance(value, Tensor) for value in content.values()):
-        yield "  a state dict, written without lightning-merge"
-        yield from _table([("weights", _size(content))])
-        yield f"  keys: {_some(list(content))}"
-        yield f'  load: model.load_state_dict(torch.load("{path}", weights_only=True))'
-    else:
+        return
+    try:
+        file = open_file(path)
+    except ValueError:
+        if path.suffix == ".safetensors":
+            raise
         yield "  written without lightning-merge, and no checkpoint this command knows"
         yield f"  keys: {_some([str(key) for key in content]) or 'none'}"
+        return
+    yield f"  {file.kind}, written without lightning-merge{_progress(content)}"
+    yield from _table([(name, f"{stored.where}: {_size(stored.weights)}") for name, stored in file.sets.items()])
+    if len(file.sets) > 1:
+        for name, stored in file.sets.items():
+            if name != "raw":
+                yield f"  updates of {name}: {'not recorded' if stored.updates is None else stored.updates}"
+        yield "  score: the file does not say which weights its score was measured on"
+    if path.suffix == ".safetensors":
+        yield f'  load: model.load_state_dict(safetensors.torch.load_file("{path}"))'
+        return
+    yield f"  keys: {_some([str(key) for key in content])}"
+    if isinstance(content.get("state_dict"), Mapping):
+        yield from _how_to_load(path)
+    elif file.sets[file.default].where == "the whole file":
+        yield f'  load: model.load_state_dict(torch.load("{path}", weights_only=True))'
+    if len(file.sets) > 1 or not isinstance(content.get("state_dict"), Mapping):
+        yield f"  one set alone: lightning-merge export {path} weights.safetensors --set {file.default}"
 
 
 def _ours(content: Mapping[str, Any], label: Mapping[str, Any], path: Path) -> Iterator[str]:
@@ -116,6 +142,11 @@ def _ours(content: Mapping[str, Any], label: Mapping[str, Any], path: Path) -> I
         yield f'  go on training: trainer.fit(model, ckpt_path="{path}"), with the same callbacks'
     else:
         yield "  training cannot go on from it: the raw weights are not in this file"
+
+
+def _which(error: Exception) -> str:
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({found[1]})" if found else ""
 
 
 def _average(average: Mapping[str, Any]) -> str:

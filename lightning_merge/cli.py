@@ -24,6 +24,11 @@ commands:
   fit | validate | test | predict --config FILE [--option value]
                                LightningCLI with any model and data class; `lightning-merge fit --help`
   inspect FILE                 which weights are in a checkpoint, which of them its score belongs to, how to load it
+  diff FILE[:SET] [FILE[:SET]] how far apart two sets of weights are, and where; of one file, its two sets
+  export FILE OUT [--set SET]  one set as safetensors (OUT ends in .safetensors), a plain state dict (.pt) or for timm
+  verify RUN                   measure a run's files again, and compare with the scores that they record
+  doctor FILE... [--config FILE] [--base FILE]
+                               whether sets of weights can be merged, with the figure that says so
 """
 
 
@@ -71,9 +76,45 @@ def _dispatch(arguments: list[str]) -> int:
     inspect = commands.add_parser("inspect", description="Say which weights a checkpoint file holds.")
     inspect.add_argument("file", type=Path)
 
+    diff = commands.add_parser("diff", description="Say how far apart two sets of weights are, and where.")
+    diff.add_argument("first", metavar="FILE[:SET]")
+    diff.add_argument("second", metavar="FILE[:SET]", nargs="?")
+    export = commands.add_parser("export", description="Write one set of weights of a checkpoint to a file of its own.")
+    export.add_argument("file")
+    export.add_argument("out", type=Path, help="ends in .safetensors, .pt, .pth or .bin")
+    export.add_argument("--set", help="which set, as `inspect` names them; by default the one the score belongs to")
+    export.add_argument("--strip", default="", metavar="PREFIX", help="remove it from names; others are left out")
+    export.add_argument("--timm", metavar="ARCH", help="a model of timm that the weights must fit, as `resnet18`")
+    export.add_argument("--force", action="store_true", help="replace an existing file")
+    verify = commands.add_parser("verify", description="Measure a run's files again; exit 1 if one does not agree.")
+    verify.add_argument("run", type=Path, help="a run folder, with config.yaml")
+    verify.add_argument("--tolerance", type=float, default=1e-4, help="share of a recorded value (default 0.0001)")
+    doctor = commands.add_parser("doctor", description="Say whether sets of weights can be merged.")
+    doctor.add_argument("files", metavar="FILE[:SET]", nargs="+")
+    doctor.add_argument("--config", type=Path, help="config.yaml of a run or a recipe: model and data to measure with")
+    doctor.add_argument("--base", metavar="FILE[:SET]", help="what all were fine-tuned from")
+    doctor.add_argument("--monitor", default="val/loss", help="the loss that validation logs (default val/loss)")
+    doctor.add_argument("--points", type=int, default=3, help="points on the line between two sets (default 3)")
+
     options = parser.parse_args(arguments)
     if options.command == "recipes":
         _recipes(options.name)
+    elif options.command == "diff":
+        from lightning_merge._commands._diff import diff as compare
+
+        print(compare(options.first, options.second))
+    elif options.command == "export":
+        from lightning_merge._commands._export import export as write
+
+        print(write(options.file, options.out, options.set, options.strip, options.timm, options.force))
+    elif options.command == "verify":
+        return _verify(options.run, options.tolerance)
+    elif options.command == "doctor":
+        from lightning_merge._commands._doctor import doctor as examine
+
+        if options.config is not None:
+            _need(_CLI_MODULES)
+        print(examine(options.files, options.base, options.config, options.monitor, options.points))
     elif options.command == "inspect":
         from lightning_merge._files import describe
 
@@ -109,13 +150,25 @@ def _run(arguments: list[str]) -> int:
     return _lightning(["fit", "--config", str(path), *arguments[1:]], _RECIPE_MODULES)
 
 
-def _lightning(arguments: list[str], modules: Sequence[str]) -> int:
+def _verify(run: Path, tolerance: float) -> int:
+    from lightning_merge._commands._verify import verify
+
+    _need(_CLI_MODULES)
+    text, agrees = verify(run, tolerance)
+    print(text)
+    return 0 if agrees else 1
+
+
+def _need(modules: Sequence[str]) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
-        return _fail(
-            f"not installed: {', '.join(missing)}. They come with the recipes:",
-            'pip install "lightning-merge[recipes]"',
+        raise ImportError(
+            f'not installed: {", ".join(missing)}. They come with the recipes:\npip install "lightning-merge[recipes]"'
         )
+
+
+def _lightning(arguments: list[str], modules: Sequence[str]) -> int:
+    _need(modules)
     from lightning_merge.recipes._lightning_cli import run
 
     run(arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_utilities.core import rank_zero
 
@@ -79,6 +80,19 @@ def run(args: list[str]) -> None:
         # Testing a run leaves nothing behind in its folder.
         save_config_callback=SaveConfigCallback if args[:1] == ["fit"] else None,
     )
+
+
+def instantiate(config: Path) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
+    """The Trainer, module and data that a configuration describes, and nothing run with them."""
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    cli = LightningCLI(
+        args=[f"--config={config}"],
+        parser_class=_Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        save_config_callback=None,
+        run=False,
+    )
+    return cli.trainer, cli.model, cli.datamodule
 
 
 def condensed(message: str) -> str:

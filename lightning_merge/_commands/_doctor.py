@@ -1,0 +1,96 @@
+"""``lightning-merge doctor``: whether sets of weights can be merged."""
+
+from pathlib import Path
+
+from lightning_merge._weight_sets import StoredSet, WeightFile, match, open_file, open_set
+from lightning_merge.diagnostics import Examination, examine
+from lightning_merge.weights import Weights
+
+
+def doctor(files: list[str], base: str | None, config: Path | None, monitor: str, points: int) -> str:
+    """A report with the verdict first.
+
+    Args:
+        files: ``FILE`` or ``FILE:SET``; of a single file all its sets are looked at.
+        base: The checkpoint that all were fine-tuned from.
+        config: Names the model and data that losses are measured with.
+        monitor: The loss that validation logs.
+        points: Points between two sets.
+
+    Raises:
+        ValueError: If a file cannot be read, files are of different models, or validation logs no such loss.
+    """
+    chosen = _sets(files)
+    opened = list(chosen.values())
+    for file, stored in opened[1:]:
+        match(opened[0][0], opened[0][1].weights, file, stored.weights)
+    candidates = {name: stored.weights for name, (_, stored) in chosen.items()}
+    shares = {name: s.initial_share for name, (_, s) in chosen.items() if s.initial_share is not None}
+    base_weights = None
+    if base is not None:
+        file, name = open_set(base)
+        base_weights = file.choose(name).weights
+        match(opened[0][0], opened[0][1].weights, file, base_weights)
+    if config is None:
+        result = examine(candidates, base_weights, initial_shares=shares, points=points)
+    else:
+        from lightning_merge._commands._runs import Bench
+
+        bench = Bench(config)
+
+        def loss(weights: Weights) -> float:
+            metrics = bench.metrics(weights)
+            if monitor not in metrics:
+                raise ValueError(
+                    f"`--monitor` must be a loss that validation logs, got {monitor!r}; it logs:"
+                    f" {', '.join(sorted(metrics)) or 'nothing'}."
+                )
+            return metrics[monitor]
+
+        result = examine(
+            candidates,
+            base_weights,
+            loss=loss,
+            measure_statistics=bench.statistics,
+            initial_shares=shares,
+            points=points,
+        )
+    return report(result, config is not None)
+
+
+def report(result: Examination, with_data: bool) -> str:
+    """The verdict, what speaks against merging, and every figure."""
+    lines = ["verdict: merge" if not result.findings else f"verdict: do not merge as they are ({result.verdict})"]
+    lines += [f"  - {finding.text}" for finding in result.findings]
+    width = max(map(len, result.measures), default=0)
+    lines += [f"  {name:{width}}  {value:.4g}" for name, value in result.measures.items()]
+    if result.line:
+        lines.append(
+            "  loss on the line: " + ", ".join(f"{share:.0%} {loss:.4g}" for share, loss in result.line.items())
+        )
+    if not with_data:
+        lines.append(
+            "  not looked for: barriers of the loss, stale BatchNorm statistics. `--config FILE` measures them."
+        )
+    return "\n".join(lines)
+
+
+def _sets(files: list[str]) -> dict[str, tuple[WeightFile, StoredSet]]:
+    """Sets by a short name that is unique."""
+    if len(files) == 1 and Path(files[0]).exists():
+        file = open_file(files[0])
+        return {name: (file, stored) for name, stored in file.sets.items()}
+    chosen: dict[str, tuple[WeightFile, StoredSet]] = {}
+    for text in files:
+        file, name = open_set(text)
+        short = file.path.name if sum(open_name(other) == file.path.name for other in files) == 1 else str(file.path)
+        key = short if name == file.default else f"{short}:{name}"
+        while key in chosen:  # the same file twice is what an examination finds
+            key += "'"
+        chosen[key] = (file, file.choose(name))
+    return chosen
+
+
+def open_name(text: str) -> str:
+    """The name of the file in ``FILE`` or ``FILE:SET``."""
+    return Path(text if Path(text).exists() else text.rpartition(":")[0]).name

@@ -1,0 +1,73 @@
+"""``lightning-merge verify``: whether the files of a run hold the weights that their scores were measured on."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning_merge._files import read
+from lightning_merge._weight_sets import FORMAT
+
+
+def verify(run: Path, tolerance: float) -> tuple[str, bool]:
+    """A line per file, and whether all that could be measured again agree with what was recorded.
+
+    Args:
+        run: The run folder: ``config.yaml`` and checkpoints anywhere below it.
+        tolerance: Difference that counts as equal, as a share of the recorded value.
+
+    Raises:
+        ValueError: If it is no run folder, or no file of it records a metric.
+    """
+    from lightning_merge._commands._runs import Bench
+
+    if not run.is_dir():
+        raise ValueError(f"there is no folder {run}: give a run folder, as `runs/digits/swa/version_0`.")
+    config = run / "config.yaml"
+    if not config.is_file():
+        below = [str(path.parent) for path in sorted(run.glob("**/config.yaml"))]
+        cure = f" Run folders below it: {', '.join(below[:5])}." if below else ""
+        raise ValueError(f"{run} has no config.yaml, so its files cannot be measured again.{cure}")
+    if tolerance < 0:
+        raise ValueError(f"`--tolerance` must be at least 0, got {tolerance}.")
+    labels: dict[Path, dict[str, Any] | None] = {path: _label(path) for path in sorted(run.glob("**/*.ckpt"))}
+    recorded = {path: label for path, label in labels.items() if label is not None and label["metrics"]}
+    if not recorded:
+        raise ValueError(
+            f"no checkpoint below {run} records a metric ({len(labels)} found): nothing to compare with. Files written"
+            " beside an average of lightning-merge record what validation measured on the weights they hold."
+        )
+    bench = Bench(config)
+    lines, agrees = [], True
+    for path in labels:
+        shown = path.relative_to(run)
+        if path not in recorded:
+            why = "written without lightning-merge" if labels[path] is None else "its weights were not measured"
+            lines.append(f"  skipped  {shown}: {why}")
+            continue
+        metrics, holds = recorded[path]["metrics"], recorded[path]["holds"]
+        again = bench.metrics(path=path)
+        same = all(_equal(value, again.get(name), tolerance) for name, value in metrics.items())
+        agrees &= same
+        figures = ", ".join(f"{name} {value:.6g} recorded, {_show(again.get(name))}" for name, value in metrics.items())
+        lines.append(f"  {'equal  ' if same else 'DIFFERS'}  {shown} ({holds}): {figures} measured again")
+    verdict = "hold the weights their scores were measured on" if agrees else "do NOT all hold what was measured"
+    return "\n".join([f"{run}: {len(recorded)} files {verdict}", *lines]), agrees
+
+
+def _label(path: Path) -> dict[str, Any] | None:
+    content = read(path)
+    label = content.get("lightning_merge") if isinstance(content, dict) else None
+    if label is None:
+        return None
+    if label.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format {label.get('format')} of lightning-merge; this version reads {FORMAT}. Update it."
+        )
+    return dict(label)
+
+
+def _equal(recorded: float, measured: float | None, tolerance: float) -> bool:
+    return measured is not None and abs(recorded - measured) <= tolerance * max(abs(recorded), 1e-12)
+
+
+def _show(value: float | None) -> str:
+    return "not logged" if value is None else f"{value:.6g}"
