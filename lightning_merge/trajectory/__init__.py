@@ -1,0 +1,25 @@
+"""Trajectory: checkpoints on disk as a sequence that is read tensor by tensor."""
+
+from lightning_merge.trajectory._checkpoint import Checkpoint
+from lightning_merge.trajectory._coefficients import (
+    by_decay,
+    exponential,
+    linear,
+    mean,
+    window,
+    wsm_1_sqrt,
+    wsm_linear,
+)
+from lightning_merge.trajectory._trajectory import Trajectory
+
+__all__ = [
+    "Checkpoint",
+    "Trajectory",
+    "by_decay",
+    "exponential",
+    "linear",
+    "mean",
+    "window",
+    "wsm_1_sqrt",
+    "wsm_linear",
+]

@@ -1,0 +1,189 @@
+"""The checkpoints of a run, or of several, as one sequence."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from lightning_merge.trajectory._checkpoint import Checkpoint, Place, WhichWeights
+from lightning_merge.weights import Weights, average_dtype, first_mismatch, nonfinite
+
+_CHUNK = 2**17
+"""Numbers that are merged at a time: what is written stays in the cache while every file adds to it."""
+
+
+class Trajectory(Sequence[Checkpoint]):
+    """Checkpoints of one model in order, opened and not read.
+
+    Args:
+        checkpoints: At least one.
+
+    Attributes:
+        dropped: Files of a run that were left out, since an earlier file has the same step.
+
+    Raises:
+        ValueError: If there is none, or two are of different models; the first difference is named.
+    """
+
+    def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
+        self._checkpoints = list(checkpoints)
+        self.dropped: list[Path] = []
+        if not self._checkpoints:
+            raise ValueError("a trajectory needs at least one checkpoint, got none.")
+        first = self._checkpoints[0]
+        like = first.like
+        for other in self._checkpoints[1:]:
+            if difference := first_mismatch(like, other.like):
+                raise ValueError(f"{other.path} is of another model than {first.path}: {difference}.")
+
+    @classmethod
+    def of_run(
+        cls,
+        folder: str | os.PathLike[str],
+        pattern: str = "**/*.ckpt",
+        weights: WhichWeights = "raw",
+        start: int = 0,
+        end: int | None = None,
+        last: int | None = None,
+    ) -> "Trajectory":
+        """The checkpoints of one run by step (by the numbers in their names where files do not say); one per step.
+
+        Args:
+            folder: Searched with its subfolders.
+            pattern: Which files, as ``Path.glob`` takes it.
+            weights: ``"raw"`` or ``"published"``, see ``Checkpoint``.
+            start: Least step.
+            end: Largest step; ``None``: no limit.
+            last: Keep so many of the latest, at least 1; ``None``: all.
+
+        Raises:
+            ValueError: If no file is left, a file cannot be read, or ``last`` is out of range.
+        """
+        if last is not None and last < 1:
+            raise ValueError(f"`last` must be at least 1, got {last}.")
+        folder = Path(folder)
+        paths = sorted(folder.glob(pattern), key=lambda path: _numbers(path.name)) if folder.is_dir() else []
+        found: dict[object, Checkpoint] = {}
+        dropped = []
+        for path in paths:
+            checkpoint = Checkpoint(path, weights)
+            if checkpoint.step is not None and not start <= checkpoint.step <= (math.inf if end is None else end):
+                continue
+            if found.setdefault(path if checkpoint.step is None else checkpoint.step, checkpoint) is not checkpoint:
+                dropped.append(path)
+        if not found:
+            raise ValueError(
+                f"no checkpoint in {folder} matches {pattern!r} at steps {start} to {end or 'the end'}. Let"
+                " ModelCheckpoint keep several: `every_n_train_steps=..., save_top_k=-1`."
+            )
+        ordered = sorted(found.values(), key=lambda each: -1 if each.step is None else each.step)
+        trajectory = cls(ordered if last is None else ordered[-last:])
+        trajectory.dropped = dropped
+        return trajectory
+
+    @classmethod
+    def of_files(cls, paths: Iterable[str | os.PathLike[str]], weights: WhichWeights = "published") -> "Trajectory":
+        """Files in the order they are given, as those of several runs."""
+        return cls(Checkpoint(path, weights) for path in paths)
+
+    def __len__(self) -> int:
+        return len(self._checkpoints)
+
+    @overload
+    def __getitem__(self, index: int) -> Checkpoint: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Trajectory": ...
+    def __getitem__(self, index: int | slice) -> "Checkpoint | Trajectory":
+        return Trajectory(self._checkpoints[index]) if isinstance(index, slice) else self._checkpoints[index]
+
+    def stream(self) -> Iterator[Weights]:
+        """The weights of one checkpoint after the other; one model is in memory if the caller keeps none."""
+        return (checkpoint.weights() for checkpoint in self._checkpoints)
+
+    @torch.no_grad()
+    def combine(self, coefficients: Sequence[float]) -> Weights:
+        """``sum_i coefficients[i] * weights_i`` in float32 (or wider), then in the dtype of the first file.
+
+        Tied tensors stay tied. What cannot be averaged (integers, flags) is that of the last checkpoint that takes
+        part. Memory: the result, and a part of one tensor.
+
+        Args:
+            coefficients: One finite number per checkpoint; files with 0 are not read.
+
+        Raises:
+            ValueError: If the number is wrong, or the result holds a NaN or an infinity.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from pathlib import Path
+            >>> folder = Path(tempfile.mkdtemp())
+            >>> for step in (1, 2):
+            ...     weights = {"w": torch.tensor(float(step))}
+            ...     torch.save({"state_dict": weights, "global_step": step}, folder / f"{step}.ckpt")
+            >>> Trajectory.of_run(folder).combine([0.25, 0.75])
+            {'w': tensor(1.7500)}
+        """
+        if len(coefficients) != len(self) or not all(map(math.isfinite, coefficients)):
+            raise ValueError(f"`coefficients` must be {len(self)} finite numbers, got {tuple(coefficients)}.")
+        taking_part = [(c, float(a)) for c, a in zip(self._checkpoints, coefficients, strict=True) if a]
+        if not taking_part:
+            raise ValueError("`coefficients` must not all be 0.")
+        names: dict[tuple[Place, ...], str] = {}  # of tied tensors the first
+        for name in self._checkpoints[0].places:
+            names.setdefault(self._places(name, taking_part), name)
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            tensors = threads.map(lambda name: self._combine(name, taking_part), names.values())
+            done = dict(zip(names, tensors, strict=True))
+        return {name: done[self._places(name, taking_part)] for name in self._checkpoints[0].places}
+
+    @staticmethod
+    def _places(name: str, taking_part: list[tuple[Checkpoint, float]]) -> tuple[Place, ...]:
+        return tuple(checkpoint.places[name] for checkpoint, _ in taking_part)
+
+    @torch.no_grad()
+    def _combine(self, name: str, taking_part: list[tuple[Checkpoint, float]]) -> Tensor:
+        at = self._checkpoints[0].places[name]
+        if not at.dtype.is_floating_point and not at.dtype.is_complex:
+            return taking_part[-1][0].tensor(name)
+        merged = torch.empty(at.shape, dtype=at.dtype)
+        if all(place.is_dense for place in self._places(name, taking_part)):
+            self._combine_dense(name, merged.view(-1), taking_part)
+        else:
+            total = torch.zeros(at.shape, dtype=average_dtype(merged))
+            for checkpoint, coefficient in taking_part:
+                total.add_(checkpoint.tensor(name).to(total), alpha=coefficient)
+            merged.copy_(total)
+        if nonfinite({name: merged}):
+            self._refuse(name, taking_part)
+        return merged
+
+    def _combine_dense(self, name: str, merged: Tensor, taking_part: list[tuple[Checkpoint, float]]) -> None:
+        """Chunk by chunk, so that what is added to stays in the cache while every file adds to it."""
+        size = min(_CHUNK, merged.numel())
+        total = torch.empty(size, dtype=average_dtype(merged))
+        buffers = {dtype: torch.empty(size, dtype=dtype) for dtype in {c.places[name].dtype for c, _ in taking_part}}
+        for start in range(0, merged.numel(), _CHUNK):
+            target = merged[start : start + _CHUNK]
+            summed = total[: target.numel()].zero_()
+            for checkpoint, coefficient in taking_part:
+                numbers = buffers[checkpoint.places[name].dtype][: target.numel()]
+                checkpoint.read(name, start, numbers)
+                summed.add_(numbers, alpha=coefficient)
+            target.copy_(summed)
+
+    def _refuse(self, name: str, taking_part: list[tuple[Checkpoint, float]]) -> None:
+        for checkpoint, _ in taking_part:
+            if nonfinite({name: checkpoint.tensor(name)}):
+                raise ValueError(f"`{name}` of {checkpoint.path} holds a NaN or an infinity. Leave that file out.")
+        raise ValueError(f"`{name}` is too large for its dtype with these coefficients.")
+
+
+def _numbers(name: str) -> list[tuple[int, str]]:
+    """A key by which ``step=9`` comes before ``step=10``."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
