@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge import weights
+from lightning_merge._weight_sets import WeightFile, of_lightning
 from lightning_merge.callbacks._patches import Patches
 from lightning_merge.callbacks._validation import RAW
 from lightning_merge.weights import Weights
@@ -146,7 +147,9 @@ class Checkpoints:
 
     def _on_load_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
         section = checkpoint.get(KEY)
-        if section is None:
+        if section is None and (theirs := of_lightning(checkpoint)) is not None and "average" in theirs.sets:
+            self._adopt(theirs, checkpoint)
+        elif section is None:
             rank_zero_info("The checkpoint was made without lightning-merge: averages start empty, from its weights.")
         elif "states" not in section:
             raise ValueError(
@@ -156,6 +159,19 @@ class Checkpoints:
         else:
             self._restore(section, checkpoint)
         original(checkpoint)
+
+    def _adopt(self, theirs: WeightFile, checkpoint: dict[str, Any]) -> None:
+        """Goes on from a file of Lightning's own callbacks: its raw weights, and its average for the primary."""
+        self._refuse_other_model(checkpoint["state_dict"])
+        names = weights.state_dict_names(self._publisher.module)
+        stored = theirs.sets["average"]
+        average = {names[key]: tensor for key, tensor in stored.weights.items() if key in names}
+        primary = self._publisher.primary
+        checkpoint["state_dict"] = theirs.sets["raw"].weights
+        if primary.adopt(average, stored.updates or 1, checkpoint["global_step"], checkpoint["epoch"]):
+            rank_zero_info(f"{primary.title} goes on with the average of {stored.updates} updates in {theirs.kind}.")
+        else:
+            rank_zero_warn(f"{primary.title} starts empty: it cannot go on with the average in {theirs.kind}.")
 
     def _restore(self, section: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         """Puts the raw weights in the place of the merged ones before Lightning loads them, and the averages back."""

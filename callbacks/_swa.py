@@ -1,5 +1,6 @@
 """SWA: stochastic weight averaging, the uniform mean of the weights at the ends of the last epochs."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -20,8 +21,9 @@ class SWA(WeightMerging):
         start_epoch: Completed epochs at which the first weights are collected: an int of at least 0, or a float in
             [0, 1) as a share of the run. Default 0.75.
         every_n_epochs: Epochs between collections; at least 1. The length of the cycle under a cyclic schedule.
-        swa_lr: Learning rate of the tail, more than 0. ``None`` leaves the learning rate to the module. If the module
-            has a scheduler, it keeps stepping but no longer sets the rate in the tail; one line says so.
+        swa_lr: Learning rate of the tail, more than 0; a list has one for each parameter group. ``None`` leaves the
+            learning rate to the module. If the module has a scheduler, it keeps stepping but no longer sets the rate in
+            the tail; one line says so.
         anneal_epochs: Epochs of the tail over which the rate moves to ``swa_lr``; at least 0 (0 and 1: at once).
         anneal_strategy: ``"cos"`` or ``"linear"``.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
@@ -45,7 +47,7 @@ class SWA(WeightMerging):
         self,
         start_epoch: int | float = 0.75,
         every_n_epochs: int = 1,
-        swa_lr: float | None = None,
+        swa_lr: float | Sequence[float] | None = None,
         anneal_epochs: int = 10,
         anneal_strategy: Literal["cos", "linear"] = "cos",
         validate: Validate = "merged",
@@ -54,7 +56,7 @@ class SWA(WeightMerging):
         selection: Selection | None = None,
         optimizer: int = 0,
     ) -> None:
-        if swa_lr is not None and not swa_lr > 0:
+        if swa_lr is not None and not all(rate > 0 for rate in _rates(swa_lr)):
             raise ValueError(f"`swa_lr` must be more than 0, got {swa_lr}.")
         if anneal_epochs < 0:
             raise ValueError(f"`anneal_epochs` must be at least 0, got {anneal_epochs}.")
@@ -80,19 +82,29 @@ class SWA(WeightMerging):
         tail_epoch = trainer.current_epoch - int(schedule.start) + 1
         if self.swa_lr is None or tail_epoch < 1:
             return
-        for group in trainer.optimizers[self.optimizer].param_groups:
+        groups = trainer.optimizers[self.optimizer].param_groups
+        for group, rate in zip(groups, self._rate_of_each(len(groups)), strict=True):
             # Kept in the group, the rate that the tail started from is saved and restored with the optimizer.
             if "swa_base_lr" not in group:
                 group["swa_base_lr"] = float(group["lr"])
                 self._announce_learning_rate(trainer, group["swa_base_lr"])
-            group["lr"] = anneal(
-                group["swa_base_lr"], self.swa_lr, tail_epoch, self.anneal_epochs, self.anneal_strategy
-            )
+            group["lr"] = anneal(group["swa_base_lr"], rate, tail_epoch, self.anneal_epochs, self.anneal_strategy)
+
+    def _rate_of_each(self, groups: int) -> list[float]:
+        assert self.swa_lr is not None
+        rates = _rates(self.swa_lr)
+        if len(rates) not in (1, groups):
+            raise ValueError(f"`swa_lr` must hold one rate or one for each of {groups} parameter groups, got {rates}.")
+        return rates if len(rates) == groups else rates * groups
 
     def _announce_learning_rate(self, trainer: Trainer, base: float) -> None:
         schedulers = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
         rest = f" {', '.join(schedulers)} keeps stepping but no longer sets it." if schedulers else ""
         rank_zero_info(
-            f"{self.title}: the learning rate goes from {base:g} to {self.swa_lr:g} over {self.anneal_epochs} epochs."
+            f"{self.title}: the learning rate goes from {base:g} to {self.swa_lr} over {self.anneal_epochs} epochs."
             f"{rest}"
         )
+
+
+def _rates(swa_lr: float | Sequence[float]) -> list[float]:
+    return list(swa_lr) if isinstance(swa_lr, Sequence) else [swa_lr]

@@ -346,6 +346,29 @@ class WeightMerging(Published):
         self.steps = label["steps"]
         self._resumed = True
 
+    def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:
+        """Goes on with an average that other software kept, if the rule keeps nothing but an average and counts.
+
+        Args:
+            average: By canonical name, of all parameters and buffers.
+            updates: How many weights were merged into it.
+            steps: Optimizer steps of the run so far.
+            epochs: Epochs completed so far.
+        """
+        assert self._publisher is not None
+        module = self._publisher.module
+        live = {**self.selection.parameters(module), **self.selection.averaged_buffers(module)}
+        state = self.rule.init({name: average[name] for name in live})
+        if not state.keys() <= {"average", "mean", "updates", "initial_share", "compensation"}:
+            return False
+        state["updates"] = updates
+        if "initial_share" in state:
+            state["initial_share"] = 0.0  # such files do not say
+        self._state = state
+        self._buffers = weights.copies({name: average[name] for name in self.selection.copied_buffers(module)})
+        self.steps, self._last_epoch, self._resumed = steps, epochs, True
+        return True
+
     def to_host(self) -> None:
         """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
         host = torch.device("cpu")

@@ -102,6 +102,12 @@ def open_set(text: str) -> tuple[WeightFile, str]:
     return file, chosen
 
 
+def of_lightning(content: Mapping[str, Any]) -> WeightFile | None:
+    """The sets of a checkpoint of one of Lightning's averaging callbacks, if it is one."""
+    path = Path("the checkpoint")
+    return _lightning_weight_averaging(content, path) or _lightning_stochastic_averaging(content, path)
+
+
 def _file(path: Path, kind: str, sets: dict[str, StoredSet], content: Any, default: str | None = None) -> WeightFile:
     return WeightFile(path, kind, sets, default or next(iter(sets)), content)
 

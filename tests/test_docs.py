@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")), ROOT / "docs" / "migrating.md"]
 
 
 def snippets(page: Path) -> list[str]:

@@ -41,7 +41,8 @@ def foreign(names: Iterator[str]) -> set[str]:
     return {layer(name) for name in names} - set(sys.stdlib_module_names) - {"lightning_merge"}
 
 
-COMMANDS = [ROOT / "lightning_merge" / "cli.py", *files("lightning_merge/_commands")]
+# What a user starts or imports by a short name: it leads to every layer.
+COMMANDS = [*(ROOT / "lightning_merge" / name for name in ("cli.py", "compat.py")), *files("lightning_merge/_commands")]
 ENGINE = [path for path in files("lightning_merge") if path not in COMMANDS]
 CALLBACKS = files("callbacks")
 

@@ -1,0 +1,28 @@
+"""Lightning's averaging callbacks under their names and arguments, and the weights in other libraries' files.
+
+Change ``from lightning.pytorch.callbacks import ...`` to ``from lightning_merge.compat import ...``. What changes in
+the numbers is in ``docs/migrating.md``.
+"""
+
+from pathlib import Path
+
+from lightning_merge._weight_sets import open_file
+from lightning_merge.callbacks._compat import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning_merge.weights import Weights
+
+__all__ = ["EMAWeightAveraging", "StochasticWeightAveraging", "WeightAveraging", "read_weights"]
+
+
+def read_weights(path: str | Path, name: str | None = None) -> Weights:
+    """One set of weights of a checkpoint, under the names that a plain module's ``load_state_dict`` takes.
+
+    Args:
+        path: A file of lightning-merge, Lightning (also with one of its averaging callbacks), timm, ema-pytorch, NeMo
+            (either file of a pair), MMEngine, torch's ``AveragedModel`` or safetensors.
+        name: ``"average"``, ``"raw"``, or the name of an average of ours; by default the set that the file's score was
+            measured on. ``lightning-merge inspect`` lists them.
+
+    Raises:
+        ValueError: If the file cannot be read or holds no such set; the message lists those it holds.
+    """
+    return open_file(path).choose(name).weights
