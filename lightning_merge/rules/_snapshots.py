@@ -79,7 +79,7 @@ class OnDevice(_InMemory):
         needed: dict[torch.device, int] = {}
         for tensor in weights.values():
             needed[tensor.device] = needed.get(tensor.device, 0) + copies * _size({"": tensor})
-        return [(f"on {device}", size, _free(device)) for device, size in needed.items()]
+        return [(f"on {device}", size, free_bytes(device)) for device, size in needed.items()]
 
     def keep(self, weights: Weights) -> Weights:
         return clone(weights)
@@ -95,7 +95,7 @@ class OnHost(_InMemory):
     cure = "Choose `store='disk'`, or lower `k`."
 
     def room(self, weights: Weights, copies: int) -> list[tuple[str, int, int | None]]:
-        return [("in host memory", copies * _size(weights), _free(_HOST))]
+        return [("in host memory", copies * _size(weights), free_bytes(_HOST))]
 
     def keep(self, weights: Weights) -> Weights:
         # A bare `cpu()` of a tensor that is there already is the tensor itself: the "average" of those is the newest.
@@ -197,7 +197,7 @@ def _size(weights: Weights) -> int:
     return sum(t.numel() * average_dtype(t).itemsize for t in local)
 
 
-def _free(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated; ``None`` where that cannot be known."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -132,7 +132,7 @@ def test_snapshots_larger_than_memory_are_refused_before_anything_is_allocated(s
 @pytest.mark.parametrize("store", ["device", "cpu"])
 def test_snapshots_that_just_fit_are_taken(store, monkeypatch):
     free = 7 * 3 * 8
-    monkeypatch.setattr(snapshots, "_free", lambda device: free)
+    monkeypatch.setattr(snapshots, "free_bytes", lambda device: free)
     window(6, store).init(weights(0))
     free -= 1
     with pytest.raises(MemoryError, match=r"needs 168 bytes .*, and 167 are available"):
@@ -149,15 +149,15 @@ def test_of_a_sharded_tensor_the_part_that_is_here_counts():
 
 
 def test_memory_that_cannot_be_known_is_not_refused():
-    assert snapshots._free(torch.device("meta")) is None
+    assert snapshots.free_bytes(torch.device("meta")) is None
     WindowMean().init({"w": torch.empty(10**14, device="meta")})
 
 
 def test_free_host_memory_is_known_without_proc(monkeypatch):
-    known = snapshots._free(torch.device("cpu"))
+    known = snapshots.free_bytes(torch.device("cpu"))
     monkeypatch.setattr(Path, "read_text", lambda self: "")
     assert known > 0
-    assert snapshots._free(torch.device("cpu")) > 0
+    assert snapshots.free_bytes(torch.device("cpu")) > 0
 
 
 @every_store

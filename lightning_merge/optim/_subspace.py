@@ -1,0 +1,370 @@
+"""Training in the span of stored weights."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import SGD, AdamW, Optimizer
+
+from lightning_merge.rules._snapshots import free_bytes
+from lightning_merge.weights import State, Weights, average_dtype
+
+Form: TypeAlias = Literal["centred", "iclr", "journal"]
+Store: TypeAlias = Literal["device", "cpu"]
+
+_CHUNK = 2**16
+"""Columns whose inner products are taken at a time, in float64."""
+
+_RANK_TOLERANCE = 1e-10
+
+
+class Subspace:
+    """Weights ``centre + sum_i c_i (w_i - centre)`` of ``n`` collected ``w_i``, whose coefficients are trained.
+
+    - ``"centred"``: the centre is the mean and ``c = C^T x``, where the rows of ``C D`` are orthonormal (``D``: the
+      centred weights as rows; ``C`` from the eigenvectors of ``D D^T``, largest eigenvalue first). The optimizer works
+      on ``x``, which starts at 0, and the weights of the ``w_i`` sum to one.
+    - ``"iclr"``: no centre, so their sum is free: exactly SGD on all weights with the gradient projected on the span of
+      the ``w_i``, weight decay included. Starts at the mean.
+    - ``"journal"``: each tensor has coefficients of its own, of its normalised differences to the mean; no
+      orthogonalisation. Differences are not quantised.
+
+    It holds the ``n`` copies and, from ``begin`` on, their mean. There is no second matrix of that size. With several
+    processes (DDP) each holds the copies of its share of the tensors; a step sums ``n`` numbers (``"journal"``: per
+    tensor) over them and sends every new weight once.
+
+    Args:
+        like: Names, shapes, dtypes, and devices of the weights.
+        capacity: Most weights that can be collected; at least 2.
+        form: ``"centred"``, ``"iclr"`` or ``"journal"``.
+        store: ``"device"`` where the weights are, or ``"cpu"``: host memory, where the products are then computed too.
+        optimizer: What works on the coefficients: ``"sgd"`` or ``"adamw"``.
+        momentum: Of SGD, in [0, 1).
+        weight_decay: At least 0. It pulls ``x`` to 0, that is the weights to the mean; with ``"iclr"`` to 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MemoryError: If the copies do not fit; nothing has been allocated then.
+
+    Example:
+        >>> weights = {"w": torch.zeros(2)}
+        >>> subspace = Subspace(weights, capacity=2)
+        >>> for point in ([1.0, 0.0], [0.0, 1.0]):
+        ...     subspace.collect({"w": torch.tensor(point)})
+        >>> subspace.begin(weights)
+        >>> subspace.step(weights, {"w": torch.tensor([1.0, 0.0])}, lr=0.5)
+        >>> weights["w"], subspace.coefficients
+        (tensor([0.2500, 0.7500]), tensor([0.2500, 0.7500], dtype=torch.float64))
+
+    References:
+        Li et al., "Trainable weight averaging: efficient training by optimizing historical solutions", ICLR 2023,
+        algorithm 1 (``"iclr"``), and its journal version, "Trainable weight averaging: accelerating training and
+        improving generalization", 2025 (``"journal"``).
+    """
+
+    def __init__(
+        self,
+        like: Mapping[str, Tensor],
+        capacity: int,
+        form: Form = "centred",
+        store: Store = "device",
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_settings(form, store, optimizer, momentum, weight_decay)
+        if capacity < 2:
+            raise ValueError(f"`capacity` must be at least 2, got {capacity}.")
+        self.form = form
+        self.optimizer = optimizer
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.names = list(like)
+        self.count = 0
+        self._owners = _owners(like)
+        own = {name: tensor for name, tensor in like.items() if self._owners[name] == _rank()}
+        devices = {name: torch.device("cpu") if store == "cpu" else tensor.device for name, tensor in own.items()}
+        _check_room(own, devices, capacity)
+        self._rows: Weights = {
+            name: torch.empty(capacity, tensor.numel(), dtype=average_dtype(tensor), device=devices[name])
+            for name, tensor in own.items()
+        }
+        self._centre: Weights = {}
+        self._reach = torch.empty(0)  # C; in "journal" the reciprocal norms, [tensors, n]
+        self._x = torch.empty(0)
+        self._optimizer: Optimizer | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether coefficients are trained."""
+        return self._optimizer is not None
+
+    @property
+    def rank(self) -> int:
+        """Numbers that are trained."""
+        return self._x.numel()
+
+    @property
+    def coefficients(self) -> Tensor:
+        """The weight of each collected ``w_i``, ``[n]``; in ``"journal"`` of each tensor's, ``[tensors, n]``."""
+        c = self._c().detach()
+        if self.form == "iclr":
+            return c
+        return c + (1.0 - c.sum(-1, keepdim=True)) / self.count
+
+    # ---- collecting
+
+    @torch.no_grad()
+    def collect(self, weights: Mapping[str, Tensor]) -> None:
+        """Copies the weights.
+
+        Raises:
+            ValueError: If there is no room left, or training has begun.
+        """
+        capacity = next(iter(self._rows.values())).shape[0] if self._rows else self.count + 1
+        if self.begun or self.count >= capacity:
+            raise ValueError(f"`capacity` is {capacity}, and {self.count} weights are collected already.")
+        for name, rows in self._rows.items():
+            rows[self.count].copy_(weights[name].detach().reshape(-1))
+        self.count += 1
+
+    @torch.no_grad()
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Makes the basis, and writes the mean of what was collected into ``weights``.
+
+        Raises:
+            ValueError: If fewer than two of the collected weights differ.
+        """
+        for name, rows in self._rows.items():
+            self._rows[name] = rows = rows[: self.count]
+            if self.form != "iclr":
+                self._centre[name] = _mean(rows)
+                rows.sub_(self._centre[name])
+        if self.form == "journal":
+            self._reach, start = self._block_norms()
+        else:
+            self._reach, start = self._orthonormal()
+        if not self._reach.numel() or not bool(self._reach.any()):
+            raise ValueError(
+                f"at least two different weights have to be collected, and the {self.count} that were are equal up to"
+                " rounding. Collect over a longer stretch, or with a larger learning rate."
+            )
+        self._start_optimizer(start)
+        self.write(weights)
+
+    def _orthonormal(self) -> tuple[Tensor, Tensor]:
+        n = self.count
+        gram = torch.zeros(n, n, dtype=torch.float64)
+        size = torch.zeros(1, dtype=torch.float64)
+        for name, rows in self._rows.items():
+            for columns in torch.split(rows, _CHUNK, dim=1):
+                wide = columns.double()
+                gram += (wide @ wide.T).cpu()
+            size += (self._centre[name] if self._centre else rows[0]).double().square().sum().cpu()
+        _sum_over_ranks_(gram)
+        _sum_over_ranks_(size)
+        uncentred = gram
+        if self.form == "centred":
+            # The mean was rounded, so the rows do not quite sum to 0: removed here, or that would be a direction.
+            gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
+        values, vectors = torch.linalg.eigh(gram)
+        # What is less than the rounding of the stored weights says nothing about them.
+        eps = max((torch.finfo(rows.dtype).eps for rows in self._rows.values()), default=0.0)
+        kept = values > max(_RANK_TOLERANCE * float(values[-1]), 4.0 * eps**2 * float(size))
+        values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
+        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+        vectors = vectors * largest.sign()  # eigenvectors have no sign of their own
+        reach = (vectors / values.sqrt()).T.contiguous()
+        mean = torch.full((n,), 1.0 / n, dtype=torch.float64)
+        return reach, (
+            reach @ uncentred @ mean if self.form == "iclr" else torch.zeros(len(reach), dtype=torch.float64)
+        )
+
+    def _block_norms(self) -> tuple[Tensor, Tensor]:
+        norms = torch.zeros(len(self.names), self.count, dtype=torch.float64)
+        for name, rows in self._rows.items():
+            size = [columns.double().square().sum(1) for columns in torch.split(rows, _CHUNK, dim=1)]
+            row = torch.stack([*size, torch.zeros(self.count, dtype=torch.float64, device=rows.device)]).sum(0).sqrt()
+            # Tensors that never changed have no direction.
+            floor = torch.finfo(rows.dtype).eps * float(self._centre[name].double().norm())
+            norms[self.names.index(name)] = torch.where(row > floor, row, 0.0).cpu()
+        _sum_over_ranks_(norms)
+        return torch.where(norms > 0, 1.0 / norms, 0.0), torch.zeros_like(norms)
+
+    # ---- training
+
+    @torch.no_grad()
+    def step(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], lr: float) -> None:
+        """One step of the optimizer on the coefficients; writes the new weights.
+
+        Args:
+            weights: The live weights, which are what ``gradients`` were taken at.
+            gradients: By name; the same on all ranks. ``None``: zero.
+            lr: More than 0.
+        """
+        assert self._optimizer is not None
+        products = torch.zeros(len(self.names), self.count, dtype=torch.float64)
+        for index, name in enumerate(self.names):
+            gradient = gradients.get(name)
+            if name in self._rows and gradient is not None:
+                rows = self._rows[name]
+                products[index] = torch.mv(rows, gradient.reshape(-1).to(rows))
+        _sum_over_ranks_(products)
+        self._x.grad = products * self._reach if self.form == "journal" else self._reach @ products.sum(0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self.write(weights)
+
+    @torch.no_grad()
+    def write(self, weights: Mapping[str, Tensor]) -> None:
+        """Writes the weights of the present coefficients into ``weights``."""
+        c = self._c()
+        for index, name in enumerate(self.names):
+            if name in self._rows:
+                rows, target = self._rows[name], weights[name].detach()
+                share = (c[index] if c.ndim == 2 else c).to(rows)
+                direct = target.is_contiguous() and target.dtype == rows.dtype and target.device == rows.device
+                out = target.view(-1) if direct else None
+                if self._centre:
+                    flat = torch.addmv(self._centre[name], rows.T, share, out=out)
+                else:
+                    flat = torch.mv(rows.T, share, out=out)
+                if not direct:
+                    target.copy_(flat.view(target.shape))
+        self._exchange(weights)
+
+    def _c(self) -> Tensor:
+        return self._x * self._reach if self.form == "journal" else self._x @ self._reach
+
+    def _start_optimizer(self, x: Tensor) -> None:
+        self._x = x.clone().requires_grad_()
+        if self.optimizer == "adamw":
+            self._optimizer = AdamW([self._x], lr=1.0, weight_decay=self.weight_decay)
+        else:
+            self._optimizer = SGD([self._x], lr=1.0, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    # ---- saving
+
+    def save(self) -> State:
+        """Everything it goes on from: with several processes on every one of them, since each is asked for its part."""
+        return {
+            "count": self.count,
+            "rows": self._gathered(self._rows),
+            "centre": self._gathered(self._centre),
+            "reach": self._reach,
+            "x": self._x.detach(),
+            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load(self, saved: State) -> None:
+        """Takes over what ``save`` gave.
+
+        Raises:
+            ValueError: If it is of another model.
+        """
+        for name, rows in self._rows.items():
+            if name not in saved["rows"] or saved["rows"][name].shape[1] != rows.shape[1]:
+                raise ValueError(f"the collected weights are of another model: `{name}` is missing or of another size.")
+            found = saved["rows"][name]
+            self._rows[name] = found.to(rows) if len(found) >= len(rows) or saved["optimizer"] else rows
+            if self._rows[name] is rows:
+                rows[: saved["count"]] = found[: saved["count"]].to(rows)
+        self.count = saved["count"]
+        self._centre = {n: saved["centre"][n].to(rows) for n, rows in self._rows.items() if n in saved["centre"]}
+        self._reach = saved["reach"].cpu()
+        if saved["optimizer"] is not None:
+            self._start_optimizer(saved["x"].cpu())
+            assert self._optimizer is not None
+            self._optimizer.load_state_dict(saved["optimizer"])
+
+    # ---- several processes
+
+    def _exchange(self, weights: Mapping[str, Tensor]) -> None:
+        """Sends each process's weights to all others."""
+        if _world() == 1:
+            return
+        for rank in range(_world()):
+            tensors = [weights[name].detach() for name in self.names if self._owners[name] == rank]
+            if tensors:
+                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+                dist.broadcast(flat, rank)
+                for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+    def _gathered(self, own: Weights) -> Weights:
+        """The tensors of all processes, on each of them."""
+        if _world() == 1:
+            return dict(own)
+        found: list[Any] = [None] * _world()
+        dist.all_gather_object(found, {name: tensor.cpu() for name, tensor in own.items()})
+        return {name: tensor for part in found for name, tensor in part.items()}
+
+
+def check_settings(form: str, store: str, optimizer: str, momentum: float, weight_decay: float) -> None:
+    """Raises a ValueError that names the setting that is out of range."""
+    if form not in get_args(Form):
+        raise ValueError(f"`form` must be 'centred', 'iclr' or 'journal', got {form!r}.")
+    if store not in get_args(Store):
+        raise ValueError(f"`store` must be 'device' or 'cpu', got {store!r}.")
+    if optimizer not in ("sgd", "adamw"):
+        raise ValueError(f"the optimizer of coefficients must be 'sgd' or 'adamw', got {optimizer!r}.")
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
+    if not 0.0 <= weight_decay < math.inf:
+        raise ValueError(f"`weight_decay` must be at least 0, got {weight_decay}.")
+    if form == "iclr" and optimizer == "adamw":
+        raise ValueError(
+            "`form='iclr'` is SGD on projected gradients; AdamW depends on the choice of the basis. Take"
+            " `form='centred'`, whose basis is fixed."
+        )
+
+
+def _mean(rows: Tensor) -> Tensor:
+    parts = [columns.double().mean(0).to(rows.dtype) for columns in torch.split(rows, _CHUNK, dim=1)]
+    return torch.cat(parts) if parts else rows.new_empty(0)
+
+
+def _check_room(own: Mapping[str, Tensor], devices: Mapping[str, torch.device], capacity: int) -> None:
+    needed: dict[torch.device, int] = {}
+    for name, tensor in own.items():
+        size = (capacity + 1) * tensor.numel() * average_dtype(tensor).itemsize
+        needed[devices[name]] = needed.get(devices[name], 0) + size
+    for device, size in needed.items():
+        free = free_bytes(device)
+        if free is not None and size > free:
+            cure = "fewer of them" if device.type == "cpu" else "`store='cpu'` or fewer of them"
+            raise MemoryError(
+                f"{capacity} collected weights and their mean need {size:,} bytes on {device}, and {free:,} are"
+                f" available. Take {cure}."
+            )
+
+
+def _owners(like: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which process holds which tensor: about equal shares."""
+    loads = [0] * _world()
+    owners = {}
+    for name in sorted(like, key=lambda name: -like[name].numel()):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += like[name].numel()
+    return owners
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if _world() > 1 else 0
+
+
+def _sum_over_ranks_(tensor: Tensor) -> None:
+    if _world() > 1:
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device
+        there = tensor.to(device)
+        dist.all_reduce(there)
+        tensor.copy_(there)
