@@ -112,15 +112,16 @@ class Publisher:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
-        wanting = []
+        wanting: list[tuple[Published, Moment]] = []
+        taken: dict[str, Tensor] = {}
         for counted, average in self._counted:
             if counted is optimizer:
                 average.steps += 1
                 moment = Moment(average.steps, self.trainer.current_epoch)
                 if average.wants(moment):
                     wanting.append((average, moment))
-        # All that take weights in share one look at them.
-        nonfinite = weights.nonfinite({name: t for average, _ in wanting for name, t in average.tensors.items()})
+                    taken |= average.tensors
+        nonfinite = weights.nonfinite(taken)  # all share one look
         for average, moment in wanting:
             average.take_in(moment, nonfinite)
 
