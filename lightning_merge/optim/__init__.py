@@ -1,5 +1,7 @@
-"""Optim: methods that define the update itself."""
+"""Methods that define the update itself, in plain torch; ``OnDARE`` and ``OnTIES`` wrap the optimizer you have."""
 
+from lightning_merge.optim._ondare import OnDARE
+from lightning_merge.optim._onties import OnTIES
 from lightning_merge.optim._subspace import Subspace
 
-__all__ = ["Subspace"]
+__all__ = ["OnDARE", "OnTIES", "Subspace"]

@@ -1,0 +1,92 @@
+"""Random masks that depend on nothing but their name: every rank, shard and resumed run draws the same.
+
+The numbers of a tensor are counted in the order of its shape and cut into blocks of ``BLOCK``. A block is seeded by
+(seed, step, tensor name, block), so a shard draws the blocks it touches and no others, and nothing has to be saved.
+"""
+
+import math
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import final
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**20
+
+_LEVELS = 2**16  # a mask compares 16 random bits, so a density is resolved to 2**-16
+_GAPS_BELOW = 0.1  # under this density it costs less to draw what is kept than one number per element
+
+
+def blocks(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    """The blocks that elements ``start`` to ``stop`` touch, each with where the elements begin and end in it.
+
+    Example:
+        >>> list(blocks(10, BLOCK + 5)) == [(0, 10, BLOCK), (1, 0, 5)]
+        True
+    """
+    for block in range(start // BLOCK, -(-stop // BLOCK)):
+        yield block, max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)
+
+
+@final
+class Draw:
+    """The random numbers of one tensor at one step.
+
+    Args:
+        seed: The seed of the run.
+        step: Which step; 0 for what is drawn once.
+        name: The tensor's name.
+        numel: Elements of the whole tensor, of which a shard holds some.
+        device: Where to draw. The same device type draws the same numbers.
+    """
+
+    def __init__(self, seed: int, step: int, name: str, numel: int, device: torch.device) -> None:
+        self.key = f"{seed}/{step}/{name}"
+        self.numel = numel
+        self.generator = torch.Generator(device)
+
+    def keep(self, density: float, block: int, start: int, stop: int) -> Tensor:
+        """Which elements ``start`` to ``stop`` of a block are kept, each with probability ``density``."""
+        generator, length = self._block(block)
+        words = torch.empty(-(-length // 4), dtype=torch.int64, device=generator.device)
+        words.random_(-(2**63), None, generator=generator)
+        threshold = min(round(density * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+        return words.view(torch.int16)[start:stop] < threshold
+
+    def kept(self, density: float, start: int, stop: int) -> Tensor:
+        """Indices, counted from ``start``, of the kept elements among ``start`` to ``stop`` of the tensor; sorted."""
+        parts = [self._kept(density, block, lo, hi) + (block * BLOCK - start) for block, lo, hi in blocks(start, stop)]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=self.generator.device)
+
+    def sample(self, size: int) -> Tensor:
+        """One random index of the tensor out of each of ``size`` equal parts; sorted."""
+        stride = self.numel / size
+        generator = self._seeded("sample")
+        within = torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64)
+        parts = torch.arange(size, device=generator.device, dtype=torch.float64)
+        return within.add_(parts).mul_(stride).long().clamp_(max=self.numel - 1)
+
+    def _kept(self, density: float, block: int, start: int, stop: int) -> Tensor:
+        """In a block, by the gaps between kept elements, which are geometrically distributed."""
+        if density >= _GAPS_BELOW:
+            return self.keep(density, block, start, stop).nonzero().view(-1) + start
+        generator, length = self._block(block)
+        expected = length * density
+        size = math.ceil(expected + 6 * math.sqrt(expected)) + 8
+        rate = -math.log1p(-density)
+        last, found = -1, []
+        while last < length - 1:
+            gaps = torch.empty(size, dtype=torch.float64, device=generator.device).exponential_(generator=generator)
+            found.append(gaps.div_(rate).long().add_(1).cumsum_(0).add_(last))
+            last = int(found[-1][-1])
+        places = torch.cat(found)
+        low, high = torch.searchsorted(places, torch.tensor([start, stop], device=places.device)).tolist()
+        return places[low:high]
+
+    def _block(self, block: int) -> tuple[torch.Generator, int]:
+        return self._seeded(str(block)), min(BLOCK, self.numel - block * BLOCK)
+
+    def _seeded(self, part: str) -> torch.Generator:
+        digest = blake2b(f"{self.key}/{part}".encode(), digest_size=8).digest()
+        return self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)

@@ -1,0 +1,190 @@
+"""OnDARE: the policy's update and the task vector, each thinned out at random."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_merge.optim._blocks import Draw, blocks
+from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_, ranges
+from lightning_merge.optim._shards import Part
+from lightning_merge.optim._task_vector import Source
+
+_INDICES_BELOW = 0.1
+
+
+@final
+class OnDARE(OnlineMerging):
+    """``weights <- weights + (1 - alpha) * F(update) + alpha * F(reference - pretrained)``; F keeps a random share.
+
+    ``update`` is what the wrapped optimizer does to the weights, not the gradient. F of the update is drawn anew at
+    every step, F of the difference once, both from (``seed``, step, name, block of 2**20 elements).
+
+    Args:
+        base_optimizer: Any torch optimizer that updates in place, once per step. Decoupled weight decay (of those with
+            ``decoupled_weight_decay`` in their groups, as AdamW) is not part of the update: it is applied to the
+            result. A parameter group with ``"merge": False`` is stepped as without the wrapper.
+        reference: The model before preference tuning: a module, named tensors, or a file.
+        pretrained: The model that ``reference`` was fine-tuned from; ``"zero"`` if ``reference`` is a difference.
+        density: Share of elements that F keeps, in (0, 1].
+        alpha: Weight of the difference, per merge, in [0, 1]. After T steps ``alpha * T * density`` of the difference
+            has been added on average; published values are 1e-7 to 1e-4.
+        form: ``"paper"``: F does not rescale. ``"official"``: as in the published code, which divides what it keeps by
+            ``density`` and limits the difference to 1 in magnitude.
+        rescale: ``"none"``, ``"inverse_p"`` (divide by ``density``), or ``"l1"`` (keep each tensor's sum of
+            magnitudes). By default ``"none"`` in the paper's form and ``"inverse_p"`` in the official one.
+        tau_every: Add the difference every so many merges, so many times as strong; at least 1.
+        alpha_schedule: ``"lr"`` multiplies ``alpha`` by learning rate / highest learning rate (``max_lr`` or
+            ``initial_lr`` of the group, else the one at construction).
+        merge_every: Merge the update of so many steps at once; at least 1. Above 1 it takes a copy of the parameters.
+        seed: Seed of the masks.
+        min_numel: Tensors with fewer elements are merged in full.
+        exempt: Glob patterns of parameter names that are stepped as without the wrapper.
+        module: The model that is trained, for its names. By default ``reference`` if it is that model, else the names
+            that the optimizer was given.
+        tau_dtype: How the difference is stored; by default in float32, or wider if the parameter is.
+        tau: What ``tau_state()`` of an earlier optimizer gave, instead of ``reference`` and ``pretrained``.
+        chunk_size: Elements per call of ``base_optimizer``; ``None`` for one that couples tensors.
+
+    Raises:
+        ValueError: If an argument is out of range, ``reference`` and ``pretrained`` do not fit the parameters or do
+            not differ, or a parameter is sharded otherwise than along its first dimension.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> w.grad = torch.tensor([1.0, -1.0])
+        >>> sgd = torch.optim.SGD([("w", w)], lr=0.1)
+        >>> reference, pretrained = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([0.0, 2.0])}
+        >>> OnDARE(sgd, reference=reference, pretrained=pretrained, density=1.0, alpha=0.5).step()
+        >>> w.data
+        tensor([1.4500, 2.0500])
+
+    References:
+        Lu et al., Online Merging Optimizers for Boosting Rewards and Mitigating Tax in Alignment, 2024, eq. 2 to 4.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        reference: Source | None = None,
+        pretrained: Source | Literal["zero"] | None = None,
+        density: float = 1.0,
+        alpha: float = 1e-7,
+        *,
+        form: Form = "paper",
+        rescale: Rescale | None = None,
+        tau_every: int = 1,
+        alpha_schedule: AlphaSchedule = "constant",
+        merge_every: int = 1,
+        seed: int = 0,
+        min_numel: int = 0,
+        exempt: Sequence[str] = (),
+        module: nn.Module | None = None,
+        tau_dtype: torch.dtype | None = None,
+        tau: Mapping[str, Mapping[str, Any]] | None = None,
+        chunk_size: int | None = 2**22,
+    ) -> None:
+        if tau_every < 1:
+            raise ValueError(f"`tau_every` must be at least 1, got {tau_every}.")
+        if form == "official" and rescale == "none":
+            raise ValueError("`rescale` must be 'inverse_p' or 'l1' in the official form, which always divides.")
+        self.tau_every = tau_every
+        super().__init__(
+            base_optimizer,
+            reference,
+            pretrained,
+            density,
+            alpha,
+            form,
+            rescale or ("none" if form == "paper" else "inverse_p"),
+            alpha_schedule,
+            merge_every,
+            seed,
+            min_numel,
+            exempt,
+            module,
+            tau_dtype,
+            tau,
+            chunk_size,
+        )
+
+    def _sparsify(self, dense: Tensor, name: str, whole: Part) -> tuple[Tensor, Tensor | None]:
+        if self.is_dense(whole):
+            return dense, None
+        index = Draw(self.seed, 0, name, whole.numel, dense.device).kept(self.density, whole.start, whole.stop)
+        kept = torch.zeros_like(dense).index_copy_(0, index, dense[index])
+        if self.form == "official":
+            return kept.div_(self.density).clamp_(-1.0, 1.0), index
+        return kept.mul_(self._scale(_magnitude(dense), _magnitude(kept), whole)), index
+
+    def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
+        if not self.is_dense(turn.part) and self.density < _INDICES_BELOW and self.rescale != "l1" and not turn.decay:
+            self._merge_few(after, before, turn)
+        else:
+            self._thin_out(after, before, turn)
+            self._add(after, before, turn)
+
+    def _merge_few(self, after: Tensor, before: Tensor, turn: Turn) -> None:
+        """For a low density: only what is kept is drawn and computed."""
+        index = turn.draw.kept(self.density, turn.part.start, turn.part.stop)
+        start = before[index]
+        values = after[index].sub_(start).mul_(turn.update * self._scale(None, None, turn.part)).add_(start)
+        after.copy_(before).index_copy_(0, index, values)
+        if turn.reference:
+            # Where both are kept this is a second add, and loses nothing either.
+            assert turn.tau.index is not None
+            start = after[turn.tau.index]
+            increment = turn.tau.values.to(after.dtype, copy=True).mul_(turn.reference)
+            add_(increment, start, turn)
+            after.index_copy_(0, turn.tau.index, increment)
+
+    def _thin_out(self, after: Tensor, before: Tensor, turn: Turn) -> None:
+        """``after <- (1 - alpha) * F(after - before)``."""
+        whole = turn.part
+        sums = torch.zeros(2, dtype=torch.float64, device=after.device)
+        factor = turn.update if self.rescale == "l1" else turn.update * self._scale(None, None, whole)
+        for block, low, high in blocks(whole.start, whole.stop) if not self.is_dense(whole) else ():
+            here = slice(*whole.within(block, low, high))
+            update = after[here].sub_(before[here])
+            if self.rescale == "l1":
+                sums[0] += _magnitude(update)
+            # A product with 0 and 1: torch's masked operations take ten times as long on a CPU.
+            update.mul_(turn.draw.keep(self.density, block, low, high).to(update.dtype).mul_(factor))
+            if self.rescale == "l1":
+                sums[1] += _magnitude(update) / factor if factor else 0.0
+        if self.is_dense(whole):
+            after.sub_(before).mul_(turn.update)
+        elif self.rescale == "l1":
+            after.mul_(self._scale(sums[0], sums[1], whole))
+            if self.form == "official":
+                after.clamp_(-turn.update, turn.update)
+
+    def _add(self, after: Tensor, before: Tensor, turn: Turn) -> None:
+        """``after <- before + after + alpha * tau``, in one add."""
+        tau = turn.tau
+        if turn.reference and tau.index is not None:
+            after.index_add_(0, tau.index, tau.values.to(after.dtype), alpha=turn.reference)
+        for here in ranges(after.numel()):
+            increment = after[here]
+            if turn.reference and tau.index is None:
+                increment.add_(tau.values[here], alpha=turn.reference)
+            add_(increment, before[here], turn)
+
+    def _scale(self, full: Tensor | None, kept: Tensor | None, whole: Part) -> float:
+        """What F multiplies what it keeps by."""
+        if self.rescale == "none" or self.is_dense(whole):
+            return 1.0
+        if self.rescale == "inverse_p":
+            return 1.0 / self.density
+        assert full is not None
+        assert kept is not None
+        if self.form == "official" and whole.start == 0:  # once over all parts
+            # The published code divides by the sum of what it kept, over density, plus Adam's epsilon.
+            kept = kept + 1e-8 * self.density
+        return self._l1(torch.stack([full, kept]), whole)
+
+
+def _magnitude(tensor: Tensor) -> Tensor:
+    return tensor.abs().sum(dtype=torch.float64)

@@ -1,0 +1,493 @@
+"""What online merging by any rule has in common: the wrapped step, the stored task vector, the add that loses nothing.
+
+The update of the wrapped optimizer is the difference of the parameters around its step. It is stepped a few tensors at
+a time, so that the copy of the parameters that this takes is small.
+"""
+
+import math
+from abc import abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_merge.optim._blocks import BLOCK, Draw
+from lightning_merge.optim._shards import Part, local, part, work_dtype
+from lightning_merge.optim._task_vector import Source, Stored, named, tensors_of
+from lightning_merge.weights import named_parameters
+
+Form = Literal["paper", "official"]
+Rescale = Literal["none", "inverse_p", "l1"]
+AlphaSchedule = Literal["constant", "lr"]
+Group = dict[str, Any]
+
+_SPARSE_BELOW = 0.25  # a kept element takes 12 bytes, a dense one 4
+_GOLDEN = (5**0.5 - 1) / 2
+# The last place of a number is the power of two in it times this.
+_EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One tensor at one merge: what the rule needs to know.
+
+    Attributes:
+        update: Share of the policy's update that is applied, ``1 - alpha``.
+        reference: What the task vector is multiplied by; 0 when it is not its turn.
+        decay: Learning rate times decoupled weight decay.
+        dither: What is added before cutting off, in last places, in [0, 1); see ``add_``.
+        dtype: The parameter's.
+    """
+
+    name: str
+    part: Part
+    tau: Stored
+    draw: Draw
+    update: float
+    reference: float
+    decay: float
+    dither: float
+    dtype: torch.dtype
+
+
+class OnlineMerging(Optimizer):
+    """Base of ``OnDARE`` and ``OnTIES``, which say how an update is merged with the task vector.
+
+    Attributes:
+        base: The wrapped optimizer. It owns state and parameter groups, which are shared.
+        tau: The sparsified task vector by parameter name, as it is stored.
+        tau_every: Merges from one addition of the task vector to the next.
+    """
+
+    tau_every = 1
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        reference: Source | None,
+        pretrained: Source | Literal["zero"] | None,
+        density: float,
+        alpha: float,
+        form: Form,
+        rescale: Rescale,
+        alpha_schedule: AlphaSchedule,
+        merge_every: int,
+        seed: int,
+        min_numel: int,
+        exempt: Sequence[str],
+        module: nn.Module | None,
+        tau_dtype: torch.dtype | None,
+        tau: Mapping[str, Mapping[str, Any]] | None,
+        chunk_size: int | None,
+    ) -> None:
+        _check_optimizer(base_optimizer)
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"`density` must be in (0, 1], got {density}.")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"`alpha` must be in [0, 1], got {alpha}. Published values are 1e-7 to 1e-4.")
+        for argument, choice, kind in (
+            ("form", form, Form),
+            ("rescale", rescale, Rescale),
+            ("alpha_schedule", alpha_schedule, AlphaSchedule),
+        ):
+            if choice not in get_args(kind):
+                raise ValueError(f"`{argument}` must be one of {get_args(kind)}, got {choice!r}.")
+        for argument, number, least in (("merge_every", merge_every, 1), ("min_numel", min_numel, 0)):
+            if number < least:
+                raise ValueError(f"`{argument}` must be at least {least}, got {number}.")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be at least 1 or None, got {chunk_size}.")
+        if (tau is None) == (reference is None) or (tau is None) != (pretrained is not None):
+            raise ValueError(
+                "give either `reference` and `pretrained`, of which the difference is merged, or `tau`. `pretrained`"
+                " may be 'zero' if `reference` is a difference already."
+            )
+        self._ready = False
+        super().__init__(base_optimizer.param_groups, dict(base_optimizer.defaults))
+        self.base = base_optimizer
+        self.density = density
+        self.form = form
+        self.rescale = rescale
+        self.alpha_schedule = alpha_schedule
+        self.merge_every = merge_every
+        self.seed = seed
+        self.min_numel = min_numel
+        self.chunk_size = chunk_size
+        self._share()
+        base_optimizer.register_load_state_dict_post_hook(lambda _: self._share())
+        self._names = _names(base_optimizer, module, reference)
+        self._defaults = {"merge": True, "merge_alpha": alpha, "merge_step": 0, "merge_pending": 0.0}
+        for group in self.param_groups:
+            # Lightning, GradScaler and files see groups, so what must survive a resume lives in them.
+            for key, value in self._defaults.items():
+                group.setdefault(key, value)
+            group["merge_top_lr"] = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+        self._exempt = {
+            parameter
+            for group in self.param_groups
+            for parameter in group["params"]
+            if not group["merge"]
+            or not parameter.is_floating_point()
+            or any(fnmatchcase(self._names[parameter], pattern) for pattern in exempt)
+        }
+        merged = {self._names[p]: p for g in self.param_groups for p in g["params"] if p not in self._exempt}
+        if not merged:
+            raise ValueError(f"`exempt` {tuple(exempt)} and groups with `merge: False` leave no parameter to merge.")
+        self._parts = {name: part(name, p) for name, p in merged.items()}
+        if tau is None:
+            assert reference is not None
+            assert pretrained is not None
+            self.tau = self._task_vector(merged, reference, pretrained, tau_dtype)
+        else:
+            self.tau = _loaded(tau, merged)
+        self._fingerprint = self._measure(merged)
+        for group in self.param_groups:
+            group["merge_fingerprint"] = self._fingerprint
+        self._checked = chunk_size is None
+        self._ready = True
+
+    # ---- the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Steps the wrapped optimizer and merges its update.
+
+        Args:
+            closure: Computes the loss and its gradients again; called once.
+
+        Returns:
+            What ``closure`` returned.
+
+        Raises:
+            RuntimeError: If the wrapped optimizer replaced a parameter's memory.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for pre_hook in list(self.base._optimizer_step_pre_hooks.values()):
+            pre_hook(self.base, (), {})
+        for group, parameters, merged in list(self._chunks()):
+            if merged:
+                self._merge(group, parameters)
+            else:
+                self._step_base(group, parameters)
+        for group in self.param_groups:
+            if self._due(group):
+                applied = self._applies(group)
+                group["merge_pending"] = 0.0 if applied else group["merge_pending"] + self._alpha(group)
+            group["merge_step"] += 1
+        self.base._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedules look for
+        for post_hook in list(self.base._optimizer_step_post_hooks.values()):
+            post_hook(self.base, (), {})
+        return loss
+
+    @abstractmethod
+    def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
+        """Writes the merged values into ``after``, given this process's values, flat, around the wrapped step."""
+
+    def _applies(self, group: Group) -> bool:
+        """Whether this merge adds the task vector."""
+        return bool((group["merge_step"] + 1) // self.merge_every % self.tau_every == 0)
+
+    def _merges_nothing(self, group: Group) -> bool:
+        return not group["merge"] or (group["merge_alpha"] == 0 and self.density == 1)
+
+    def _merge(self, group: Group, parameters: list[Tensor]) -> None:
+        """Steps some parameters of a group and merges what came of it."""
+        due = self._due(group)
+        before = [self._start(p) for p in parameters]
+        memory = [local(p).data_ptr() for p in parameters]
+        known = None if self._checked else _settings(group)
+        decay = self._step_base(group, parameters, separate_decay=self.merge_every == 1)
+        if known is not None:
+            self._refuse_coupled(known, _settings(group))
+        if memory != [local(p).data_ptr() for p in parameters]:
+            raise RuntimeError(
+                f"{type(self.base).__name__} replaces parameters instead of writing to them, so its update is not seen."
+                " Use an optimizer that updates in place."
+            )
+        for parameter, start in zip(parameters, before, strict=True):
+            if due:
+                self.state[parameter].pop("merge_anchor", None)
+                self._merge_one(group, parameter, local(start), decay)
+            else:  # after the wrapped step, since an optimizer starts its state where it finds none
+                self.state[parameter]["merge_anchor"] = start
+
+    def _merge_one(self, group: Group, parameter: Tensor, before: Tensor, decay: float) -> None:
+        name = self._names[parameter]
+        whole, held = self._parts[name], local(parameter)
+        dtype = work_dtype(held)
+        count = group["merge_step"] // self.merge_every // self.tau_every
+        alpha = self._alpha(group)
+        turn = Turn(
+            name=name,
+            part=whole,
+            tau=self.tau[name],
+            draw=Draw(self.seed, group["merge_step"] + 1, name, whole.numel, held.device),
+            update=1.0 - alpha,
+            reference=group["merge_pending"] + alpha if self._applies(group) else 0.0,
+            decay=decay,
+            dither=(count + 0.5) * _GOLDEN % 1.0,
+            dtype=held.dtype,
+        )
+        after = held.to(dtype).reshape(-1)
+        self._merge_into(after, before.to(dtype).reshape(-1), turn)
+        if after.data_ptr() != held.data_ptr():
+            held.copy_(after.view_as(held))
+
+    def _due(self, group: Group) -> bool:
+        return bool((group["merge_step"] + 1) % self.merge_every == 0)
+
+    def _alpha(self, group: Group) -> float:
+        share = 1.0 if self.alpha_schedule == "constant" else float(group["lr"]) / group["merge_top_lr"]
+        return float(group["merge_alpha"]) * share
+
+    def _l1(self, sums: Tensor, whole: Part) -> float:
+        """What brings a tensor back to its sum of magnitudes; ``sums`` are those of this process, before and after."""
+        full, left = whole.total_(sums).tolist()
+        return float(full / left) if left else 1.0
+
+    # ---- the wrapped optimizer
+
+    def _chunks(self) -> Iterator[tuple[Group, list[Tensor], bool]]:
+        """Parameters with gradients in groups of a few, and whether they are merged."""
+        for group in self.param_groups:
+            given = [p for p in group["params"] if p.grad is not None]
+            plain = [p for p in given if p in self._exempt or self._merges_nothing(group)]
+            if plain:
+                yield group, plain, False
+            held: list[Tensor] = []
+            size = 0
+            for parameter in [p for p in given if p not in set(plain)]:
+                numel = local(parameter).numel()
+                if held and self.chunk_size is not None and size + numel > self.chunk_size:
+                    yield group, held, True
+                    held, size = [], 0
+                held, size = [*held, parameter], size + numel
+            if held:
+                yield group, held, True
+
+    def _step_base(self, group: Group, parameters: list[Tensor], separate_decay: bool = False) -> float:
+        """Steps these parameters only; returns learning rate times the weight decay that was left out."""
+        base = self.base
+        every, groups = group["params"], base.param_groups
+        pre, post = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+        # The published update is Adam's without its decoupled decay, which is applied to the result.
+        separate = separate_decay and bool(group.get("decoupled_weight_decay")) and group["weight_decay"] != 0
+        decay = group.get("weight_decay", 0.0)
+        try:
+            group["params"] = parameters
+            base.param_groups = [group]
+            base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+            if separate:
+                group["weight_decay"] = 0.0
+            base.step()
+        finally:
+            group["params"] = every
+            base.param_groups = groups
+            base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = pre, post
+            if separate:
+                group["weight_decay"] = decay
+        return float(group["lr"]) * float(decay) if separate else 0.0
+
+    def _refuse_coupled(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        self._checked = True
+        changed = [key for key in after if after[key] != before.get(key)]
+        if changed:
+            raise ValueError(
+                f"{type(self.base).__name__} keeps `{changed[0]}` of its steps in its parameter group, so it cannot be"
+                " stepped a few tensors at a time. Give `chunk_size=None`, which takes a copy of the parameters during"
+                " the step."
+            )
+
+    def _start(self, parameter: Tensor) -> Tensor:
+        """Where this round of steps began; with the optimizer's state from its first step to its last."""
+        anchor = self.state[parameter].get("merge_anchor") if parameter in self.state else None
+        return parameter.detach().clone() if anchor is None else anchor
+
+    def _share(self) -> None:
+        self.state = self.base.state
+        self.param_groups = self.base.param_groups
+
+    # ---- the task vector
+
+    @abstractmethod
+    def _sparsify(self, dense: Tensor, name: str, whole: Part) -> tuple[Tensor, Tensor | None]:
+        """The task vector of one tensor with what is dropped at 0 and the rest rescaled, and where it was kept."""
+
+    def is_dense(self, whole: Part) -> bool:
+        """Whether a tensor is merged in full."""
+        return self.density == 1 or whole.numel < self.min_numel
+
+    @torch.no_grad()
+    def _task_vector(
+        self,
+        merged: dict[str, Tensor],
+        reference: Source,
+        pretrained: Source | Literal["zero"],
+        dtype: torch.dtype | None,
+    ) -> dict[str, Stored]:
+        ours, theirs = tensors_of(reference, "reference"), tensors_of(pretrained, "pretrained")
+        if ours is None:
+            raise ValueError("`reference` must be a module, named tensors or the path of a checkpoint, got 'zero'.")
+        found = {}
+        for name, parameter in merged.items():
+            whole, work = self._parts[name], work_dtype(parameter)
+            device = local(parameter).device
+            dense = _held(named(ours, name, parameter.shape, "reference"), whole, device, work)
+            if theirs is not None:
+                dense = dense - _held(named(theirs, name, parameter.shape, "pretrained"), whole, device, work)
+            dense, index = self._sparsify(dense, name, whole)
+            sparse = self.density < _SPARSE_BELOW and not self.is_dense(whole)
+            found[name] = Stored.of(dense, index if sparse else None, dtype or work)
+        return found
+
+    def _measure(self, merged: dict[str, Tensor]) -> float:
+        """The sum of magnitudes of what is kept; equal on all ranks and in a resumed run.
+
+        Raises:
+            ValueError: If there is nothing to merge.
+        """
+        total = 0.0
+        for name in merged:
+            size = self.tau[name].values.abs().sum(dtype=torch.float64).float().view(1)
+            total += float(self._parts[name].total_(size))
+        if total == 0 or not math.isfinite(total):
+            what = "is 0 everywhere" if total == 0 else "holds a NaN or an infinity"
+            raise ValueError(
+                f"the difference of `reference` and `pretrained`, as far as density {self.density} keeps it, {what}, so"
+                " merging would do nothing of use. Is one of them the other's file?"
+            )
+        return total
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group that is not merged, ``{"params": ..., "merge": False}``: there is no task vector for others.
+
+        Raises:
+            ValueError: If the group does not say ``"merge": False``.
+        """
+        if not self._ready:
+            super().add_param_group(param_group)
+            return
+        if param_group.get("merge", True):
+            raise ValueError("a group added after construction has no task vector: give it `merge` False.")
+        self.base.add_param_group(param_group)
+        for key, value in self._defaults.items():
+            param_group.setdefault(key, value)
+        param_group["merge_top_lr"] = float(param_group["lr"])
+        param_group["merge_fingerprint"] = self._fingerprint
+        self._exempt.update(param_group["params"])
+        self._share()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, which loads into it as well. The task vector is not in it: ``tau_state`` is."""
+        return self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a state that this optimizer or the wrapped one wrote.
+
+        Raises:
+            ValueError: If it was written with another task vector.
+        """
+        for group in state_dict["param_groups"]:
+            saved = group.get("merge_fingerprint", self._fingerprint)
+            if abs(saved - self._fingerprint) > 1e-4 * self._fingerprint:
+                raise ValueError(
+                    f"the state was saved with another task vector (sum of magnitudes {saved:.6g} instead of"
+                    f" {self._fingerprint:.6g}): give `reference`, `pretrained`, `density` and `seed` of the saved run."
+                )
+        ours = [{key: g[key] for key in g if key.startswith("merge")} for g in self.param_groups]
+        self.base.load_state_dict(state_dict)
+        self._share()
+        for group, defaults in zip(self.param_groups, ours, strict=True):
+            for key, value in defaults.items():
+                group.setdefault(key, value)
+
+    def tau_state(self) -> dict[str, dict[str, Any]]:
+        """The task vector as plain data, to be given as ``tau`` when there is no file to read it from again."""
+        return {name: {"values": kept.values, "index": kept.index} for name, kept in self.tau.items()}
+
+    @property
+    def tau_bytes(self) -> int:
+        """Bytes that the stored task vector takes on this process."""
+        return sum(kept.nbytes for kept in self.tau.values())
+
+
+def add_(increment: Tensor, before: Tensor, turn: Turn) -> None:
+    """``increment <- before + increment``, rounded so that steps below the resolution add up over merges.
+
+    Rounding to nearest would lose every increment under half a last place of the weight. Here increments are counted in
+    last places and cut off after adding ``turn.dither``, which moves from merge to merge along a golden-ratio sequence
+    that fills [0, 1) evenly: after n merges the sum of what was added is within about two last places of exact.
+    """
+    if turn.decay:
+        increment.mul_(1.0 - turn.decay).add_(before, alpha=-turn.decay)
+    if not turn.reference or turn.dtype not in _EPSILON:
+        torch.add(before, increment, out=increment)
+        return
+    # The power of two in a weight is its exponent bits; beside weights below 2**-60 no increment is lost.
+    place = before.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    place.clamp_(min=2.0**-60).mul_(_EPSILON[turn.dtype])
+    increment.div_(place)
+    increment.add_(increment.sign(), alpha=turn.dither).trunc_()
+    torch.addcmul(before, increment, place, out=increment)
+
+
+def ranges(numel: int) -> Iterator[slice]:
+    """Slices of a block's size, which bound what is computed at once."""
+    return (slice(i, min(i + BLOCK, numel)) for i in range(0, numel, BLOCK))
+
+
+def _held(tensor: Tensor, whole: Part, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """This process's part, flat, of a tensor that may be whole or cut in the same way."""
+    flat = local(tensor).reshape(-1)
+    if flat.numel() == whole.numel:
+        flat = flat[whole.start : whole.stop]
+    return flat.to(device=device, dtype=dtype)
+
+
+def _loaded(tau: Mapping[str, Mapping[str, Any]], merged: dict[str, Tensor]) -> dict[str, Stored]:
+    if missing := [name for name in merged if name not in tau]:
+        raise ValueError(f"`tau` lacks `{missing[0]}`, which the optimizer updates.")
+    found = {}
+    for name, parameter in merged.items():
+        device, index = local(parameter).device, tau[name]["index"]
+        found[name] = Stored(tau[name]["values"].to(device), None if index is None else index.to(device))
+    return found
+
+
+def _names(optimizer: Optimizer, module: nn.Module | None, reference: Source | None) -> dict[Tensor, str]:
+    """The name of every parameter of an optimizer: from a module that holds it, or from the optimizer's groups."""
+    source = module if module is not None else reference if isinstance(reference, nn.Module) else None
+    known: dict[Tensor, str] = {}
+    if source is not None:
+        known = {parameter: name for name, parameter in named_parameters(source).items()}
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter not in known and "param_names" in group:
+                known[parameter] = group["param_names"][i]
+            if parameter not in known:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} has no name: give `module`, the model that"
+                    f" {type(optimizer).__name__} updates, or build it from `model.named_parameters()`."
+                )
+    return known
+
+
+def _settings(group: Group) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if not isinstance(value, (Tensor, list))}
+
+
+def _check_optimizer(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, OnlineMerging):
+        raise ValueError(f"`base_optimizer` merges already, got {type(optimizer).__name__}.")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"`base_optimizer` must be a torch optimizer, got {type(optimizer).__name__}.")
+    if isinstance(optimizer, LBFGS):
+        raise ValueError("`base_optimizer` must update once per step, got LBFGS, which searches along a line.")

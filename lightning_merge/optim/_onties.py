@@ -1,0 +1,216 @@
+"""OnTIES: the largest of the policy's update and of the task vector, with one sign per element."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_merge.optim._blocks import Draw, blocks
+from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_, ranges
+from lightning_merge.optim._shards import Part
+from lightning_merge.optim._task_vector import Source
+
+_KEPT_IN_SAMPLE = 4096  # the kept share of a sample with so many kept is within 5 % of the tensor's at three sigma
+_NOTABLE_TIES = 0.01
+
+
+@final
+class OnTIES(OnlineMerging):
+    """``weights <- weights + [(1 - alpha) * F(update)] + [alpha * F(reference - pretrained)]``, by sign.
+
+    F keeps the share ``density`` of each tensor that is largest in magnitude. Where the two terms agree in sign they
+    are added, where they do not the larger one in magnitude is. ``update`` is what the wrapped optimizer does to the
+    weights, not the gradient. Above ``4096 / density`` elements, the magnitude from which an update is kept is that of
+    a random sample.
+
+    Args:
+        base_optimizer: Any torch optimizer that updates in place, once per step. Decoupled weight decay (of those with
+            ``decoupled_weight_decay`` in their groups, as AdamW) is not part of the update: it is applied to the
+            result. A parameter group with ``"merge": False`` is stepped as without the wrapper.
+        reference: The model before preference tuning: a module, named tensors, or a file.
+        pretrained: The model that ``reference`` was fine-tuned from; ``"zero"`` if ``reference`` is a difference.
+        density: Share of elements that F keeps, in (0, 1]; at least one of each tensor.
+        alpha: Weight of the difference, per merge, in [0, 1]; published values are 1e-7 to 1e-4.
+        form: ``"paper"``: weighted terms vote. ``"official"``: unweighted terms vote, as in the published code, so the
+            difference, which is far larger, wins wherever it was kept; tensors of which ``density`` keeps less than
+            one element are merged in full.
+        rescale: ``"none"``, ``"inverse_p"`` (divide by ``density``), or ``"l1"`` (keep each tensor's sum of
+            magnitudes).
+        alpha_schedule: ``"lr"`` multiplies ``alpha`` by learning rate / highest learning rate (``max_lr`` or
+            ``initial_lr`` of the group, else the one at construction).
+        merge_every: Merge the update of so many steps at once; at least 1. Above 1 it takes a copy of the parameters.
+        seed: Seed of the samples.
+        min_numel: Tensors with fewer elements are merged in full.
+        exempt: Glob patterns of parameter names that are stepped as without the wrapper.
+        module: The model that is trained, for its names. By default ``reference`` if it is that model, else the names
+            that the optimizer was given.
+        tau_dtype: How the difference is stored; by default in float32, or wider if the parameter is.
+        tau: What ``tau_state()`` of an earlier optimizer gave, instead of ``reference`` and ``pretrained``.
+        chunk_size: Elements per call of ``base_optimizer``; ``None`` for one that couples tensors.
+
+    Raises:
+        ValueError: If an argument is out of range, ``reference`` and ``pretrained`` do not fit the parameters or do
+            not differ, or a parameter is sharded otherwise than along its first dimension.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> w.grad = torch.tensor([1.0, -4.0])
+        >>> sgd = torch.optim.SGD([("w", w)], lr=0.1)
+        >>> OnTIES(sgd, reference={"w": torch.tensor([1.0, -1.0])}, pretrained="zero", density=1.0, alpha=0.5).step()
+        >>> w.data  # opposite signs: -0.05 against 0.5, and 0.2 against -0.5
+        tensor([1.5000, 1.5000])
+
+    References:
+        Lu et al., Online Merging Optimizers for Boosting Rewards and Mitigating Tax in Alignment, 2024, eq. 5 to 7.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        reference: Source | None = None,
+        pretrained: Source | Literal["zero"] | None = None,
+        density: float = 1.0,
+        alpha: float = 1e-7,
+        *,
+        form: Form = "paper",
+        rescale: Rescale = "none",
+        alpha_schedule: AlphaSchedule = "constant",
+        merge_every: int = 1,
+        seed: int = 0,
+        min_numel: int = 0,
+        exempt: Sequence[str] = (),
+        module: nn.Module | None = None,
+        tau_dtype: torch.dtype | None = None,
+        tau: Mapping[str, Mapping[str, Any]] | None = None,
+        chunk_size: int | None = 2**22,
+    ) -> None:
+        super().__init__(
+            base_optimizer,
+            reference,
+            pretrained,
+            density,
+            alpha,
+            form,
+            rescale,
+            alpha_schedule,
+            merge_every,
+            seed,
+            min_numel,
+            exempt,
+            module,
+            tau_dtype,
+            tau,
+            chunk_size,
+        )
+
+    def is_dense(self, whole: Part) -> bool:
+        """Whether a tensor is merged in full."""
+        return super().is_dense(whole) or (self.form == "official" and whole.numel * self.density < 1)
+
+    def _sparsify(self, dense: Tensor, name: str, whole: Part) -> tuple[Tensor, Tensor | None]:
+        kept = dense.clone()
+        if self.is_dense(whole):
+            return kept, None
+        self._trim(kept, whole, Draw(self.seed, 0, name, whole.numel, dense.device))
+        return kept, kept.nonzero().view(-1)
+
+    def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
+        after.sub_(before)
+        if not self.is_dense(turn.part):
+            self._trim(after, turn.part, turn.draw)
+        index = turn.tau.index
+        if index is None:
+            for here in ranges(after.numel()):
+                after[here] = self._elect(after[here], turn.tau.values[here].to(after.dtype), turn)
+        else:
+            elected = self._elect(after[index], turn.tau.values.to(after.dtype), turn)
+            after.mul_(turn.update).index_copy_(0, index, elected)
+        for here in ranges(after.numel()):
+            add_(after[here], before[here], turn)
+
+    def _elect(self, update: Tensor, tau: Tensor, turn: Turn) -> Tensor:
+        """The two weighted terms together, without the one that the elected sign is not."""
+        ours, theirs = update * turn.update, tau * turn.reference
+        if self.form == "official":
+            positive = update + tau >= 0
+            ours_lose, theirs_lose = (update >= 0) != positive, (tau >= 0) != positive
+        else:
+            opposite = ours.signbit() != theirs.signbit()
+            ours_lose, theirs_lose = opposite & (ours.abs() < theirs.abs()), opposite & (theirs.abs() < ours.abs())
+        return ours.mul_((~ours_lose).to(ours)).add_(theirs.mul_((~theirs_lose).to(theirs)))
+
+    def _trim(self, values: Tensor, whole: Part, draw: Draw) -> None:
+        """``values <- F(values)``, in place."""
+        cut = find_cut(values, whole, draw, self.density)
+        sums = torch.zeros(2, dtype=torch.float64, device=values.device)
+        for block, low, high in blocks(whole.start, whole.stop):
+            here = slice(*whole.within(block, low, high))
+            kept = values[here]
+            sums[0] += _sum(kept) if self.rescale == "l1" else 0.0
+            kept.mul_(cut.keep(kept, here, draw, (block, low, high)).to(kept.dtype))
+            sums[1] += _sum(kept) if self.rescale == "l1" else 0.0
+        if self.rescale == "inverse_p":
+            values.div_(self.density)
+        elif self.rescale == "l1":
+            values.mul_(self._l1(sums, whole))
+
+
+@final
+@dataclass(frozen=True)
+class Cut:
+    """Which elements are among the largest in magnitude.
+
+    Attributes:
+        threshold: Magnitude above which an element is kept.
+        ties: Share of the elements of just this magnitude that is kept.
+        tied: The places, in this process's part, of those that are; ``None`` to draw them.
+    """
+
+    threshold: float
+    ties: float
+    tied: Tensor | None
+
+    def keep(self, values: Tensor, here: slice, draw: Draw, block: tuple[int, int, int]) -> Tensor:
+        """Which of the values, those ``here`` in the part, are kept."""
+        size = values.abs()
+        if self.tied is not None:
+            kept = size > self.threshold
+            inside = self.tied[(self.tied >= here.start) & (self.tied < here.stop)]
+            return kept.index_fill_(0, inside - here.start, True)
+        if self.ties == 1:
+            return size >= self.threshold
+        return (size > self.threshold) | ((size == self.threshold) & draw.keep(self.ties, *block))
+
+
+def find_cut(values: Tensor, whole: Part, draw: Draw, density: float) -> Cut:
+    """Where to cut a tensor so that the share ``density`` of it is kept; the same on all processes that hold parts.
+
+    Exact, the first of equal elements being kept, for a tensor that is no larger than the sample would be.
+    """
+    size = int(_KEPT_IN_SAMPLE / density)
+    exact = whole.numel <= size
+    if exact:
+        size = whole.numel
+        seen = values.new_zeros(size)
+        seen[whole.start : whole.stop] = values.abs()
+    else:
+        seen = values.new_zeros(size)
+        places = draw.sample(size)
+        low, high = torch.searchsorted(places, torch.tensor([whole.start, whole.stop], device=places.device)).tolist()
+        seen[low:high] = values[places[low:high] - whole.start].abs()
+    whole.total_(seen)
+    keep = max(int(density * size), 1)
+    threshold = torch.kthvalue(seen, size - keep + 1).values
+    above, equal = int((seen > threshold).sum()), int((seen == threshold).sum())
+    wanted = keep - above
+    if exact:
+        tied = (seen == threshold).nonzero().view(-1)[:wanted] - whole.start
+        return Cut(float(threshold), 1.0, tied[(tied >= 0) & (tied < whole.stop - whole.start)])
+    return Cut(float(threshold), wanted / equal if equal > _NOTABLE_TIES * keep + 1 else 1.0, None)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.abs().sum(dtype=torch.float64)

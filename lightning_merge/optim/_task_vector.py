@@ -1,0 +1,77 @@
+"""Reference minus pretrained, stored dense or sparse, and read tensor by tensor so that no second model stays alive."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from lightning_merge._files import read
+from lightning_merge.weights import canonical, named_tensors
+
+Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
+"""A module, named tensors, or a file that torch wrote: a state dict or a checkpoint that holds one."""
+
+
+@final
+@dataclass
+class Stored:
+    """What is kept of one tensor's difference: all values of this process's part, or some with their places."""
+
+    values: Tensor
+    index: Tensor | None = None
+
+    @classmethod
+    def of(cls, dense: Tensor, index: Tensor | None, dtype: torch.dtype) -> "Stored":
+        """``dense`` as it is, or only the elements at ``index``."""
+        values = dense if index is None else dense[index]
+        return cls(values.to(dtype, copy=index is None), index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it takes."""
+        return self.values.nbytes + (0 if self.index is None else self.index.nbytes)
+
+
+def tensors_of(source: Source | Literal["zero"], argument: str) -> Mapping[str, Tensor] | None:
+    """Named tensors of a source, on disk until they are used if it is a file; ``None`` for ``"zero"``.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it is a file without named tensors, or cannot be read.
+    """
+    if isinstance(source, str) and source == "zero":
+        return None
+    if isinstance(source, nn.Module):
+        return named_tensors(source)
+    content: Any = read(Path(source)) if isinstance(source, (str, Path)) else source
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise TypeError(
+            f"`{argument}` must be a module, named tensors or the path of a checkpoint, got {type(source).__name__}."
+        )
+    found = {canonical(name): t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if not found:
+        raise ValueError(f"`{argument}` holds no named tensors: {source if isinstance(source, (str, Path)) else ''}.")
+    return found
+
+
+def named(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, argument: str) -> Tensor:
+    """The tensor of a parameter.
+
+    Raises:
+        ValueError: If there is none of this name and shape.
+    """
+    if name not in tensors:
+        some = ", ".join(list(tensors)[:3])
+        raise ValueError(
+            f"`{argument}` lacks `{name}` of shape {tuple(shape)}, which the optimizer updates; its first names are"
+            f" {some}. Give it for the same model, or exempt the parameter."
+        )
+    tensor = tensors[name]
+    if tensor.shape != shape:
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)} in `{argument}`, and {tuple(shape)} in the model.")
+    return tensor.detach()
