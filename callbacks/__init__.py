@@ -4,11 +4,14 @@ if __name__ != "lightning_merge.callbacks":
     # A second import under the folder's own name would make a second, unequal set of classes.
     raise ImportError(f"import `lightning_merge.callbacks`, not `{__name__}`.")
 
+from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
+from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
 from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
+from lightning_merge.callbacks._teacher import teacher
 from lightning_merge.callbacks._weight_merging import WeightMerging
 
-__all__ = ["EMA", "LAWA", "SWA", "SWAD", "RandomState", "WeightMerging"]
+__all__ = ["EMA", "LAWA", "SWA", "SWAD", "AcceptIfBetter", "Doctor", "RandomState", "WeightMerging", "teacher"]

@@ -122,7 +122,7 @@ class Checkpoints:
             "monitor": self._monitor,
             "score": None if score is None else float(score),
             "metrics": publisher.validation.metrics_of(name) if measured else {},
-            "averages": {average.name: average.label() for average in publisher.averages},
+            "averages": {average.name: _about(average) for average in publisher.averages},
         }
         if "callbacks" in checkpoint:  # a full file, not a weights-only one
             section["raw"] = {} if holds is None else publisher.raw(holds)
@@ -188,6 +188,7 @@ class Checkpoints:
         for name, average in ours.items():
             if name in section["states"]:
                 average.load(section["states"][name], section["averages"][name])
+                average.accepted = section["averages"][name].get("accepted")
             else:
                 saved = ", ".join(section["states"])
                 rank_zero_warn(
@@ -203,3 +204,8 @@ class Checkpoints:
         found = {key: t for key, t in saved.items() if key in names or key not in module.state_dict()}
         if module.strict_loading and (difference := weights.first_mismatch(expected, found)):
             raise ValueError(f"this checkpoint is of another model: {difference}. Resume with the model that wrote it.")
+
+
+def _about(average: "Published") -> dict[str, Any]:
+    """Its label, and what was accepted in its place."""
+    return average.label() | ({} if average.accepted is None else {"accepted": average.accepted})

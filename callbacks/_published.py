@@ -1,6 +1,8 @@
 """What the publisher asks of a callback that merges: a name, merged weights, and what a file needs to go on."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +13,7 @@ from lightning_merge import calibration, weights
 from lightning_merge.callbacks._publisher import Ending, Publisher
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import recalibrate
+from lightning_merge.diagnostics import between
 from lightning_merge.schedules import Moment
 from lightning_merge.weights import Weights
 
@@ -27,6 +30,8 @@ class Published(Callback, ABC):
 
     Attributes:
         steps: Applied optimizer steps counted so far.
+        accepted: How far from the raw weights (0) to the merged ones (1) the published weights lie, if
+            ``AcceptIfBetter`` chose them at the end of a fit.
         final_path: The file written at the end of the fit, if checkpointing is on.
         final_metrics: Metrics measured on the final merged weights, under plain names.
 
@@ -47,6 +52,7 @@ class Published(Callback, ABC):
         self.monitor: str | None = None  # the metric of the raw weights that it decides by, if it decides by one
 
         self.steps = 0
+        self.accepted: float | None = None
         self.final_path: str | None = None
         self.final_metrics: dict[str, float] = {}
 
@@ -82,6 +88,14 @@ class Published(Callback, ABC):
         They are the stored tensors: clone before writing.
         """
 
+    def published_weights(self) -> Weights | None:
+        """The merged weights, or what ``AcceptIfBetter`` chose in their place."""
+        merged = self.merged_weights()
+        if merged is None or self.accepted is None:
+            return merged
+        raw = self.raw_weights()
+        return {**between(raw, merged, self.accepted), **self._buffers} if self.accepted else raw
+
     @property
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -111,6 +125,11 @@ class Published(Callback, ABC):
     def decides_on_score(self) -> bool:
         """Whether what it merges depends on the scores of the raw weights, which then own the plain metric names."""
         return False
+
+    @property
+    def initial_share(self) -> float:
+        """Share of the merged weights that is still the weights of the start, in [0, 1]."""
+        return 0.0
 
     @property
     def title(self) -> str:
@@ -178,6 +197,17 @@ class Published(Callback, ABC):
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         """Takes over what ``save`` and ``label`` gave."""
 
+    def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:
+        """Goes on with an average that other software kept, if that is all it keeps itself; whether it does.
+
+        Args:
+            average: By canonical name, of all parameters and buffers.
+            updates: How many weights were merged into it.
+            steps: Optimizer steps of the run so far.
+            epochs: Epochs completed so far.
+        """
+        return False
+
     @abstractmethod
     def to_host(self) -> None:
         """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
@@ -190,13 +220,43 @@ class Published(Callback, ABC):
         """Measures BatchNorm statistics under the merged weights, unless those were measured already."""
         if self._recent is None or not self._recent.batches or self._calibrated_at == list(self.version):
             return
+        if self.accepted == 0:
+            return  # raw weights keep the statistics that they were trained with
         assert self._publisher is not None
         assert self._module is not None
-        merged = weights.like(self.merged_weights() or {}, self.tensors)
+        merged = weights.like(self.published_weights() or {}, self.tensors)
         with self._publisher.swapped(self, {**merged, **weights.copies(self._buffers)}):
             fresh = recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
         weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
         self._calibrated_at = list(self.version)
+
+    @property
+    def measures_statistics(self) -> bool:
+        """Whether BatchNorm statistics are measured again when it is published."""
+        return self._recent is not None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The merged weights in place of the live ones for the length of a block; the live ones if there are none."""
+        assert self._publisher is not None
+        tensors = weights.like(self.merged_weights() or self._publisher.raw(self), self.tensors)
+        # Copies of the buffers: a forward pass may write to them, and they are small.
+        buffers = weights.copies({name: tensors[name] for name in self.buffer_names})
+        with self._publisher.swapped(self, {**tensors, **buffers}):
+            yield
+
+    def forget_statistics(self) -> None:
+        """BatchNorm statistics are measured again before the next publication, where there are batches to."""
+        self._calibrated_at = None
+
+    def statistics(self, candidate: Weights) -> Weights:
+        """BatchNorm statistics of any weights in its place, on the kept batches; empty without such."""
+        if self._recent is None or not self._recent.batches:
+            return {}
+        assert self._publisher is not None
+        assert self._module is not None
+        with self._publisher.swapped(self, weights.like(candidate, self.tensors)):
+            return recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
 
     def _keep_recent_batches(self) -> None:
         """From here on batches are kept, if there are statistics to measure again."""

@@ -42,7 +42,7 @@ class Ending:
     def is_live(self, module: LightningModule) -> bool:
         """Whether the module still holds what was published."""
         live = weights.named_tensors(module)
-        published = weights.like({**(self.primary.merged_weights() or {}), **self.buffers}, live)
+        published = weights.like({**(self.primary.published_weights() or {}), **self.buffers}, live)
         return all(torch.equal(live[name], tensor) for name, tensor in published.items())
 
 
@@ -117,6 +117,7 @@ class Publisher:
         for counted, average in self._counted:
             if counted is optimizer:
                 average.steps += 1
+                average.accepted = None  # what was chosen at the end of an earlier fit
                 moment = Moment(average.steps, self.trainer.current_epoch)
                 if average.wants(moment):
                     wanting.append((average, moment))
@@ -124,6 +125,12 @@ class Publisher:
         nonfinite = weights.nonfinite(taken)  # all share one look
         for average, moment in wanting:
             average.take_in(moment, nonfinite)
+
+    def accept(self, average: "Published", share: float) -> None:
+        """Publishes, in the place of an average, the point at this share of the way to it from the raw weights."""
+        average.accepted = share if share < 1 else None
+        average.forget_statistics()
+        self.validation.forget(average)
 
     def continue_fit(self, average: "Published") -> None:
         """Puts the raw weights of an earlier fit back in place, unless the live ones have changed since."""
@@ -146,6 +153,9 @@ class Publisher:
         for average in self.averages:
             average.note_the_end()
         ready = [average for average in self.averages if average.ready]
+        for callback in self.trainer.callbacks:
+            if ready and hasattr(callback, "consider"):  # a doctor, or a judge of what is published
+                callback.consider(self)
         self.validation.measure_final(ready)
         for average in ready:
             average.final_metrics = self.validation.metrics_of(average.name)
@@ -206,7 +216,7 @@ class Publisher:
         """The merged tensors of an average as they are published: in the live dtype, buffers equal on all ranks."""
         if not self.interrupted:
             average.recalibrate()
-        published = weights.like(average.merged_weights() or {}, average.tensors)
+        published = weights.like(average.published_weights() or {}, average.tensors)
         # Buffers are handed out as copies: a DDP forward broadcasts into them, and they are small.
         buffers = weights.copies({name: published[name] for name in average.buffer_names})
         if not self.interrupted:

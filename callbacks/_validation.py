@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.callbacks._canary import Canary
 from lightning_merge.callbacks._patches import Patches
+from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._published import Published
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
 RAW = "raw"
 """The name of the set of raw weights."""
+
+_PROBE = "probe/"
+"""Prefix of what is measured only to be looked at."""
 
 
 @dataclass
@@ -86,6 +91,39 @@ class Validation:
             finally:
                 trainer.training = True
                 trainer._logger_connector._first_loop_iter = first_loop_iter
+
+    def forget(self, average: "Published") -> None:
+        """What was measured on an average is not about what will be published in its place."""
+        self._measured_at.pop(average.name, None)
+
+    def probe(self, average: "Published", tensors: Weights) -> dict[str, float]:
+        """What validation measures on any weights in the place of an average's; nothing is logged or remembered."""
+        trainer = self._publisher.trainer
+        connector = trainer._logger_connector
+        names = ("_progress_bar_metrics", "_callback_metrics", "_logged_metrics", "_first_loop_iter")
+        kept = {name: copy(getattr(connector, name)) for name in names}
+        remembered = dict(self._measured_on), dict(self._measured_at)
+        loggers, at_the_end = trainer.loggers, self._at_the_end
+        self._loop.restarting = False
+        self._at_the_end = trainer.validating = True
+        trainer.loggers = []
+        try:
+            with self._muted():
+                self._run(Pass(average, [_PROBE]), self._loop.run.__wrapped__, tensors)
+            found = trainer.callback_metrics
+            # The ranks must decide alike, also where a metric is not synchronised.
+            return {
+                key.removeprefix(_PROBE): trainer.strategy.broadcast(float(value))
+                for key, value in found.items()
+                if key.startswith(_PROBE)
+            }
+        finally:
+            trainer.training = True
+            trainer.loggers = loggers
+            self._at_the_end = at_the_end
+            self._measured_on, self._measured_at = remembered
+            for name, value in kept.items():
+                setattr(connector, name, value)
 
     def set_of(self, monitor: str) -> str:
         """Name of the set that a monitored metric is measured on: raw for what is logged while training."""
@@ -176,7 +214,7 @@ class Validation:
             if hasattr(model, "require_forward_param_sync"):
                 model.require_forward_param_sync = True
 
-    def _run(self, pass_: Pass, original: Callable[[], Any]) -> Any:
+    def _run(self, pass_: Pass, original: Callable[[], Any], tensors: Weights | None = None) -> Any:
         results = self._loop._results
         log = results.log
 
@@ -187,7 +225,8 @@ class Validation:
 
         with ExitStack() as stack:
             if pass_.average is not None:
-                merged = self._publisher.set_of(pass_.average)  # may run the module, which the canary must not see
+                # Making the set may run the module, which the canary must not see.
+                merged = self._publisher.set_of(pass_.average) if tensors is None else tensors
                 stack.enter_context(self._canary.watch(self._publisher, pass_.average, merged))
                 stack.enter_context(self._publisher.swapped(pass_.average, merged))
             self._current = pass_

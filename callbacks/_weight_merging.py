@@ -121,6 +121,11 @@ class WeightMerging(Published):
         return self.updates, self.evaluations
 
     @property
+    def initial_share(self) -> float:
+        """Share of the merged weights that is still the weights of the start, in [0, 1]."""
+        return self._active_rule.initial_share(self._state) if self._state else 0.0
+
+    @property
     def ready(self) -> bool:
         """Whether there is something to publish."""
         return self._state is not None and self._active_rule.result(self._state) is not None
@@ -347,14 +352,7 @@ class WeightMerging(Published):
         self._resumed = True
 
     def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:
-        """Goes on with an average that other software kept, if the rule keeps nothing but an average and counts.
-
-        Args:
-            average: By canonical name, of all parameters and buffers.
-            updates: How many weights were merged into it.
-            steps: Optimizer steps of the run so far.
-            epochs: Epochs completed so far.
-        """
+        """See ``Published``: rules that keep an average and counts can."""
         assert self._publisher is not None
         module = self._publisher.module
         live = {**self.selection.parameters(module), **self.selection.averaged_buffers(module)}

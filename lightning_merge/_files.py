@@ -151,7 +151,10 @@ def _which(error: Exception) -> str:
 
 def _average(average: Mapping[str, Any]) -> str:
     rule = re.sub(r", \w+=(None|False)", "", average["rule"])  # options that are off
-    return f"{average['class']}, {rule}, {average['updates']} updates in {average['steps']} steps"
+    text = f"{average['class']}, {rule}, {average['updates']} updates in {average['steps']} steps"
+    if "accepted" in average:
+        text += f", of which {average['accepted']:.0%} of the way from raw was accepted"
+    return text
 
 
 def _how_to_load(path: Path) -> Iterator[str]:

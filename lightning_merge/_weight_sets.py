@@ -145,8 +145,8 @@ def _ours(content: Mapping[str, Any], path: Path) -> WeightFile | None:
 
 def _average(about: Mapping[str, Any], saved: Mapping[str, Any], raw: Weights) -> StoredSet | None:
     """An average out of the state that it goes on with, if the label says which rule of ours reads it."""
-    rule = _rule(about["rule"])
-    if rule is None or saved["state"] is None:
+    rule = _rule(about.get("rule", ""))
+    if rule is None or saved.get("state") is None:
         return None
     state = rule.load(saved["state"], {})
     merged = rule.result(state)

@@ -238,6 +238,16 @@ class Examination:
         """``"merge"``, or the worst problem."""
         return self.findings[0].problem if self.findings else "merge"
 
+    def report(self) -> str:
+        """The verdict, what speaks against merging, and every figure."""
+        lines = [f"verdict: do not merge as they are ({self.verdict})" if self.findings else "verdict: merge"]
+        lines += [f"  - {finding.text}" for finding in self.findings]
+        width = max(map(len, self.measures), default=0)
+        lines += [f"  {name:{width}}  {value:.4g}" for name, value in self.measures.items()]
+        if self.line:
+            lines.append("  loss on the line: " + ", ".join(f"{share:.0%} {x:.4g}" for share, x in self.line.items()))
+        return "\n".join(lines)
+
 
 def examine(
     candidates: Mapping[str, Mapping[str, Tensor]],

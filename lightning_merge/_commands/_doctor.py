@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lightning_merge._weight_sets import StoredSet, WeightFile, match, open_file, open_set
-from lightning_merge.diagnostics import Examination, examine
+from lightning_merge.diagnostics import examine
 from lightning_merge.weights import Weights
 
 
@@ -55,24 +55,8 @@ def doctor(files: list[str], base: str | None, config: Path | None, monitor: str
             initial_shares=shares,
             points=points,
         )
-    return report(result, config is not None)
-
-
-def report(result: Examination, with_data: bool) -> str:
-    """The verdict, what speaks against merging, and every figure."""
-    lines = ["verdict: merge" if not result.findings else f"verdict: do not merge as they are ({result.verdict})"]
-    lines += [f"  - {finding.text}" for finding in result.findings]
-    width = max(map(len, result.measures), default=0)
-    lines += [f"  {name:{width}}  {value:.4g}" for name, value in result.measures.items()]
-    if result.line:
-        lines.append(
-            "  loss on the line: " + ", ".join(f"{share:.0%} {loss:.4g}" for share, loss in result.line.items())
-        )
-    if not with_data:
-        lines.append(
-            "  not looked for: barriers of the loss, stale BatchNorm statistics. `--config FILE` measures them."
-        )
-    return "\n".join(lines)
+    skipped = "  not looked for: barriers of the loss, stale BatchNorm statistics. `--config FILE` measures them."
+    return result.report() + ("" if config is not None else f"\n{skipped}")
 
 
 def _sets(files: list[str]) -> dict[str, tuple[WeightFile, StoredSet]]:

@@ -1,0 +1,72 @@
+"""Whether a run's averages are worth publishing, said at its end."""
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_merge import weights
+from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
+from lightning_merge.diagnostics import Examination, examine
+from lightning_merge.weights import Weights
+
+if TYPE_CHECKING:
+    from lightning_merge.callbacks._published import Published
+    from lightning_merge.callbacks._publisher import Publisher
+
+
+class Doctor(Callback):
+    """Examines, at the end of a fit, every average and the raw weights beside it, and says what is wrong.
+
+    It looks at the loss on the line between them, their distance, BatchNorm statistics, NaN, and how much of the
+    average is still the start. It changes nothing: ``AcceptIfBetter`` acts.
+
+    Args:
+        monitor: A loss that validation logs, under its plain name.
+        points: Points between raw and merged weights, a validation run each; at least 1.
+
+    Attributes:
+        examinations: Of every average by name.
+
+    Raises:
+        ValueError: If ``points`` is less than 1, at fit start if there is no validation or no average, or at the first
+            validation if it does not log the loss.
+
+    Example:
+        >>> Doctor(points=1).monitor
+        'val/loss'
+    """
+
+    def __init__(self, monitor: str = "val/loss", points: int = 3) -> None:
+        if points < 1:
+            raise ValueError(f"`points` must be at least 1, got {points}.")
+        self.monitor = monitor
+        self.points = points
+        self.examinations: dict[str, Examination] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a run in which it could not measure."""
+        refuse_without_validation(type(self).__name__, trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a loss that is not logged as soon as that is known."""
+        refuse_unlogged(type(self).__name__, self.monitor, trainer)
+
+    def consider(self, publisher: "Publisher") -> None:
+        """Examines. Called before anything final is measured or saved."""
+        for average in publisher.averages:
+            if average.ready:
+                self.examinations[average.name] = self._examine(publisher, average)
+                rank_zero_info(f"{average.title} and the raw weights: {self.examinations[average.name].report()}")
+
+    def _examine(self, publisher: "Publisher", average: "Published") -> Examination:
+        def loss(candidate: Weights) -> float:
+            return publisher.validation.probe(average, weights.like(candidate, average.tensors))[self.monitor]
+
+        return examine(
+            {"raw": average.raw_weights(), average.name: publisher.set_of(average)},
+            loss=loss,
+            measure_statistics=average.statistics,
+            initial_shares={average.name: average.initial_share},
+            points=self.points,
+        )

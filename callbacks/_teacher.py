@@ -1,0 +1,57 @@
+"""The average as a teacher: a forward pass under it inside ``training_step``, without a second module."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_merge.calibration import batch_norm_layers
+from lightning_merge.callbacks._published import Published
+
+
+@contextmanager
+def teacher(module: LightningModule, name: str) -> Iterator[None]:
+    """Within the block the module holds the weights of an average, in eval mode and without gradients.
+
+    Before and after it everything is the student's: weights, modes, and the graph of a forward pass made before. No
+    random numbers are drawn unless the forward pass draws some. Until the average is ready, the raw weights serve.
+
+    Args:
+        module: The module that is trained, ``self`` in ``training_step``.
+        name: Which average of the Trainer, as ``"ema"``.
+
+    Raises:
+        ValueError: If the Trainer has no average of this name, or its BatchNorm statistics are only measured when it is
+            published (``buffers="recompute"``).
+
+    Example:
+        >>> class Student(LightningModule):
+        ...     def training_step(self, batch, batch_idx):
+        ...         with teacher(self, "ema"):
+        ...             target = self(batch)
+        ...         return (self(batch) - target).square().mean()
+
+    References:
+        Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017, section 2.
+    """
+    found = {callback.name: callback for callback in module.trainer.callbacks if isinstance(callback, Published)}  # type: ignore[attr-defined]
+    if name not in found:
+        raise ValueError(
+            f"`name` must be that of an average among the Trainer's callbacks, got {name!r}; there are:"
+            f" {', '.join(found) or 'none'}."
+        )
+    average = found[name]
+    if average.measures_statistics and batch_norm_layers(module):
+        raise ValueError(
+            f"{average.title} measures BatchNorm statistics only when it is published, and a teacher is asked at every"
+            " step. Give it `Selection(buffers='average')` or `Selection(buffers='copy')`."
+        )
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), average.in_place():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
