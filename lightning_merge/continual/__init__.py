@@ -1,5 +1,6 @@
 """Continual learning by merging, in plain torch and torchmetrics: how a stream is split and judged, what heads need."""
 
+from lightning_merge.continual._bank import Bank
 from lightning_merge.continual._heads import grow_head, masked_cross_entropy, only, remapped
 from lightning_merge.continual._metrics import (
     AccuracyMatrix,
@@ -19,6 +20,7 @@ __all__ = [
     "AccuracyMatrix",
     "AverageIncremental",
     "BackwardTransfer",
+    "Bank",
     "FinalAverage",
     "Forgetting",
     "ForwardTransfer",
