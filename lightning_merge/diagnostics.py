@@ -429,7 +429,8 @@ def _line(
     shares = [step / (points + 1) for step in range(points + 2)]
     line = {share: fitted(between(candidates[one], candidates[other], share)) for share in shares}
     worse = max(line[0.0], line[1.0])
-    highest = max((share for share in shares if 0 < share < 1), key=line.__getitem__)
+    # A loss that is not a number is higher than any.
+    highest = max((share for share in shares if 0 < share < 1), key=lambda x: (math.isnan(line[x]), line[x]))
     measures |= {f"loss of {one}": line[0.0], f"loss of {other}": line[1.0], "barrier": barrier(line)}
     rise = line[highest]
     where = f"{highest:.0%} of the way from {one} to {other}"
