@@ -3,6 +3,7 @@
 from lightning_merge.combiners._average import Average
 from lightning_merge.combiners._base import Combiner
 from lightning_merge.combiners._breadcrumbs import Breadcrumbs
+from lightning_merge.combiners._combine_files import combine_files
 from lightning_merge.combiners._dare import DARE
 from lightning_merge.combiners._exponential_average import ExponentialAverage
 from lightning_merge.combiners._magmax import MagMax
@@ -29,6 +30,7 @@ __all__ = [
     "Sum",
     "add_vector",
     "analogy",
+    "combine_files",
     "negate",
     "slerp",
     "task_vector",

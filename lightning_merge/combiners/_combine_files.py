@@ -1,0 +1,98 @@
+"""Combining models that are files."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from lightning_merge._weight_sets import open_set
+from lightning_merge.combiners._base import Combiner
+from lightning_merge.combiners._vectors import add_vector, task_vector
+from lightning_merge.weights import Weights, first_mismatch
+
+_GROUP = 2**23
+
+
+def combine_files(
+    combiner: Combiner, base: str | Path, files: Sequence[str | Path], tasks: Iterable[int | str] | None = None
+) -> Weights:
+    """The model that ``base`` and the task vectors of the files combine to: ``base + combiner(file - base, ...)``.
+
+    A group of tensors is merged over all files before the next is read, and one file is open at a time, so the memory
+    it takes is that of the result and little more, whatever the number of files. Rules that need the whole model at
+    once (``Combiner.locality``: OPCM, TIES with global ranking) hold their state and one vector besides.
+
+    Args:
+        combiner: How the vectors are merged.
+        base: A checkpoint of any kind that ``lightning-merge inspect`` knows, as a path or ``PATH:SET``.
+        files: Checkpoints of models trained from the base, at least one.
+        tasks: A label for each; 0, 1, 2, ... if left out.
+
+    Returns:
+        Weights under the names and in the dtypes of the base; integer tensors are the base's.
+
+    Raises:
+        ValueError: If a file cannot be read, is of another model (the first difference is named), or holds a NaN.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_merge.combiners import Sum
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> for name, value in (("base", 1.0), ("cars", 3.0), ("pets", 0.0)):
+        ...     torch.save({"w": torch.tensor([value])}, folder / f"{name}.pt")
+        >>> combine_files(Sum(scale=0.5), folder / "base.pt", [folder / "cars.pt", folder / "pets.pt"])
+        {'w': tensor([1.5000])}
+    """
+    labels = list(range(len(files)) if tasks is None else tasks)
+    if not files or len(labels) != len(files):
+        raise ValueError(f"`files` must be at least one, and `tasks` as many, got {len(files)} and {len(labels)}.")
+    layout = _open(base)
+    for file in files:
+        if (difference := first_mismatch(layout, _open(file))) is not None:
+            raise ValueError(f"{file} is of another model than {base}: {difference}.")
+    groups = list(_groups(layout))
+    del layout
+    merged: Weights = {}
+    for together in [[name for group in groups for name in group]] if combiner.locality == "model" else groups:
+        vector = combiner.combine((_vector(file, base, together) for file in files), labels)
+        for group in groups:
+            if own := [name for name in group if name in together]:
+                part = {name: vector.pop(name) for name in own if name in vector}
+                merged |= add_vector(_read(base, own), part)
+    return merged
+
+
+def _groups(layout: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """Names of tensors of about ``_GROUP`` numbers together."""
+    group: list[str] = []
+    room = _GROUP
+    for name, tensor in layout.items():
+        group.append(name)
+        room -= tensor.numel()
+        if room <= 0:
+            yield group
+            group, room = [], _GROUP
+    if group:
+        yield group
+
+
+def _vector(file: str | Path, base: str | Path, names: list[str]) -> Weights:
+    vector: Weights = {}
+    layout = _open(base)
+    for group in _groups({name: layout[name] for name in names}):
+        try:
+            vector |= task_vector(_read(file, group), _read(base, group))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+    return vector
+
+
+def _read(file: str | Path, names: list[str]) -> Weights:
+    """Copies of some tensors of a file, which is mapped into memory only meanwhile."""
+    weights = _open(file)
+    return {name: weights[name].clone() for name in names}
+
+
+def _open(file: str | Path) -> Weights:
+    opened, chosen = open_set(str(file))
+    return opened.choose(chosen).weights
