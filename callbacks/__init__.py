@@ -5,13 +5,27 @@ if __name__ != "lightning_merge.callbacks":
     raise ImportError(f"import `lightning_merge.callbacks`, not `{__name__}`.")
 
 from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
+from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
 from lightning_merge.callbacks._lawa import LAWA
+from lightning_merge.callbacks._lookaround import Lookaround
 from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
 from lightning_merge.callbacks._teacher import teacher
 from lightning_merge.callbacks._weight_merging import WeightMerging
 
-__all__ = ["EMA", "LAWA", "SWA", "SWAD", "AcceptIfBetter", "Doctor", "RandomState", "WeightMerging", "teacher"]
+__all__ = [
+    "EMA",
+    "LAWA",
+    "SWA",
+    "SWAD",
+    "AcceptIfBetter",
+    "Branching",
+    "Doctor",
+    "Lookaround",
+    "RandomState",
+    "WeightMerging",
+    "teacher",
+]

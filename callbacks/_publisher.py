@@ -69,13 +69,13 @@ class Publisher:
         self.ending: Ending | None = None
         self.interrupted = False
         self.swapped_out: Mapping[str, Tensor] = {}  # raw tensors while merged ones are in their place
-        self._patches = Patches()
+        self.patches = Patches()
         self._hooks: list[Any] = []
         self._counted: list[tuple[Optimizer, Published]] = []
         self.validation = Validation(self)
         self.checkpoints = Checkpoints(self)
-        self.checkpoints.wrap(self._patches)
-        self._patches.replace(trainer.strategy, "teardown", self._teardown)
+        self.checkpoints.wrap(self.patches)
+        self.patches.replace(trainer.strategy, "teardown", self._teardown)
 
     @classmethod
     def attach(cls, trainer: Any, module: LightningModule) -> "Publisher":
@@ -88,7 +88,7 @@ class Publisher:
     @property
     def is_over(self) -> bool:
         """Whether the fit has ended and nothing of the Trainer is wrapped any more."""
-        return not self._patches
+        return not self.patches
 
     @property
     def primary(self) -> "Published":
@@ -103,8 +103,8 @@ class Publisher:
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._counted.append((optimizer, average))
         if len(self._counted) == len(self.averages):
-            self.validation.wrap(self._patches)
-            self.checkpoints.wrap_writers(self._patches)
+            self.validation.wrap(self.patches)
+            self.checkpoints.wrap_writers(self.patches)
             self.validation.announce()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -203,7 +203,7 @@ class Publisher:
             average.to_host()
         if self.ending is not None:
             self.ending.raw = weights.to_devices(self.ending.raw, torch.device("cpu"))
-        self._patches.undo()
+        self.patches.undo()
 
     # ---- which weights
 

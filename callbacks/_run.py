@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -38,6 +39,26 @@ def planned_length(trainer: Any) -> RunLength:
     if epochs is None and steps is not None and per_epoch:
         epochs = math.ceil(steps / per_epoch)
     return RunLength(steps=steps, epochs=epochs, steps_per_epoch=per_epoch)
+
+
+def resolved(trainer: Any, things: Sequence[Any], steps_per: int = 1) -> list[Any]:
+    """Rules and schedules with shares of the run and epochs turned into steps.
+
+    The training loader is only looked at if that takes it.
+
+    Args:
+        trainer: A Trainer.
+        things: What has a ``resolve``.
+        steps_per: Batches that make what they count as one step.
+    """
+    run = RunLength(epochs=planned_epochs(trainer))
+    try:
+        return [thing.resolve(run) for thing in things]
+    except ValueError:
+        run = planned_length(trainer)
+        steps, per_epoch = (None if n is None else n // steps_per for n in (run.steps, run.steps_per_epoch))
+        run = RunLength(steps=steps, epochs=run.epochs, steps_per_epoch=per_epoch)
+        return [thing.resolve(run) for thing in things]
 
 
 def recalibrate(trainer: Any, module: LightningModule, name: str, recent: RecentBatches) -> Weights:

@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge.callbacks._published import Published, Validate
 from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import planned_epochs, planned_length
+from lightning_merge.callbacks._run import resolved
 from lightning_merge.rules import Rule
-from lightning_merge.schedules import EveryNSteps, Moment, RunLength, Schedule
+from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
 
@@ -161,7 +161,7 @@ class WeightMerging(Published):
         """Starts to count optimizer steps, or goes on with the average of an earlier fit or a checkpoint."""
         super().on_fit_start(trainer, pl_module)
         assert self._publisher is not None
-        self._resolve(trainer)
+        self._active_rule, self._active_schedule = resolved(trainer, [self.rule, self.schedule])
         self._capture()
         if self._state is not None:
             self._go_on()
@@ -290,15 +290,6 @@ class WeightMerging(Published):
             self._active_rule.extend(self._state, new)
         self._live = live
         self._live_buffers = self.selection.copied_buffers(self._module)
-
-    def _resolve(self, trainer: Trainer) -> None:
-        """Turns shares of the run and epochs into steps. The training loader is only looked at if that takes it."""
-        run = RunLength(epochs=planned_epochs(trainer))
-        try:
-            self._active_rule, self._active_schedule = self.rule.resolve(run), self.schedule.resolve(run)
-        except ValueError:
-            run = planned_length(trainer)
-            self._active_rule, self._active_schedule = self.rule.resolve(run), self.schedule.resolve(run)
 
     def _go_on(self) -> None:
         """Checks that a state from before belongs to this model, and brings it to the model's devices."""

@@ -4,7 +4,7 @@ Everything that touches many tensors at once lives here, so the rules read like 
 the prefixes that ``torch.compile`` and wrappers insert are removed, so a name means the same in every run and file.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +19,9 @@ State: TypeAlias = dict[str, Any]
 
 ``torch.load(weights_only=True)`` reads it.
 """
+
+_CHUNK = 2**16
+"""Numbers that are mixed at a time in host memory: as many of every set fit into a core's cache."""
 
 _WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -273,6 +276,50 @@ def _is_for_blas(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and tensor.numel() >= 1 << 16
 
 
+@torch.no_grad()
+def weighted_mean(sets: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> Weights:
+    """``sum(share * set)`` of sets of the same names; new tensors, in the precision averages are kept in.
+
+    A set whose share is 0 is not read, so it may hold NaN. Equal sets give just these weights, without rounding.
+
+    Args:
+        sets: At least one.
+        shares: One per set, at least 0; their sum is 1.
+    """
+    mean = {name: torch.empty_like(t, dtype=average_dtype(t)) for name, t in sets[0].items()}
+    for *pieces, target in _pieces([*sets, mean]):
+        _mean_into(target, pieces, shares)
+    return mean
+
+
+@torch.no_grad()
+def mix_(sets: Sequence[Mapping[str, Tensor]], matrix: Sequence[Sequence[float]]) -> None:
+    """``set j <- sum over i of matrix[j][i] * set i``, in place: every number is read once and written once.
+
+    Args:
+        sets: Tensors of the same names, shapes and strides.
+        matrix: A row per set, of numbers of at least 0 that sum to 1. A set whose share is 0 is not read, so it may
+            hold NaN. A row that keeps its set as it is writes nothing.
+    """
+    rows = [tuple(row) for row in matrix]
+    changing: dict[tuple[float, ...], list[int]] = {}
+    for j, row in enumerate(rows):
+        if row[j] != 1:
+            changing.setdefault(row, []).append(j)
+    for pieces in _pieces(sets):
+        narrow = pieces[0].dtype != average_dtype(pieces[0])
+        # What is the same for all can be computed in the place of one of them.
+        in_place = len(changing) == 1 and not narrow
+        mixed = []
+        for row, members in changing.items():
+            target = pieces[members[0]] if in_place else torch.empty_like(pieces[0], dtype=average_dtype(pieces[0]))
+            _mean_into(target, pieces, row)
+            mixed.append((target, members[1:] if in_place else members))
+        for target, members in mixed:
+            for j in members:
+                pieces[j].copy_(target)
+
+
 def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:
     """The weights in the dtype and on the device of ``reference``; a tensor that fits already is not copied."""
     return {name: t.to(reference[name]) for name, t in weights.items()}
@@ -329,6 +376,38 @@ def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list
             targets.append(value)
             sources.append(other)
     yield from groups.values()
+
+
+def _mean_into(target: Tensor, pieces: Sequence[Tensor], shares: Sequence[float]) -> None:
+    """Their mean as a chain of lerps, which leaves equal pieces as they are. The target may be one of them."""
+    terms = [(piece.to(target.dtype), share) for piece, share in zip(pieces, shares, strict=True) if share]
+    # A target that is one of the pieces comes first, before it is written to.
+    terms.sort(key=lambda term: term[0] is not target)
+    (mean, total), *rest = terms
+    for piece, share in rest:
+        total += share
+        mean = torch.lerp(mean, piece, share / total, out=target)
+    if not rest:
+        target.copy_(mean)
+
+
+def _pieces(sets: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
+    """The same part of every set, one after the other: what is read stays in a cache until it is written."""
+    for name, first in sets[0].items():
+        flat = [_flat(tensors[name]) for tensors in sets]
+        if first.device.type != "cpu" or any(t.dim() != 1 for t in flat):
+            yield flat
+        else:
+            yield from map(list, zip(*(torch.split(t, _CHUNK) for t in flat), strict=True))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The numbers in the order they have in memory, if they are dense; else the tensor as it is."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).view(-1)
+    return tensor
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,523 @@
+"""The one callback that trains several branches of a module. Named callbacks choose a policy and a schedule for it."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_merge import weights
+from lightning_merge.branches import Branches, InTurn, Policy
+from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks._published import Published, Validate
+from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.callbacks._run import resolved
+from lightning_merge.schedules import EveryNSteps, Moment, Schedule
+from lightning_merge.selections import Selection
+from lightning_merge.weights import State, Weights
+
+Augmentation = Callable[[Any], Any]
+Batches = Literal["same", "turns"]
+OptimizerState = Literal["keep", "average", "reset"]
+Buffers = Literal["shared", "average", "recompute"]
+
+_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+
+
+class Branching(Published):
+    """Trains K branches of the module at once and mixes them by a policy; their mean is what is published.
+
+    A *group* is one training step of every branch. With ``batches="same"`` a batch of the loader is one group: it goes
+    through every branch, in the version that the branch's augmentation makes of it. An epoch, ``max_steps``,
+    ``global_step`` and learning-rate schedules then mean what they mean without the callback, and the run takes K times
+    the computation. With ``batches="turns"`` successive batches go to successive branches: an epoch takes no more
+    computation, ``max_steps`` and ``global_step`` count the steps of all branches, and schedules of the interval
+    ``"step"`` move once per group, so that all branches of a group train at the same rate.
+
+    Validation, files and the final model hold the mean of the branches; the raw weights are those of the branch that
+    trained last. What an average promises holds here as well: see ``WeightMerging``.
+
+    Args:
+        policy: How branches mix.
+        schedule: When, in groups; by default after every group.
+        branches: Number of branches; at least 1.
+        augmentations: One callable per branch that takes the batch, on its device, and returns the batch its branch
+            trains on. By default branches train on the batch as it is.
+        batches: ``"same"`` batch for all branches of a group, or ``"turns"``.
+        optimizer_state: At a merge, ``"keep"`` the optimizer state of each branch, ``"average"`` or ``"reset"`` it.
+        buffers: ``"shared"``: one set, updated by all branches. ``"average"``: each branch has its own, which mix with
+            the weights. ``"recompute"``: shared, and BatchNorm statistics are measured again under the published mean.
+        inactive: Where the branches that do not train at the moment are: ``"device"`` or ``"cpu"``.
+        schedulers: With ``batches="turns"``, whether schedules of the interval ``"step"`` move per ``"group"`` or per
+            ``"step"`` of a branch.
+        selection: Which parameters are branched; by default all trainable ones. Others are shared.
+        validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
+        optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+
+    Attributes:
+        groups: Groups completed so far.
+        merges: Merges so far.
+        revived: Times that a branch had diverged at a merge and went on from the mean of the others.
+
+    Raises:
+        TypeError: If ``policy`` is not a policy or ``schedule`` not a schedule.
+        ValueError: If another argument is out of range, or at fit start if it does not fit the run.
+
+    Example:
+        >>> from lightning_merge.branches import Average
+        >>> Branching(Average(), EveryNSteps(5), branches=3).name
+        'branches'
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        schedule: Schedule | None = None,
+        branches: int = 3,
+        *,
+        augmentations: Sequence[Augmentation] | None = None,
+        batches: Batches = "same",
+        optimizer_state: OptimizerState = "keep",
+        buffers: Buffers = "recompute",
+        inactive: Inactive = "device",
+        schedulers: Literal["group", "step"] = "group",
+        selection: Selection | None = None,
+        validate: Validate = "merged",
+        name: str = "branches",
+        optimizer: int = 0,
+    ) -> None:
+        super().__init__(validate, name, optimizer)
+        schedule = EveryNSteps() if schedule is None else schedule
+        for argument, value, kind in (("policy", policy, Policy), ("schedule", schedule, Schedule)):
+            if not isinstance(value, kind):
+                raise TypeError(f"`{argument}` must be a {kind.__name__} of lightning_merge, got {value!r}.")
+        if branches < 1:
+            raise ValueError(f"`branches` must be at least 1, got {branches}.")
+        if augmentations is not None and len(augmentations) != branches:
+            raise ValueError(
+                f"`augmentations` must have one entry for each of the {branches} branches, got {len(augmentations)}."
+            )
+        for argument, chosen, allowed in (
+            ("batches", batches, Batches),
+            ("optimizer_state", optimizer_state, OptimizerState),
+            ("buffers", buffers, Buffers),
+            ("inactive", inactive, Inactive),
+            ("schedulers", schedulers, Literal["group", "step"]),
+        ):
+            if chosen not in get_args(allowed):
+                raise ValueError(
+                    f"`{argument}` must be one of {', '.join(map(repr, get_args(allowed)))}, got {chosen!r}."
+                )
+        self.policy = policy
+        self.schedule = schedule
+        self.branches = branches
+        self.augmentations = augmentations
+        self.batches: Batches = batches
+        self.optimizer_state: OptimizerState = optimizer_state
+        self.buffers: Buffers = buffers
+        self.inactive: Inactive = inactive
+        self.schedulers = schedulers
+        self.selection = selection
+
+        self.groups = 0
+        self.merges = 0
+        self.revived = 0
+
+        self._active_schedule = schedule
+        self._set: Branches | None = None
+        self._policy_state: State | None = None
+        self._saved: State | None = None  # branches of a file or of an earlier fit, until there are live ones
+        self._trained = 0  # turns that weights have changed in, over all branches
+        self._turn = 0  # branches that are through with the group that is going on
+        self._merged_at = -1  # `_trained` when all branches were last made equal
+        self._good: Weights = {}  # the last weights that all went on from, to go back to if all diverge
+        self._mean: Weights | None = None  # of the weights as they are now
+        self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
+        self._last_epoch = 0
+
+    # ---- what there is
+
+    @property
+    def updates(self) -> int:
+        return self.merges
+
+    @property
+    def version(self) -> tuple[int, int]:
+        return self._trained, self.merges
+
+    @property
+    def ready(self) -> bool:
+        return self._set is not None and self._trained > 0
+
+    @property
+    def equal(self) -> bool:
+        """Whether all branches are the same, since none has trained after the last merge."""
+        return self._merged_at == self._trained
+
+    def merged_weights(self) -> Weights | None:
+        """The mean of all branches; of equal ones it is any, the live one at no cost."""
+        if not self.ready:
+            return None
+        if self._mean is None:
+            assert self._set is not None
+            assert self._publisher is not None
+            with torch.inference_mode(False), torch.no_grad():
+                raw = self._publisher.raw(self)
+                live = self._set.live
+                self._mean = {name: raw[name] for name in live} if self.equal else self._set.mean(active=raw)
+                self._buffers = weights.copies({name: raw[name] for name in self._shared_buffers})
+                self._calibrated_at = None
+        return {**self._mean, **self._buffers}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {} if self._set is None else {**self._set.live, **self._shared_buffers}
+
+    @property
+    def _shared_buffers(self) -> Weights:
+        """The live buffers that there is one set of."""
+        if self._module is None or self.buffers == "average":
+            return {}
+        return weights.named_buffers(self._module)
+
+    def describe(self) -> str:
+        assert self._set is not None
+        size = sum(tensor.numel() * tensor.element_size() for tensor in self._set.live.values())
+        return (
+            f"{self.branches} branches of {len(self._set.live)} tensors ({size / 1e6:,.1f} MB a branch), mixed by"
+            f" {self.policy!r} at {self.schedule!r}; optimizer state: {self.optimizer_state}, buffers: {self.buffers}"
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.policy!r}, {self.schedule!r}, branches={self.branches}, name={self.name!r})"
+        )
+
+    # ---- a fit begins and ends
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Refuses strategies that cannot exchange weights and a second set of branches."""
+        others = [
+            callback for callback in trainer.callbacks if isinstance(callback, Branching) and callback is not self
+        ]
+        if others:
+            raise ValueError(f"one Trainer trains one set of branches: remove {self.title} or {others[0].title}.")
+        if sharded := _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
+            raise ValueError(
+                f"{min(sharded)} shards parameters, and {self.title} exchanges whole ones in turn. Use `strategy='ddp'`"
+                " or a single device."
+            )
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the branches, or goes on with those of an earlier fit or a checkpoint."""
+        super().on_fit_start(trainer, pl_module)
+        publisher = self._publisher
+        assert publisher is not None
+        steps_per = self.branches if self.batches == "turns" else 1
+        (self._active_schedule,) = resolved(trainer, [self.schedule], steps_per)
+        if self._set is not None and not self._resumed:
+            goes_on = self.ending is None or self.ending.is_live(pl_module)
+            self._saved = self._set.save() if goes_on else None
+            publisher.continue_fit(self)
+        self._mean = None
+        self._set = InTurn(
+            pl_module,
+            trainer.optimizers,
+            self.branches,
+            selection=self.selection,
+            buffers="average" if self.buffers == "average" else "shared",
+            inactive=self.inactive,
+        )
+        self._fits(self._saved)
+        if self._saved is not None:
+            self._set.load(self._saved)
+        else:
+            self._merged_at = self._trained
+        if self._policy_state is None:
+            self._policy_state = self.policy.init(self._set)
+        if self.buffers == "recompute":
+            self._keep_recent_batches()
+        loop = trainer.fit_loop.epoch_loop
+        publisher.patches.replace(loop.automatic_optimization, "run", self._automatic)
+        publisher.patches.replace(loop.manual_optimization, "run", self._manual)
+        if self.batches == "turns" and self.schedulers == "group":
+            publisher.patches.replace(pl_module, "lr_scheduler_step", self._step_scheduler)
+        publisher.begin(self, trainer.optimizers[self.optimizer])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every branch starts with the optimizers as they are now, after everything was restored."""
+        assert self._set is not None
+        if not self._resumed:
+            self._last_epoch = trainer.current_epoch
+        if self._saved is None or not self._saved["optimizers"]:
+            self._set.fork_optimizers()
+        self._saved = None
+        if self.policy.restarts and not self._good:
+            self._good = weights.copies(self.tensors)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds parameters that were replaced or unfrozen."""
+        assert self._set is not None
+        self._set.refresh()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The end of an epoch is its last batch, so that the validation that follows measures the merge."""
+        if trainer.is_last_batch:
+            self._end_epoch(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An epoch that was cut short ends here, after its validation."""
+        self._end_epoch(trainer)
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        completed = trainer.current_epoch + 1
+        if completed > self._last_epoch:
+            self._last_epoch = completed
+            self._merge(trainer, Moment(self.groups, completed, epoch_end=True))
+
+    # ---- training
+
+    def _automatic(self, original: Callable[..., Any], optimizer: Any, batch_idx: int, kwargs: dict[str, Any]) -> Any:
+        assert self._publisher is not None
+        trainer = self._publisher.trainer
+        ends = not trainer.fit_loop._should_accumulate()
+        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+        keep = trainer.accumulate_grad_batches > 1
+        output = self._train(lambda own: original(optimizer, batch_idx, own), kwargs, progress, lambda: ends, keep)
+        if ends:
+            self._gradients = {}  # Lightning sets them to zero before the next
+        return output
+
+    def _manual(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+        assert self._publisher is not None
+        trainer = self._publisher.trainer
+        progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        steps = self.steps
+
+        def ends() -> bool:
+            # The module accumulates gradients as it likes: a turn is over when the optimizer has stepped.
+            return self.steps > steps
+
+        return self._train(original, kwargs, progress, ends, keep_gradients=True)
+
+    def _train(
+        self,
+        original: Callable[[dict[str, Any]], Any],
+        kwargs: dict[str, Any],
+        progress: Any,
+        ends: Callable[[], bool],
+        keep_gradients: bool,
+    ) -> Any:
+        """Takes a batch through the branches that it is for, then merges if that is due.
+
+        Args:
+            original: Lightning's training step, optimizer step included.
+            kwargs: Its arguments, the batch first.
+            progress: Lightning's count of optimizer steps. The branches of a group count as one.
+            ends: Whether the optimizer has stepped, so that the turn is over.
+            keep_gradients: Whether gradients are accumulated, so that each branch needs its own.
+        """
+        assert self._set is not None
+        assert self._publisher is not None
+        self._mean = None
+        everyone = self.batches == "same"
+        counted = progress.state_dict()
+        output = None
+        for branch in range(self._turn, self.branches) if everyone else [self._turn]:
+            if everyone:
+                progress.load_state_dict(counted)
+            self._set.activate(branch)
+            with self._own_gradients(branch, everyone and keep_gradients):
+                output = original(self._own_batch(branch, kwargs))
+            if self._recent is not None:
+                self._recent.keep()
+            if everyone or ends():
+                self._turn = branch + 1
+            if ends():
+                self._trained += 1
+        if self._turn == self.branches:
+            self._turn = 0
+            if ends():
+                self.groups += 1
+                self._merge(self._publisher.trainer, Moment(self.groups, self._publisher.trainer.current_epoch))
+        return output
+
+    def _own_batch(self, branch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of the training step with the batch as this branch sees it."""
+        if "batch" not in kwargs:
+            raise TypeError(
+                f"{self.title} hands a batch to each branch, so `training_step` must take a batch, not"
+                " `dataloader_iter`."
+            )
+        batch = kwargs["batch"]
+        if self.batches == "same" and branch < self.branches - 1:
+            batch = apply_to_collection(batch, Tensor, torch.clone)  # a step may write to its batch
+        if self.augmentations is not None:
+            with torch.no_grad():
+                batch = self.augmentations[branch](batch)
+        if self._recent is not None:
+            self._recent.hold(batch)
+        return OrderedDict(kwargs, batch=batch)
+
+    @contextmanager
+    def _own_gradients(self, branch: int, active: bool) -> Iterator[None]:
+        """Gradients that a branch has accumulated are in place for its turn."""
+        if not active:
+            yield
+            return
+        assert self._module is not None
+        parameters = list(self._module.parameters())
+        for parameter in parameters:
+            parameter.grad = self._gradients.get((branch, parameter))
+        yield
+        self._gradients |= {(branch, parameter): parameter.grad for parameter in parameters}
+
+    def _step_scheduler(self, original: Callable[..., Any], scheduler: Any, metric: Any) -> None:
+        """Schedules that count steps move when every branch of the group has trained at this rate."""
+        assert self._publisher is not None
+        configs = self._publisher.trainer.lr_scheduler_configs
+        by_step = any(config.scheduler is scheduler and config.interval == "step" for config in configs)
+        if self._turn == 0 or not by_step:
+            original(scheduler, metric)
+
+    # ---- merging
+
+    def _merge(self, trainer: Any, moment: Moment) -> None:
+        if not self._active_schedule.due(moment):
+            return
+        assert self._set is not None
+        assert self._policy_state is not None
+        self._mean = None
+        diverged = self._set.diverged()
+        if len(diverged) == self.branches:
+            self._go_back(trainer)
+            return
+        if diverged:
+            self._revive(diverged)
+        self.policy.merge(self._policy_state, self._set)
+        if self.optimizer_state == "average":
+            self._set.average_optimizers()
+        elif self.optimizer_state == "reset":
+            self._set.reset_optimizers(set(self._set.own))
+        self.merges += 1
+        if self.policy.restarts:
+            self._merged_at = self._trained
+            weights.copy_(self._good, self.tensors)
+
+    def _revive(self, diverged: set[int]) -> None:
+        assert self._set is not None
+        self.revived += len(diverged)
+        rank_zero_warn(
+            f"{self.title}: branches {sorted(diverged)} hold a NaN or an infinity after group {self.groups}. They are"
+            " left out of this merge, and go on from the mean of the others with a reset optimizer; `revived` counts"
+            " them. Lower the learning rate or clip gradients."
+        )
+        self._set.revive(diverged)
+        # Statistics that all branches share have seen what the diverged ones made of their batches.
+        broken = weights.nonfinite(self._shared_buffers)
+        weights.copy_({name: self._shared_buffers[name] for name in broken}, self._good)
+
+    def _go_back(self, trainer: Any) -> None:
+        assert self._set is not None
+        if not self._good:
+            raise RuntimeError(
+                f"{self.title}: all {self.branches} branches hold a NaN or an infinity after group {self.groups}, and"
+                f" {self.policy!r} keeps no weights to go back to. Resume from an earlier checkpoint with a lower"
+                " learning rate."
+            )
+        rank_zero_warn(
+            f"{self.title}: all {self.branches} branches hold a NaN or an infinity after group {self.groups}. Training"
+            f" stops with the weights of merge {self.merges}, the last good one. Lower the learning rate or clip"
+            " gradients."
+        )
+        self._set.assign(self._good)
+        weights.copy_(self._shared_buffers, self._good)
+        self._set.reset_optimizers(set(self._set.own))
+        self._merged_at = self._trained
+        trainer.should_stop = True
+
+    # ---- for the publisher
+
+    def wants(self, moment: Moment) -> bool:
+        """Never: it merges between turns, not right after a step."""
+        return False
+
+    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+        raise AssertionError("it never wants weights")
+
+    def label(self) -> dict[str, Any]:
+        return {"class": type(self).__name__, "rule": repr(self.policy), "steps": self.steps, "updates": self.merges}
+
+    def save(self) -> dict[str, Any]:
+        saved = {field: getattr(self, field) for field in _SAVED}
+        branches = None if self._set is None else self._set.save()
+        if branches is not None and self.equal:
+            branches["weights"] = {}  # all are the live one, which the file has
+        return {
+            **saved,
+            "branches": branches,
+            "good": {} if self.equal else self._good,
+            "policy": self._policy_state,
+            "recent": None if self._recent is None else list(self._recent.batches),
+        }
+
+    def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
+        if label["rule"] != repr(self.policy):
+            rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
+        for field in _SAVED:
+            setattr(self, field, saved[field])
+        self.steps = label["steps"]
+        self._saved = saved["branches"]
+        self._good = saved["good"]
+        self._policy_state = saved["policy"]
+        if saved["recent"] is not None:
+            self._recent = RecentBatches()
+            self._recent.batches.extend(saved["recent"])
+        self._set = None
+        self._resumed = True
+
+    def to_host(self) -> None:
+        host = torch.device("cpu")
+        self._gradients = {}
+        if self._set is not None:
+            self._set.to_host()
+        self._mean = weights.to_devices(self._mean, host)
+        self._buffers = weights.to_devices(self._buffers, host)
+        self._good = weights.to_devices(self._good, host)
+        self._policy_state = weights.to_devices(self._policy_state, host)
+
+    def note_the_end(self) -> None:
+        if not self.merges:
+            rank_zero_info(
+                f"{self.title} merged nothing: {self.schedule!r} was not due in {self.groups} groups and"
+                f" {self._last_epoch} epochs. What is published is the mean of branches that never met; merge earlier."
+            )
+
+    def _fits(self, saved: State | None) -> None:
+        """Checks that branches from before belong to this model."""
+        if saved is None:
+            return
+        assert self._set is not None
+        for branch, found in saved["weights"].items():
+            if difference := weights.first_mismatch(self._set.live, found):
+                raise ValueError(
+                    f"{self.title} holds branch {branch} of another model: {difference}. Use a fresh callback, or the"
+                    " model and the selection that it was started with."
+                )
+        if len(saved["optimizers"]) not in (0, self.branches - 1):
+            raise ValueError(
+                f"{self.title} goes on with {len(saved['optimizers']) + 1} branches, and `branches` is {self.branches}."
+                " Keep the number."
+            )
+
+
+_SAVED = ("groups", "merges", "revived", "_trained", "_turn", "_merged_at", "_last_epoch")

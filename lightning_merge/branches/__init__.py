@@ -1,0 +1,25 @@
+"""Branches: several sets of weights, buffers and optimizer state of one module, which train apart and mix.
+
+``Branches`` says what a set of branches can do; ``InTurn`` places them one after the other in one module on one device.
+A **policy** says how they mix. To add a method, write a frozen dataclass with ``merge(state, branches)``:
+
+    @final
+    @dataclass(frozen=True)
+    class PullToMean(Policy):
+        pull: float = 0.01
+
+        def merge(self, state: State, branches: Branches) -> None:
+            k = branches.count
+            branches.mix([[(1 - self.pull) * (i == j) + self.pull / k for i in range(k)] for j in range(k)])
+
+and a callback that chooses it: ``Branching(PullToMean(), EveryNSteps(10), branches=3, name="pull")``. A policy that is
+no matrix uses ``branches.mean(shares)``, ``branches.assign(weights)`` and ``branches.gather(choose)``, which work the
+same in both placements; what it must remember it puts into ``state``, which is saved with the run.
+"""
+
+from lightning_merge.branches._average import Average
+from lightning_merge.branches._base import Branches, Matrix, uniform
+from lightning_merge.branches._in_turn import InTurn
+from lightning_merge.branches._policy import Policy
+
+__all__ = ["Average", "Branches", "InTurn", "Matrix", "Policy", "uniform"]

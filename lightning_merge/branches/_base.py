@@ -1,0 +1,195 @@
+"""What a set of branches can do, whichever way they are placed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, TypeAlias, get_args
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_merge import weights
+from lightning_merge.branches import _optimizer_states as optimizer_states
+from lightning_merge.branches._buffers import mix_buffers_
+from lightning_merge.selections import Selection
+from lightning_merge.weights import State, Weights
+
+Matrix: TypeAlias = Sequence[Sequence[float]]
+"""A row per new branch, a column per old one."""
+
+Buffers = Literal["shared", "average"]
+
+
+class Branches(ABC):
+    """K sets of weights, buffers and optimizer state of one module, and how they mix.
+
+    One set is in the module and its optimizers at a time: the active one. Where the others are is the placement:
+    ``InTurn`` keeps them beside it, ``OnePerRank`` in the other processes. A merge is written once for both, from what
+    is here: ``mix`` for a matrix, and for anything else ``mean``, ``assign`` and ``gather``. A file is written by the
+    callback that owns the branches; ``save`` and ``load`` give and take plain tensors.
+
+    Args:
+        module: Its trainable parameters are branched; parameters outside ``selection`` are shared by all.
+        optimizers: The optimizers of the module; their state per parameter is branched.
+        count: Number of branches; at least 1.
+        selection: Which parameters are branched. By default those that require gradients.
+        buffers: ``"average"``: every branch has its own persistent buffers, and they mix with the weights (BatchNorm
+            variances are pooled, integers take the maximum). ``"shared"``: there is one set that all branches update.
+
+    Raises:
+        ValueError: If ``count`` or ``buffers`` is out of range, or no parameter is selected.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        count: int,
+        *,
+        selection: Selection | None = None,
+        buffers: Buffers = "shared",
+    ) -> None:
+        if count < 1:
+            raise ValueError(f"`count` must be at least 1, got {count}.")
+        if buffers not in get_args(Buffers):
+            raise ValueError(f"`buffers` must be 'shared' or 'average', got {buffers!r}.")
+        self.module = module
+        self.optimizers = list(optimizers)
+        self.count = count
+        self.selection = Selection(trainable=True) if selection is None else selection
+        self.buffers: Buffers = buffers
+        self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(module))
+        self._live_buffers = weights.named_buffers(module) if buffers == "average" else {}
+        self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self.optimizers]
+
+    # ---- which
+
+    @property
+    @abstractmethod
+    def active(self) -> int:
+        """The branch that is in the module and the optimizers."""
+
+    @property
+    @abstractmethod
+    def own(self) -> Sequence[int]:
+        """The branches that this process holds."""
+
+    @abstractmethod
+    def activate(self, branch: int) -> None:
+        """Puts one of the own branches into the module and the optimizers."""
+
+    @property
+    def live(self) -> Mapping[str, Tensor]:
+        """The module's tensors that are branched, by canonical name: parameters and, if they are branched, buffers."""
+        return {**self._live_parameters, **self._live_buffers}
+
+    @abstractmethod
+    def weights(self, branch: int) -> Weights:
+        """The tensors of an own branch; writing to them changes it."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Looks the module's tensors up again: what was frozen and is now trainable is branched from here on."""
+
+    # ---- merging
+
+    @abstractmethod
+    def mix(self, matrix: Matrix) -> None:
+        """``branch j <- sum over i of matrix[j][i] * branch i``: weights, and buffers if every branch has its own.
+
+        Args:
+            matrix: A row per branch, of numbers of at least 0 that sum to 1. ``uniform(K)`` makes all the mean.
+
+        Raises:
+            ValueError: If the matrix is not of that shape and kind.
+        """
+
+    @abstractmethod
+    def mean(self, shares: Sequence[float] | None = None, active: Mapping[str, Tensor] | None = None) -> Weights:
+        """``sum over i of shares[i] * branch i`` in new tensors, at least in float32; the uniform mean by default.
+
+        Args:
+            shares: One per branch, at least 0, with sum 1. A branch whose share is 0 is not read.
+            active: The tensors of the active branch where others are in the module at the moment.
+        """
+
+    def assign(self, new: Mapping[str, Tensor]) -> None:
+        """Every branch goes on from these weights; buffers that they do not name stay."""
+        for branch in self.own:
+            own = self.weights(branch)
+            weights.copy_({name: own[name] for name in new if name in own}, new)
+
+    @abstractmethod
+    def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
+        """What ``choose`` makes of the weights of every branch, in their order; shapes are the same for all."""
+
+    @abstractmethod
+    def diverged(self) -> set[int]:
+        """The branches that hold a NaN or an infinity."""
+
+    def revive(self, branches: set[int]) -> None:
+        """Branches go on from the mean of the others, with optimizers as they were at the start."""
+        others = [branch not in branches for branch in range(self.count)]
+        row = [healthy / sum(others) for healthy in others]
+        self.mix([_unit(j, self.count) if others[j] else row for j in range(self.count)])
+        self.reset_optimizers(branches)
+
+    # ---- optimizers
+
+    @abstractmethod
+    def fork_optimizers(self) -> None:
+        """Every branch remembers what the optimizers do now."""
+
+    @abstractmethod
+    def reset_optimizers(self, branches: set[int]) -> None:
+        """The optimizers of these branches are as they were made."""
+
+    @abstractmethod
+    def average_optimizers(self) -> None:
+        """Moments of all branches become their mean, step counters the largest."""
+
+    # ---- a run that goes on
+
+    @abstractmethod
+    def save(self) -> State:
+        """What the module and its optimizers do not hold: the other branches. On ranks every process calls this."""
+
+    @abstractmethod
+    def load(self, saved: State) -> None:
+        """Takes over what ``save`` gave; the module and the optimizers hold the branch that was active then."""
+
+    @abstractmethod
+    def to_host(self) -> None:
+        """The fit is over: weights go to host memory, optimizer states are dropped."""
+
+    # ----
+
+    def _mixed(self, sets: Sequence[Mapping[str, Tensor]], matrix: Matrix) -> None:
+        """Mixes sets that are all at hand, in place."""
+        names = self._live_parameters.keys()
+        mix_buffers_([{name: t for name, t in each.items() if name not in names} for each in sets], matrix)
+        weights.mix_([{name: each[name] for name in names} for each in sets], matrix)
+
+
+def uniform(count: int) -> list[list[float]]:
+    """The matrix that makes every branch the mean of all."""
+    return [[1 / count] * count for _ in range(count)]
+
+
+def check_matrix(matrix: Matrix, count: int) -> None:
+    """Raises a ``ValueError`` unless there is a row of shares for each branch."""
+    if len(matrix) != count:
+        raise ValueError(f"`matrix` must have a row for each of the {count} branches, got {len(matrix)}.")
+    for row in matrix:
+        check_shares(row, count)
+
+
+def check_shares(shares: Sequence[float], count: int) -> None:
+    """Raises a ``ValueError`` unless there is a share of at least 0 for each branch and they sum to 1."""
+    if len(shares) != count or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(
+            f"shares must be {count} numbers of at least 0 that sum to 1, one for each branch, got {list(shares)}."
+        )
+
+
+def _unit(j: int, count: int) -> list[float]:
+    return [float(i == j) for i in range(count)]

@@ -1,0 +1,245 @@
+"""Branches that take turns in one module on one device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, final, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_merge import weights
+from lightning_merge.branches import _optimizer_states as optimizer_states
+from lightning_merge.branches._base import Branches, Buffers, Matrix, check_matrix, check_shares
+from lightning_merge.branches._buffers import pooled
+from lightning_merge.selections import Selection
+from lightning_merge.weights import State, Weights
+
+Inactive = Literal["device", "cpu"]
+
+
+@final
+class InTurn(Branches):
+    """Branches that take turns in one module: activating one exchanges storages, and no number moves.
+
+    A branch trains exactly as an independent replica would. Beside the module and its optimizers it takes K - 1 sets of
+    weights and optimizer state. Parameter objects stay the same, so hooks, schedulers and DDP's buckets stay valid;
+    addresses change, so a CUDA graph of the step does not.
+
+    Args:
+        module: As in ``Branches``.
+        optimizers: As in ``Branches``.
+        count: As in ``Branches``.
+        selection: As in ``Branches``.
+        buffers: As in ``Branches``.
+        inactive: Where the others wait: ``"device"``, or ``"cpu"`` for host memory, which makes activation a copy in
+            each direction.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> _ = nn.init.constant_(layer.weight, 2.0)
+        >>> branches = InTurn(layer, [], count=2)
+        >>> branches.activate(1)
+        >>> _ = nn.init.constant_(layer.weight, 4.0)
+        >>> branches.mean()
+        {'weight': tensor([[3.]])}
+        >>> branches.mix([[0.5, 0.5], [0.0, 1.0]])
+        >>> [branches.weights(branch)["weight"].item() for branch in (0, 1)]
+        [3.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Sequence[Optimizer],
+        count: int,
+        *,
+        selection: Selection | None = None,
+        buffers: Buffers = "shared",
+        inactive: Inactive = "device",
+    ) -> None:
+        super().__init__(module, optimizers, count, selection=selection, buffers=buffers)
+        if inactive not in get_args(Inactive):
+            raise ValueError(f"`inactive` must be 'device' or 'cpu', got {inactive!r}.")
+        self.inactive: Inactive = inactive
+        self._active = 0
+        # Of the active branch the module has the tensors. In host memory it has a place of its own all the same.
+        self._waiting: list[Weights] = [{} if self._in_module(j) else self._copies() for j in range(count)]
+        self._states: list[list[dict[Any, Any]]] = [[{} for _ in self.optimizers] for _ in range(count)]
+        self._homes: list[dict[Any, dict[Any, torch.device]]] = [{} for _ in self.optimizers]
+        self.fork_optimizers()
+
+    def fork_optimizers(self) -> None:
+        for branch in self.own:
+            if branch != self._active:
+                self._states[branch] = [self._copy_of(number, o.state) for number, o in enumerate(self.optimizers)]
+
+    # ---- which
+
+    @property
+    def active(self) -> int:
+        return self._active
+
+    @property
+    def own(self) -> Sequence[int]:
+        return range(self.count)
+
+    def activate(self, branch: int) -> None:
+        if not 0 <= branch < self.count:
+            raise ValueError(f"`branch` must be in 0 to {self.count - 1}, got {branch}.")
+        if branch == self._active:
+            return
+        live, incoming = self.live, self._waiting[branch]
+        if self.inactive == "cpu":
+            weights.copy_(self._waiting[self._active], live)
+            weights.copy_(live, incoming)
+        else:
+            before: Weights = {}
+            try:
+                weights.exchange(live, incoming, before)
+            except BaseException:  # Ctrl-C between two tensors
+                weights.exchange(live, before)
+                raise
+            self._waiting[self._active], self._waiting[branch] = before, {}
+        for number, optimizer in enumerate(self.optimizers):
+            state = self._taken_out(number, self._states[branch][number])
+            self._states[self._active][number] = self._put_away(number, optimizer_states.exchanged(optimizer, state))
+            self._states[branch][number] = {}
+        self._active = branch
+
+    def weights(self, branch: int) -> Weights:
+        if branch == self._active:
+            return {name: tensor.data for name, tensor in self.live.items()}
+        return self._waiting[branch]
+
+    def refresh(self) -> None:
+        everything = weights.named_tensors(self.module)
+        chosen = self.selection.parameters(self.module)
+        live = {name: t for name, t in everything.items() if name in chosen or name in self._live_parameters}
+        new = {name: t for name, t in live.items() if name not in self._live_parameters}
+        self._live_parameters = live
+        self._live_buffers = weights.named_buffers(self.module) if self.buffers == "average" else {}
+        for waiting in self._waiting:
+            if waiting:
+                waiting.update(self._copies(new))
+
+    # ---- merging
+
+    def mix(self, matrix: Matrix) -> None:
+        check_matrix(matrix, self.count)
+        sets = self._all_sets()
+        self._mixed(sets, matrix)
+        if self.inactive == "cpu":
+            weights.copy_(self.live, self._waiting[self._active])
+
+    def mean(self, shares: Sequence[float] | None = None, active: Mapping[str, Tensor] | None = None) -> Weights:
+        shares = [1 / self.count] * self.count if shares is None else shares
+        check_shares(shares, self.count)
+        sets = self._all_sets(active)
+        parameters = [{name: each[name] for name in self._live_parameters} for each in sets]
+        buffers = [{name: each[name] for name in self._live_buffers} for each in sets]
+        return {**weights.weighted_mean(parameters, shares), **(pooled(buffers, shares) if self._live_buffers else {})}
+
+    def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
+        return [choose(self.weights(branch)) for branch in self.own]
+
+    def diverged(self) -> set[int]:
+        return {branch for branch in self.own if weights.nonfinite(self.weights(branch))}
+
+    # ---- optimizers
+
+    def reset_optimizers(self, branches: set[int]) -> None:
+        for branch in branches:
+            for number, optimizer in enumerate(self.optimizers):
+                if branch == self._active:
+                    optimizer_states.exchanged(optimizer, optimizer_states.copied(self._fresh[number]))
+                else:
+                    self._states[branch][number] = self._copy_of(number, self._fresh[number])
+
+    def average_optimizers(self) -> None:
+        for number, optimizer in enumerate(self.optimizers):
+            states = [self._states[j][number] if j != self._active else optimizer.state for j in self.own]
+            optimizer_states.average_(states)
+
+    # ---- a run that goes on
+
+    def save(self) -> State:
+        others = [branch for branch in self.own if branch != self._active]
+        return {
+            "active": self._active,
+            "weights": {branch: self._waiting[branch] for branch in others},
+            "optimizers": {
+                branch: [
+                    optimizer_states.packed(optimizer, self._taken_out(number, self._states[branch][number]))
+                    for number, optimizer in enumerate(self.optimizers)
+                ]
+                for branch in (others if self._states else ())
+            },
+        }
+
+    def load(self, saved: State) -> None:
+        self._active = saved["active"]
+        self._waiting = [{} if self._in_module(j) else self._copies() for j in self.own]
+        for branch, waiting in saved["weights"].items():
+            weights.copy_(self._waiting[branch], waiting)
+        for branch, states in saved["optimizers"].items():
+            self._states[branch] = [
+                self._put_away(number, optimizer_states.unpacked(optimizer, state))
+                for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True))
+            ]
+        self._states[self._active] = [{} for _ in self.optimizers]
+
+    def to_host(self) -> None:
+        host = torch.device("cpu")
+        self._waiting = [{name: t.to(host) for name, t in waiting.items()} for waiting in self._waiting]
+        self._states = []
+
+    # ---- where the others wait
+
+    def _in_module(self, branch: int) -> bool:
+        return branch == self._active and self.inactive == "device"
+
+    def _copies(self, tensors: Mapping[str, Tensor] | None = None) -> Weights:
+        copies = weights.copies(self.live if tensors is None else tensors)
+        return copies if self.inactive == "device" else {name: t.cpu() for name, t in copies.items()}
+
+    def _all_sets(self, active: Mapping[str, Tensor] | None = None) -> list[Mapping[str, Tensor]]:
+        """The tensors of all branches, in one kind of memory."""
+        live = self.weights(self._active) if active is None else active
+        if self.inactive == "cpu":
+            own = self._waiting[self._active]
+            weights.copy_(own, {name: live[name] for name in own})
+            return list(self._waiting)
+        return [live if branch == self._active else self._waiting[branch] for branch in self.own]
+
+    def _put_away(self, number: int, state: Mapping[Any, Any]) -> dict[Any, Any]:
+        """A state of an optimizer as it is kept while its branch waits."""
+        if self.inactive == "device":
+            return dict(state)
+        self._homes[number] = {
+            p: {key: t.device for key, t in own.items() if isinstance(t, Tensor)} for p, own in state.items()
+        }
+        return _moved(state, lambda parameter, key: torch.device("cpu"))
+
+    def _copy_of(self, number: int, state: Mapping[Any, Any]) -> dict[Any, Any]:
+        return self._put_away(number, optimizer_states.copied(state))
+
+    def _taken_out(self, number: int, state: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The same as the optimizer wants it."""
+        if self.inactive == "device":
+            return dict(state)
+        homes = self._homes[number]
+        return _moved(state, lambda parameter, key: homes[parameter][key])
+
+
+def _moved(state: Mapping[Any, Any], device: Callable[[Any, Any], torch.device]) -> dict[Any, Any]:
+    return {
+        parameter: {key: v.to(device(parameter, key)) if isinstance(v, Tensor) else v for key, v in own.items()}
+        for parameter, own in state.items()
+    }
+
+
+def _devices(tensors: Mapping[str, Tensor]) -> dict[str, torch.device]:
+    return {name: tensor.device for name, tensor in tensors.items()}
