@@ -10,6 +10,7 @@ from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
 from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._lookaround import Lookaround
+from lightning_merge.callbacks._published import Published
 from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
@@ -25,6 +26,7 @@ __all__ = [
     "Branching",
     "Doctor",
     "Lookaround",
+    "Published",
     "RandomState",
     "WeightMerging",
     "teacher",

@@ -32,6 +32,7 @@ class Published(Callback, ABC):
         steps: Applied optimizer steps counted so far.
         accepted: How far from the raw weights (0) to the merged ones (1) the published weights lie, if
             ``AcceptIfBetter`` chose them at the end of a fit.
+        update_window: First and last applied step whose weights were taken in, where there is a first one.
         final_path: The file written at the end of the fit, if checkpointing is on.
         final_metrics: Metrics measured on the final merged weights, under plain names.
 
@@ -53,6 +54,7 @@ class Published(Callback, ABC):
 
         self.steps = 0
         self.accepted: float | None = None
+        self.update_window: tuple[int, int] | None = None
         self.final_path: str | None = None
         self.final_metrics: dict[str, float] = {}
 

@@ -92,7 +92,6 @@ class WeightMerging(Published):
         self.monitor = monitor
         self.stop_when_finished = stop_when_finished
 
-        self.update_window: tuple[int, int] | None = None
         self.skipped_nonfinite = 0
         self.evaluations = 0
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_merge._files import read
-from lightning_merge.callbacks import WeightMerging
+from lightning_merge.callbacks import Published
 
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers (Okabe and Ito, 2008)
 _GREY = "#7f7f7f"
@@ -85,9 +85,9 @@ class RunReport(Callback):
             console.print(f"Figure:     {path}", soft_wrap=True)
 
 
-def _averages(trainer: Trainer) -> list[WeightMerging]:
+def _averages(trainer: Trainer) -> list[Published]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
-    return [callback for callback in callbacks if isinstance(callback, WeightMerging)]
+    return [callback for callback in callbacks if isinstance(callback, Published)]
 
 
 def _end_progress_bar(trainer: Trainer, module: LightningModule) -> None:
@@ -109,7 +109,7 @@ def _is_all(limit: int | float) -> bool:
     return isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
 
 
-def _files(trainer: Trainer, averages: list[WeightMerging]) -> dict[str, str]:
+def _files(trainer: Trainer, averages: list[Published]) -> dict[str, str]:
     """The file that holds each set as it is at the end; the raw weights may be beside merged ones in a file."""
     files = {average.name: average.final_path for average in averages if average.final_path}
     for checkpoint in trainer.checkpoint_callbacks:
@@ -125,7 +125,7 @@ def _files(trainer: Trainer, averages: list[WeightMerging]) -> dict[str, str]:
 
 def _table(
     metrics: tuple[str, ...],
-    averages: list[WeightMerging],
+    averages: list[Published],
     final: dict[str, dict[str, float]],
     files: dict[str, str],
     folder: Path,
@@ -139,7 +139,7 @@ def _table(
     return table
 
 
-def _sentence(accuracy: str, average: WeightMerging, final: dict[str, dict[str, float]], images: int | None) -> str:
+def _sentence(accuracy: str, average: Published, final: dict[str, dict[str, float]], images: int | None) -> str:
     """Raw against merged, with what chance alone does to such a number."""
     if not average.ready:
         return f"{average.name} merged nothing in this run."
