@@ -39,8 +39,9 @@ class Canary:
         handles = [
             child.register_forward_hook(self._compare(publisher, average, name), with_kwargs=True)
             for name, child in publisher.module.named_children()
-            # A hook would become part of a graph that is compiled in place.
-            if child._compiled_call_impl is None
+            # A hook would become part of a graph that is compiled in place, and a child of a sharded module does not
+            # run by itself.
+            if child._compiled_call_impl is None and not average.is_sharded
         ]
         try:
             yield

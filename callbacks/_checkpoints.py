@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge import weights
+from lightning_merge._sharded_files import KEY, check_parts
 from lightning_merge._weight_sets import WeightFile, of_lightning
+from lightning_merge.callbacks._parts import for_file, pack, unpack
 from lightning_merge.callbacks._patches import Patches
 from lightning_merge.callbacks._validation import RAW
+from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._published import Published
     from lightning_merge.callbacks._publisher import Publisher
-
-KEY = "lightning_merge"
-"""Key of a checkpoint under which everything of ours is."""
 
 FORMAT = 1
 
@@ -97,6 +97,7 @@ class Checkpoints:
             tensors |= publisher.ending.raw
         if self._holds is not None:
             tensors |= publisher.set_of(self._holds)
+        tensors = for_file(tensors, sharded_tensors(publisher.module), saved)
         names = weights.state_dict_names(publisher.module)
         return {key: tensors.get(names.get(key, ""), value) for key, value in saved.items()}
 
@@ -130,12 +131,21 @@ class Checkpoints:
             # An entry here makes Lightning warn who resumes without the callback. It is not written by `state_dict()`,
             # which would make Lightning refuse two averages of one name before they can say what is wrong.
             checkpoint["callbacks"] |= {average.state_key: average.label() for average in publisher.averages}
+            pack(section, sharded_tensors(publisher.module), checkpoint["state_dict"])
         checkpoint[KEY] = section
 
     # ---- loading
 
     def _load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         path = Path(checkpoint_path)
+        shards_parameters = self._publisher.trainer.strategy.restore_checkpoint_after_setup
+        if path.is_dir():
+            check_parts(path)
+            if not shards_parameters:
+                raise ValueError(
+                    f"{path} is a sharded checkpoint, which a run under ModelParallelStrategy goes on from. For the"
+                    f" merged weights in a plain file: lightning-merge export {path} merged.pt"
+                )
         if path.is_file() and not zipfile.is_zipfile(path):
             others = sorted(str(p) for p in path.parent.glob("*.ckpt") if p != path and zipfile.is_zipfile(p))
             cure = f"resume from another file: {', '.join(others)}" if others else "there is no other file beside it"
@@ -143,10 +153,19 @@ class Checkpoints:
                 f"{path} is not a complete checkpoint: {path.stat().st_size} bytes, without the index that ends one. It"
                 f" was cut off while it was written or copied; {cure}."
             )
-        return original(checkpoint_path, *args, **kwargs)
+        checkpoint = original(checkpoint_path, *args, **kwargs)
+        if shards_parameters and KEY in checkpoint:
+            unpack(checkpoint[KEY], sharded_tensors(self._publisher.module), path)
+        return checkpoint
 
     def _on_load_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
         section = checkpoint.get(KEY)
+        if section is None and "averaging_state" in checkpoint and "state_dict" not in checkpoint:
+            raise ValueError(
+                "this checkpoint is of Lightning's WeightAveraging, and the strategy has loaded its average for the raw"
+                " weights. Go on from it on a single device or under DDP, and from a file of that run under"
+                f" {type(self._publisher.trainer.strategy).__name__}."
+            )
         if section is None and (theirs := of_lightning(checkpoint)) is not None and "average" in theirs.sets:
             self._adopt(theirs, checkpoint)
         elif section is None:
@@ -180,10 +199,14 @@ class Checkpoints:
                 f"this checkpoint has format {section['format']} of lightning-merge, and this version reads {FORMAT}."
                 " Resume with the version that wrote it."
             )
-        self._refuse_other_model(checkpoint["state_dict"])
-        names = weights.state_dict_names(self._publisher.module)
-        raw = section["raw"]
-        checkpoint["state_dict"] = {k: raw.get(names.get(k, ""), t) for k, t in checkpoint["state_dict"].items()}
+        if "state_dict" in checkpoint:
+            self._refuse_other_model(checkpoint["state_dict"])
+            names = weights.state_dict_names(self._publisher.module)
+            raw = section["raw"]
+            checkpoint["state_dict"] = {k: raw.get(names.get(k, ""), t) for k, t in checkpoint["state_dict"].items()}
+        else:  # the strategy has loaded the merged weights into the module already
+            live = weights.local(weights.named_tensors(self._publisher.module))
+            weights.copy_({name: live[name] for name in section["raw"]}, section["raw"])
         ours = {average.name: average for average in self._publisher.averages}
         for name, average in ours.items():
             if name in section["states"]:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -40,6 +40,9 @@ class Published(Callback, ABC):
         ValueError: If an argument is out of range.
     """
 
+    works_on_shards: ClassVar[bool] = False
+    """Whether it merges parts of tensors, each process its own."""
+
     def __init__(self, validate: Validate, name: str, optimizer: int) -> None:
         if validate not in get_args(Validate):
             raise ValueError(f"`validate` must be 'merged', 'raw' or 'both', got {validate!r}.")
@@ -65,6 +68,7 @@ class Published(Callback, ABC):
         self._publisher: Publisher | None = None
         self._module: LightningModule | None = None
         self.ending: Ending | None = None  # how the last fit ended, until the next begins
+        self.is_sharded = False  # whether this process holds a part only of what it merges
 
     # ---- what there is
 
@@ -87,7 +91,7 @@ class Published(Callback, ABC):
     def merged_weights(self) -> Weights | None:
         """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
 
-        They are the stored tensors: clone before writing.
+        They are the stored tensors: clone before writing. Of sharded ones it is the part that this process holds.
         """
 
     def published_weights(self) -> Weights | None:
@@ -101,14 +105,37 @@ class Published(Callback, ABC):
     @property
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The live parameters and buffers that it merges, by canonical name."""
+        """The live parameters and buffers that it merges, by canonical name; of sharded ones the part that is here."""
+
+    @property
+    def captured(self) -> dict[str, Tensor]:
+        """The same as the module has them: sharded ones as they are."""
+        return self.tensors
+
+    @property
+    def left_alone(self) -> list[str]:
+        """Names of selected parameters that cannot be merged, since they are quantised, packed or integers."""
+        return []
+
+    def configuration(self) -> dict[str, Any]:
+        """What has to be the same in every process, each under words that an error can use."""
+        fields = {f"`{field}` of {self.title}": getattr(self, field) for field in ("validate", "optimizer", "monitor")}
+        shapes = {f"`{name}`, which {self.title} merges": tuple(t.shape) for name, t in self.captured.items()}
+        return {**fields, **shapes}
+
+    def progress(self) -> dict[str, Any]:
+        """Counters that have to be the same in every process."""
+        return {f"how often {self.title} took weights in": self.updates}
 
     @abstractmethod
     def describe(self) -> str:
         """What is merged and what it takes, in a few words."""
 
     def raw_weights(self) -> Weights:
-        """The weights that training works on, by canonical name: live during a fit, set aside after it."""
+        """The weights that training works on, by canonical name: live during a fit, set aside after it.
+
+        Of sharded ones it is the part that this process holds.
+        """
         if self._publisher is None:
             raise RuntimeError(f"{self.title} has not been part of a fit yet, so there are no raw weights.")
         return self._publisher.raw(self)
@@ -121,7 +148,7 @@ class Published(Callback, ABC):
     @property
     def buffer_names(self) -> set[str]:
         """Which of ``tensors`` are buffers."""
-        return {name for name, tensor in self.tensors.items() if not isinstance(tensor, torch.nn.Parameter)}
+        return {name for name, tensor in self.captured.items() if not isinstance(tensor, torch.nn.Parameter)}
 
     @property
     def decides_on_score(self) -> bool:

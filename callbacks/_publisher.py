@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_merge import weights
+from lightning_merge._ranks import check_agreement, gathered
 from lightning_merge.callbacks._checkpoints import Checkpoints
 from lightning_merge.callbacks._patches import Patches
 from lightning_merge.callbacks._validation import Validation
 from lightning_merge.schedules import Moment
+from lightning_merge.shards import reshard, sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
 
 _OTHER_MERGERS = {"WeightAveraging", "StochasticWeightAveraging", "EMACallback", "EMAHook"}
 
-_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+_SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
+_REFUSED = {
+    "FSDPStrategy": "flattens parameters into one (FSDP1), so that names and shapes are lost",
+    "DeepSpeedStrategy": "keeps weights of its own and writes checkpoints around Lightning, and nobody has tested it",
+    "XLAStrategy": "has not been tested",
+    "SingleDeviceXLAStrategy": "has not been tested",
+}
 
 _publishers: "WeakKeyDictionary[Any, Publisher]" = WeakKeyDictionary()
 
@@ -41,9 +49,10 @@ class Ending:
 
     def is_live(self, module: LightningModule) -> bool:
         """Whether the module still holds what was published."""
-        live = weights.named_tensors(module)
+        reshard(module)
+        live = weights.local(weights.named_tensors(module))
         published = weights.like({**(self.primary.published_weights() or {}), **self.buffers}, live)
-        return all(torch.equal(live[name], tensor) for name, tensor in published.items())
+        return all(gathered(all(torch.equal(live[name], tensor) for name, tensor in published.items())))
 
 
 class Publisher:
@@ -54,15 +63,11 @@ class Publisher:
         module: The module that is trained.
 
     Raises:
-        ValueError: If the strategy shards parameters.
+        ValueError: If the strategy is not supported.
     """
 
     def __init__(self, trainer: Any, module: LightningModule) -> None:
-        if _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
-            raise ValueError(
-                f"{type(trainer.strategy).__name__} shards parameters, which averages do not support yet. Use"
-                " `strategy='ddp'` or a single device."
-            )
+        refuse_unsupported(trainer.strategy)
         self.trainer = trainer
         self.module = module
         self.averages = averages_of(trainer)
@@ -103,9 +108,31 @@ class Publisher:
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._counted.append((optimizer, average))
         if len(self._counted) == len(self.averages):
+            self.check_configuration()
             self.validation.wrap(self.patches)
             self.checkpoints.wrap_writers(self.patches)
             self.validation.announce()
+
+    def check_configuration(self) -> None:
+        """Raises in every process if they are not set up alike: each would wait for what another never does."""
+        fields: dict[str, Any] = {"its averages": [average.title for average in self.averages]}
+        sharded = sharded_tensors(self.module)
+        for average in self.averages:
+            if sharded and not average.works_on_shards:
+                raise ValueError(
+                    f"{average.title} needs whole parameters, and `{next(iter(sharded))}` is sharded. Use"
+                    " `strategy='ddp'`, or an average (EMA, SWA, LAWA, SWAD), which works on parts."
+                )
+            fields |= average.configuration()
+        check_agreement(fields, "Give every process the same callbacks and model.")
+
+    def check_progress(self) -> None:
+        """Raises in every process if one has left weights out that others took in, since theirs held no NaN."""
+        check_agreement(
+            {name: value for average in self.averages for name, value in average.progress().items()},
+            "A NaN or an infinity in the weights of one process alone makes averages that do not fit together. Resume"
+            " from an earlier checkpoint with a lower learning rate or clipped gradients.",
+        )
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
@@ -139,7 +166,7 @@ class Publisher:
             rank_zero_info(f"{average.title} goes on with its average of {average.updates} updates.")
             return
         if ending.is_live(self.module):
-            live = weights.named_tensors(self.module)
+            live = weights.local(weights.named_tensors(self.module))
             weights.copy_({name: live[name] for name in ending.raw}, ending.raw)
             how = "the raw weights are back in place"
         else:
@@ -150,6 +177,7 @@ class Publisher:
 
     def finish(self) -> None:
         """After the last step: measures and saves each final set, and makes the primary's the model's weights."""
+        self.check_progress()
         for average in self.averages:
             average.note_the_end()
         ready = [average for average in self.averages if average.ready]
@@ -171,8 +199,9 @@ class Publisher:
         if not self.primary.ready:
             return
         published = weights.copies(self.set_of(self.primary))
+        reshard(self.module)
         self.ending = Ending(
-            raw=weights.exchange(self.primary.tensors, published),
+            raw=weights.exchange(self.primary.captured, published),
             primary=self.primary,
             buffers=weights.copies({name: published[name] for name in self.primary.buffer_names}),
         )
@@ -187,7 +216,8 @@ class Publisher:
         """From here on no forward pass and no collective may run. Raw weights are live, also after publication."""
         self.interrupted = True
         if self.ending is not None:
-            weights.exchange(self.primary.tensors, self.ending.raw)
+            reshard(self.module)
+            weights.put_back(self.primary.captured, self.ending.raw)
             self.ending = None
             for average in self.averages:
                 average.ending = None
@@ -226,28 +256,46 @@ class Publisher:
     @contextmanager
     def swapped(self, average: "Published", merged: Weights | None = None) -> Iterator[None]:
         """Merged weights in place of the raw ones, for the length of a block, whatever happens in it."""
-        live = average.tensors
+        live = average.captured
         merged = self.set_of(average) if merged is None else merged
         before: Weights = {}
         outer = self.swapped_out
         # Of nested blocks the outermost knows the raw weights.
         self.swapped_out = ChainMap(outer, before)  # type: ignore[arg-type]
+        reshard(self.module)
         try:
             weights.exchange(live, merged, before)
             yield
         finally:
-            weights.exchange(live, before)
+            reshard(self.module)
+            weights.put_back(live, before)
             self.swapped_out = outer
 
     @contextmanager
     def raw_in_place(self, average: "Published") -> Iterator[None]:
         """Raw weights in place again within a block of merged ones."""
-        live = average.tensors
+        live = average.captured
         merged = weights.exchange(live, {name: t for name, t in self.swapped_out.items() if name in live})
         try:
             yield
         finally:
-            weights.exchange(live, merged)
+            weights.put_back(live, merged)
+
+
+def refuse_unsupported(strategy: Any) -> None:
+    """Raises, with what to use instead.
+
+    Raises:
+        ValueError: If averages do not work under the strategy, or nobody knows whether they do.
+    """
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    reason = next((_REFUSED[name] for name in names if name in _REFUSED), "is not known to averages")
+    if _REFUSED.keys() & set(names) or not _SUPPORTED & set(names):
+        raise ValueError(
+            f"{names[0]} {reason}. Use a single device, `strategy='ddp'`, or `ModelParallelStrategy` with FSDP2"
+            " (`torch.distributed.fsdp.fully_shard` in `configure_model`), which shards weights, gradients and"
+            " optimizer states as FSDP1 and DeepSpeed do; see docs/strategies.md."
+        )
 
 
 def averages_of(trainer: Any) -> "list[Published]":

@@ -65,6 +65,11 @@ class Validation:
         prefixed = {self._prefix(average): average.title for average in averages if average.validate != "raw"}
         if self.owner is not None and any(average.validate != "merged" for average in averages):
             prefixed[f"{RAW}/"] = "the raw weights"
+        lines += [
+            f"{average.title} leaves {len(names)} quantised, packed or integer parameters alone: {_some(names)}."
+            for average in averages
+            if (names := average.left_alone)
+        ]
         lines += [f"It measures {title} as `{prefix}val/acc`." for prefix, title in prefixed.items() if prefix]
         if any(average.validate != "raw" for average in averages):
             lines.append("Until an average is ready, the raw weights are measured in its place.")
@@ -201,6 +206,7 @@ class Validation:
     def _validate(self, original: Callable[[], Any]) -> Any:
         if self._publisher.trainer.sanity_checking:
             return original()
+        self._publisher.check_progress()
         *extra, last = self._passes()
         try:
             for pass_ in extra:
@@ -255,6 +261,10 @@ class Validation:
 def _base_key(key: str) -> str:
     """A metric's key as it was logged, without what Lightning appends for a loader or an epoch."""
     return re.sub(r"(/dataloader_idx_\d+|_epoch)+$", "", key)
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(f"`{name}`" for name in names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _decides(callback: Any) -> bool:

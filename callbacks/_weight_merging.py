@@ -1,6 +1,6 @@
 """The one callback that touches Lightning's hooks. Named callbacks choose a rule, a schedule and a selection for it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +14,7 @@ from lightning_merge.callbacks._run import resolved
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
+from lightning_merge.shards import reshard
 from lightning_merge.weights import State, Weights
 
 __all__ = ["Validate", "WeightMerging"]
@@ -59,6 +60,8 @@ class WeightMerging(Published):
         'tail'
     """
 
+    works_on_shards: ClassVar[bool] = True
+
     def __init__(
         self,
         rule: Rule,
@@ -99,8 +102,8 @@ class WeightMerging(Published):
         self._active_schedule = schedule
         self._state: State | None = None
         self._last_epoch = 0  # epochs completed when an epoch end was last handled
-        self._live: dict[str, Tensor] = {}  # what goes through the rule: parameters and averaged buffers
-        self._live_buffers: dict[str, Tensor] = {}
+        self._captured: dict[str, Tensor] = {}  # what goes through the rule: parameters and averaged buffers
+        self._captured_buffers: dict[str, Tensor] = {}
 
     # ---- what there is
 
@@ -132,23 +135,49 @@ class WeightMerging(Published):
     def merged_weights(self) -> Weights | None:
         """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
 
-        They are the stored tensors: clone before writing.
+        They are the stored tensors: clone before writing. Of sharded ones it is the part that this process holds.
         """
         result = self._active_rule.result(self._state) if self._state else None
         return None if result is None else {**result, **self._buffers}
 
     @property
+    def left_alone(self) -> list[str]:
+        return [] if self._module is None else self.selection.left_alone(self._module)
+
+    def configuration(self) -> dict[str, Any]:
+        fields = ("rule", "schedule", "selection", "stop_when_finished")
+        ours = {f"`{field}` of {self.title}": repr(getattr(self, field)) for field in fields}
+        return {**super().configuration(), **ours}
+
+    def progress(self) -> dict[str, Any]:
+        left_out = {f"how often {self.title} left out weights with a NaN": self.skipped_nonfinite}
+        return {**super().progress(), **left_out}
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
-        """The live parameters and buffers that it merges, by canonical name."""
+        """The live parameters and buffers that it merges, by canonical name; of sharded ones the part that is here."""
         return {**self._live, **self._live_buffers}
+
+    @property
+    def captured(self) -> dict[str, Tensor]:
+        return {**self._captured, **self._captured_buffers}
+
+    @property
+    def _live(self) -> dict[str, Tensor]:
+        # At each use: FSDP may give a parameter another storage in the first forward pass.
+        return weights.local(self._captured) if self.is_sharded else self._captured
+
+    @property
+    def _live_buffers(self) -> dict[str, Tensor]:
+        return weights.local(self._captured_buffers) if self.is_sharded else self._captured_buffers
 
     def describe(self) -> str:
         """What is merged and what it takes, in a few words."""
         numbers = sum(tensor.numel() for tensor in self._live.values())
         size = sum(t.numel() * weights.average_dtype(t).itemsize for t in self._live.values())
         return (
-            f"{numbers:,} numbers in {len(self._live)} tensors ({size / 1e6:,.1f} MB a copy),"
-            f" buffers: {self.selection.buffers}"
+            f"{numbers:,} numbers in {len(self._live)} tensors ({size / 1e6:,.1f} MB a copy"
+            f"{', in this process' if self.is_sharded else ''}), buffers: {self.selection.buffers}"
         )
 
     def __repr__(self) -> str:
@@ -280,15 +309,17 @@ class WeightMerging(Published):
     def _capture(self) -> None:
         """Looks the tensors up by name, and takes in parameters that have come under the selection since."""
         assert self._module is not None
+        reshard(self._module)
         live = {**self.selection.parameters(self._module), **self.selection.averaged_buffers(self._module)}
         # A parameter that was averaged once stays averaged, also while it is frozen.
         everything = weights.named_tensors(self._module)
-        live = {name: everything[name] for name in everything if name in live or name in self._live}
-        new = {name: tensor for name, tensor in live.items() if name not in self._live}
-        if self._state is not None and self._live and new:
-            self._active_rule.extend(self._state, new)
-        self._live = live
-        self._live_buffers = self.selection.copied_buffers(self._module)
+        live = {name: everything[name] for name in everything if name in live or name in self._captured}
+        new = {name: tensor for name, tensor in live.items() if name not in self._captured}
+        if self._state is not None and self._captured and new:
+            self._active_rule.extend(self._state, weights.local(new))
+        self._captured = live
+        self._captured_buffers = self.selection.copied_buffers(self._module)
+        self.is_sharded = any(map(weights.is_sharded, self.captured.values()))
 
     def _go_on(self) -> None:
         """Checks that a state from before belongs to this model, and brings it to the model's devices."""
@@ -340,6 +371,8 @@ class WeightMerging(Published):
         self.skipped_nonfinite = saved["skipped_nonfinite"]
         self.steps = label["steps"]
         self._resumed = True
+        if self._captured and self._state is not None:  # strategies that shard restore after the fit has started
+            self._go_on()
 
     def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:
         """See ``Published``: rules that keep an average and counts can."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge._sharded_files import is_sharded_checkpoint, read_folder
+
 
 class _Inert:
     """Stands for a class that a file names: takes the data, runs none of its code."""
@@ -37,8 +39,10 @@ def read(path: Path) -> Any:
     Raises:
         ValueError: If there is no such file, or it is cut short, not torch's, or holds more than plain data.
     """
+    if is_sharded_checkpoint(path):
+        return read_folder(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: a sharded checkpoint, or the wrong path. Name a file.")
+        raise ValueError(f"{path} is a folder, and not a sharded checkpoint: it lacks meta.pt and .metadata.")
     if not path.is_file():
         near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         cure = f" In {path.parent} there are: {', '.join(file.name for file in near)}." if near else ""
@@ -71,7 +75,8 @@ def describe(path: Path) -> str:
         ValueError: If the file cannot be read.
     """
     content = {} if path.suffix == ".safetensors" else read(path)  # `open_file` reads those
-    return "\n".join([f"{path} ({path.stat().st_size / 2**20:.1f} MiB)", *_describe(content, path)])
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    return "\n".join([f"{path} ({size / 2**20:.1f} MiB)", *_describe(content, path)])
 
 
 def _describe(content: Any, path: Path) -> Iterator[str]:
@@ -158,6 +163,9 @@ def _average(average: Mapping[str, Any]) -> str:
 
 
 def _how_to_load(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        yield f"  a sharded checkpoint; to load it in one process: lightning-merge export {path} weights.pt"
+        return
     yield f'  load: model.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"])'
 
 

@@ -58,6 +58,10 @@ class Selection:
             )
         return chosen
 
+    def left_alone(self, module: nn.Module) -> list[str]:
+        """Names of parameters that would be selected if they could be averaged: packed, quantised, or integers."""
+        return [n for n, p in named_parameters(module).items() if self._names(n) and not is_averaged(p)]
+
     def averaged_buffers(self, module: nn.Module) -> dict[str, Tensor]:
         """The buffers that go through the rule."""
         if self.buffers != "average":
@@ -69,11 +73,11 @@ class Selection:
         return {name: b for name, b in named_buffers(module).items() if self.buffers != "average" or not is_averaged(b)}
 
     def _selects(self, name: str, parameter: nn.Parameter) -> bool:
-        return (
-            is_averaged(parameter)
-            and (parameter.requires_grad or not self.trainable)
-            and any(fnmatchcase(name, pattern) for pattern in self.include)
-            and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
+        return is_averaged(parameter) and (parameter.requires_grad or not self.trainable) and self._names(name)
+
+    def _names(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.include) and not any(
+            fnmatchcase(name, pattern) for pattern in self.exclude
         )
 
 

@@ -99,8 +99,24 @@ def state_dict_names(module: nn.Module) -> dict[str, str]:
 
 
 def is_averaged(tensor: Tensor) -> bool:
-    """Whether a mean of such tensors means something: floating point or complex, not integers or flags."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Whether a mean of such tensors means something: floating point or complex numbers, not integers or flags.
+
+    Nor what only says it is floating point: packed tensors (quantised ones of torchao, say), which are classes of their
+    own, and 8-bit floats, whose scale is somewhere else.
+    """
+    return (tensor.is_floating_point() or tensor.is_complex()) and tensor.dtype.itemsize > 1 and _is_plain(tensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``, of which this process may hold a part only."""
+    return hasattr(
+        tensor, "to_local"
+    )  # not by its class: importing that takes a second, which most runs need not spend
+
+
+def local(weights: Mapping[str, Tensor]) -> Weights:
+    """What is here of each tensor, sharing its memory; of one that is not sharded that is the tensor."""
+    return {name: _part(t) if is_sharded(t) else t for name, t in weights.items()}
 
 
 def average_dtype(tensor: Tensor) -> torch.dtype:
@@ -325,19 +341,37 @@ def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weig
     return {name: t.to(reference[name]) for name, t in weights.items()}
 
 
+@torch.no_grad()
 def exchange(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], before: Weights | None = None) -> Weights:
     """Makes each parameter use the storage of the tensor of its name, and returns the storage it used before.
 
     No data moves: about a microsecond per tensor whatever its size. Parameter objects stay the same, so optimizers,
     DDP buckets and compiled graphs stay valid. What is written to a parameter afterwards is written to that tensor.
+    FSDP has views of a sharded parameter's storage, so there values are copied, and a copy of those before is returned.
     Handing in ``before`` fills it as the exchange goes on, so a caller that is interrupted can undo what was done.
     """
     before = {} if before is None else before
     for name, tensor in weights.items():
         parameter = parameters[name]
-        before[name] = parameter.data
-        parameter.data = tensor
+        if is_sharded(parameter):
+            part = _part(parameter)
+            before[name] = part.clone()
+            part.copy_(tensor)
+        else:
+            before[name] = parameter.data
+            parameter.data = tensor
     return before
+
+
+@torch.no_grad()
+def put_back(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Undoes an exchange."""
+    for name, tensor in before.items():
+        parameter = parameters[name]
+        if is_sharded(parameter):
+            _part(parameter).copy_(tensor)
+        else:
+            parameter.data = tensor
 
 
 def mean_over_ranks_(weights: Weights) -> None:
@@ -408,6 +442,20 @@ def _flat(tensor: Tensor) -> Tensor:
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor.permute(0, 2, 3, 1).view(-1)
     return tensor
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers are in its storage as its dtype says, here or in parts."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return True
+    part = _part(tensor) if is_sharded(tensor) else tensor
+    return type(part.data) is Tensor
+
+
+def _part(tensor: Any) -> Tensor:
+    with torch.no_grad():  # to_local() is differentiable
+        part: Tensor = tensor.to_local()
+    return part
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import Net, batches, trainer
 
 from lightning_merge.callbacks import EMA
+from lightning_merge.callbacks._publisher import refuse_unsupported
 from lightning_merge.rules import ExponentialMean
 
 
@@ -16,10 +17,15 @@ def test_a_rule_in_the_place_of_a_callback_names_the_callback(package: ModuleTyp
         trainer(tmp_path, [ExponentialMean(0.9)], package=package)
 
 
-def test_a_strategy_that_shards_parameters_is_refused(tmp_path: Path) -> None:
-    class ModelParallelStrategy(SingleDeviceStrategy):
-        """Goes by the name of Lightning's, which needs several processes."""
-
-    run = trainer(tmp_path, [EMA()], strategy=ModelParallelStrategy())
-    with pytest.raises(ValueError, match=r"ModelParallelStrategy shards parameters.*strategy='ddp'"):
-        run.fit(Net(), batches())
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "XLAStrategy", "HomeMadeStrategy"])
+def test_a_strategy_under_which_averages_do_not_work_names_those_under_which_they_do(name: str, tmp_path: Path) -> None:
+    # Goes by the name of Lightning's, which needs devices or packages that are not here.
+    strategy = type(name, () if name == "HomeMadeStrategy" else (SingleDeviceStrategy,), {})
+    with pytest.raises(
+        ValueError, match=rf"{name} .*Use a single device, `strategy='ddp'`, or `ModelParallelStrategy`"
+    ):
+        refuse_unsupported(strategy.__new__(strategy))
+    if name != "HomeMadeStrategy":
+        run = trainer(tmp_path, [EMA()], strategy=strategy())
+        with pytest.raises(ValueError, match=name):
+            run.fit(Net(), batches())

@@ -1,0 +1,75 @@
+"""How tensors of which each process holds a part get into a checkpoint and out of it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_merge import weights
+from lightning_merge._sharded_files import KEY, fill, mergeable, read_tensors
+from lightning_merge.shards import as_sharded, map_named, part_of
+from lightning_merge.weights import is_sharded
+
+
+def for_file(nested: Any, sharded: Mapping[str, Tensor], state_dict: Mapping[str, Any]) -> Any:
+    """Nested tensors as a checkpoint with such a ``state_dict`` holds them, made of what is here of each.
+
+    All processes must call this if it is to be one file: the first one gets whole tensors, one after the other.
+    """
+    if not sharded:
+        return nested
+    in_parts = any(isinstance(value, Tensor) and is_sharded(value) for value in state_dict.values())
+
+    def convert(name: str, part: Tensor) -> Tensor:
+        like: Any = sharded.get(name)
+        if like is None or part.shape != like.to_local().shape:
+            return part
+        tensor = as_sharded(part, like)
+        return tensor if in_parts else _whole(tensor)
+
+    return map_named(convert, nested)
+
+
+def pack(section: dict[str, Any], sharded: Mapping[str, Tensor], state_dict: dict[str, Any]) -> None:
+    """Brings the raw weights and the rules' states of a section into the form that the checkpoint needs.
+
+    That is whole tensors, or parts in ``state_dict`` and their names in the section.
+    """
+
+    def move(name: str, tensor: Tensor) -> Tensor | str:
+        if not is_sharded(tensor):
+            return tensor
+        key = f"{KEY}/{len(state_dict)}/{name}"
+        state_dict[key] = tensor
+        return key
+
+    for holder, key in mergeable(section):
+        holder[key] = map_named(move, for_file(holder[key], sharded, state_dict))
+
+
+def unpack(section: dict[str, Any], sharded: Mapping[str, Tensor], path: Path) -> None:
+    """Undoes ``pack``: every tensor becomes the part that belongs here, whatever wrote the file or folder."""
+
+    def make(key: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        like: Any = sharded.get(key.split("/", 2)[2])
+        if like is None:
+            return torch.empty(size, dtype=dtype)
+        return as_sharded(torch.empty_like(like.to_local(), dtype=dtype), like)
+
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        like: Any = sharded.get(name)
+        is_whole = like is not None and tensor.shape == like.shape != like.to_local().shape
+        return part_of(tensor, like) if is_whole else tensor
+
+    if path.is_dir():
+        fill(section, weights.local(read_tensors(path, make, only=f"{KEY}/")))
+    for holder, key in mergeable(section):
+        holder[key] = map_named(convert, holder[key])
+
+
+def _whole(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor()
+    return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)

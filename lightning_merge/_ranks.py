@@ -1,0 +1,38 @@
+"""What all processes of a run have to agree on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+
+
+def several() -> bool:
+    """Whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every process, by rank. All must call this."""
+    if not several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def check_agreement(fields: Mapping[str, Any], cure: str) -> None:
+    """Raises in every process if one of them has other values; names the first field that differs.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    everyone = gathered(dict(fields))
+    first = everyone[0]
+    names = list(dict.fromkeys(name for each in everyone for name in each))
+    for name in names:
+        for rank, each in enumerate(everyone):
+            if each.get(name) != first.get(name):
+                raise RuntimeError(
+                    f"the processes of this run disagree on {name}: rank 0 has {first.get(name)}, rank {rank} has"
+                    f" {each.get(name)}. {cure}"
+                )

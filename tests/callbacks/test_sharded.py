@@ -1,0 +1,204 @@
+"""FSDP2, tensor parallelism and both: averages of parts equal averages of the whole, and files go on anywhere."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import Even, Sharded, Wide, fit, fsdp2, launch, loaders, together, whole
+from tiny import differing, trainer
+from torch import Tensor
+
+from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, WeightMerging
+from lightning_merge.rules import ExponentialMean, Mean, WindowMean
+
+pytestmark = pytest.mark.multiprocess
+
+
+class Witness(Callback):
+    """Puts together, at every step and validation, what the processes hold."""
+
+    def __init__(self, average: WeightMerging) -> None:
+        self.average = average
+        self.path: list[dict[str, Tensor]] = []
+        self.validated: list[dict[str, Tensor]] = []
+        self.started: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.path.append(whole(pl_module))
+        for average in trainer.callbacks:
+            if isinstance(average, WeightMerging) and average.ready:
+                self.started[average.name] = together(average, average.merged_weights())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.path.append(whole(pl_module))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated.append(whole(pl_module))
+
+
+class Collectives(Callback):
+    """Counts the collectives while weights are taken in, and while merged ones are put in place and taken out."""
+
+    def __init__(self) -> None:
+        self.counts = {"update": 0, "updates": 0, "exchange": 0, "whole": 0}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from torch.distributed.tensor.debug import CommDebugMode
+
+        average = next(callback for callback in trainer.callbacks if isinstance(callback, WeightMerging))
+        take_in = average.take_in
+
+        def counted(*args: Any) -> None:
+            with CommDebugMode() as mode:
+                take_in(*args)
+            self.counts["update"] += mode.get_total_counts()
+            self.counts["updates"] += 1
+
+        average.take_in = counted
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from torch.distributed.tensor.debug import CommDebugMode
+
+        average = next(callback for callback in trainer.callbacks if isinstance(callback, WeightMerging))
+        with CommDebugMode() as mode, average._publisher.swapped(average):
+            pass
+        self.counts["exchange"] = mode.get_total_counts()
+        with CommDebugMode() as mode:
+            together(average, average.merged_weights())
+        self.counts["whole"] = mode.get_total_counts()
+
+
+def four_averages() -> list[WeightMerging]:
+    return [
+        EMA(decay=0.8, validate="both"),
+        EMA(decay=0.9, compensated=True, name="compensated"),
+        SWA(start_epoch=0),
+        LAWA(k=2, every_n_steps=1, store="cpu"),
+    ]
+
+
+def swad() -> SWAD:
+    return SWAD("val/loss", n_converge=1, n_tolerance=3, stop=False, validate="both")
+
+
+def many_fits(root: Path, mesh: str) -> dict[str, Any]:
+    """Everything that two processes do, in one start of them."""
+    tensor = {"fsdp": 1, "tensor": 2, "both": 2}[mesh]
+    kind = Sharded if mesh == "fsdp" else Even
+    averages = four_averages()
+    witness, collectives = Witness(averages[0]), Collectives()
+    files = ModelCheckpoint(root / "parts", "{epoch}", monitor="val/loss", save_top_k=-1)
+    module = kind()
+    run = fit(root, [collectives, *averages, witness, files], module, fsdp2(tensor=tensor), max_epochs=2)
+    found: dict[str, Any] = {
+        "path": witness.path,
+        "validated": witness.validated,
+        "merged": {average.name: together(average, average.merged_weights()) for average in averages},
+        "module": whole(module),
+        "raw": together(averages[0], averages[0].raw_weights()),
+        "metrics": {key: float(value) for key, value in run.callback_metrics.items()},
+        "collectives": collectives.counts,
+        "local": {name: tuple(t.shape) for name, t in averages[0].tensors.items()},
+    }
+    average = swad()
+    witness = Witness(average)
+    fit(root, [average, witness], kind(), fsdp2(tensor=tensor), max_epochs=5, val_check_interval=0.5)
+    found["swad"] = together(average, average.merged_weights())
+    found["swad path"] = witness.path
+    found["interval"] = average.rule.interval(average._state)
+    return found
+
+
+@pytest.fixture(scope="module", params=["fsdp", "tensor", "both"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    world = 4 if request.param == "both" else 2
+    root = tmp_path_factory.mktemp(request.param)
+    results = launch(world, many_fits, root, request.param)
+    return {"mesh": request.param, "root": root, "ranks": results, **results[0]}
+
+
+def test_averages_of_parts_are_the_averages_of_the_whole(found: dict[str, Any]) -> None:
+    rules = {
+        "ema": ExponentialMean(0.8),
+        "compensated": ExponentialMean(0.9, compensated=True),
+        "lawa": WindowMean(2),
+    }
+    start, *path = found["path"]
+    for name, rule in rules.items():
+        state = rule.init(start)
+        for weights in path:
+            rule.update(state, weights)
+        assert not differing(rule.result(state), found["merged"][name]), name
+    state = Mean().init(start)
+    for epoch_end in (path[3], path[7]):
+        Mean().update(state, epoch_end)
+    assert not differing(Mean().result(state), found["merged"]["swa"])
+
+
+def test_the_whole_run_is_that_of_one_process(found: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    averages = four_averages()
+    module = Wide() if found["mesh"] == "fsdp" else Even()
+    run = trainer(tmp_path, averages, max_epochs=2)
+    run.fit(module, *loaders())
+    for average in averages:
+        for name, tensor in average.merged_weights().items():
+            torch.testing.assert_close(found["merged"][average.name][name], tensor, rtol=1e-6, atol=1e-6)
+    for key, value in run.callback_metrics.items():
+        if "val/" in key:
+            assert found["metrics"][key] == pytest.approx(value.item(), rel=1e-5), key
+
+
+def test_parts_are_uneven_and_the_root_owns_some(found: dict[str, Any]) -> None:
+    shapes = [result["local"] for result in found["ranks"]]
+    if found["mesh"] == "fsdp":
+        assert [shape["net.0.weight"] for shape in shapes] == [(4, 4), (3, 4)]
+        assert [shape["net.2.bias"] for shape in shapes] == [(1,), (0,)]  # net.2 is the root's
+    elif found["mesh"] == "tensor":
+        assert [shape["net.2.weight"] for shape in shapes] == [(1, 4), (1, 4)]
+    else:
+        assert [shape["net.0.weight"] for shape in shapes] == [(2, 4)] * 4
+
+
+def test_merged_weights_are_validated_and_published_and_raw_ones_come_back(found: dict[str, Any]) -> None:
+    # Validation measured SWA, LAWA, the compensated EMA, raw and EMA last.
+    start, *path = found["path"]
+    state = ExponentialMean(0.8).init(start)
+    at_validation = []
+    for step, weights in enumerate(path, 1):
+        ExponentialMean(0.8).update(state, weights)
+        if step in (4, 8):
+            at_validation.append({name: t.clone() for name, t in state["average"].items()})
+    primary = found["validated"][len(found["validated"]) // 2 - 1 :: len(found["validated"]) // 2]
+    for expected, seen in zip(at_validation, primary, strict=False):
+        assert not differing(expected, seen)
+    assert not differing(found["module"], found["merged"]["ema"])
+    assert not differing(found["raw"], path[-1])
+    plain = Wide() if found["mesh"] == "fsdp" else Even()
+    plain.load_state_dict(found["merged"]["ema"])
+    with torch.no_grad():
+        expected = torch.stack([plain.loss(batch) for batch in loaders()[1]]).mean().item()
+    assert found["metrics"]["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_updates_and_exchanges_communicate_nothing(found: dict[str, Any]) -> None:
+    for result in found["ranks"]:
+        counts = result["collectives"]
+        assert counts["updates"] == 8
+        assert counts["update"] == counts["exchange"] == 0
+        assert counts["whole"] > 0  # the counter counts
+
+
+def test_swad_decides_alike_and_averages_its_interval(found: dict[str, Any]) -> None:
+    intervals = {result["interval"] for result in found["ranks"]}
+    (first, last), *others = intervals
+    assert not others
+    state = Mean().init(found["swad path"][0])
+    for weights in found["swad path"][first : last + 1]:
+        Mean().update(state, weights)
+    for name, tensor in Mean().result(state).items():
+        torch.testing.assert_close(found["swad"][name], tensor, rtol=1e-6, atol=1e-6)

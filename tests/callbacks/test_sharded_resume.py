@@ -1,0 +1,158 @@
+"""Checkpoints of sharded runs, in parts and whole: what they hold, and that 1, 2 and 4 processes go on from any."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from ranks import Sharded, Wide, fit, fsdp2, launch, loaders, together
+from test_sharded import Witness, swad
+from tiny import differing, raw_of, read, trainer
+from torch import Tensor
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from lightning_merge.callbacks import EMA, LAWA, SWA, WeightMerging
+
+pytestmark = pytest.mark.multiprocess
+
+WORLDS = (1, 2, 4)
+FORMS = ("parts", "whole")
+
+
+def averages() -> list[WeightMerging]:
+    return [
+        EMA(decay=0.8, validate="both"),
+        EMA(decay=0.9, compensated=True, name="compensated"),
+        SWA(start_epoch=0),
+        LAWA(k=2, every_n_steps=1, store="cpu"),
+        swad(),
+    ]
+
+
+def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, save: bool = False) -> dict[str, Any]:
+    callbacks, module = averages(), Sharded()
+    witness = Witness(callbacks[0])
+    files = [
+        # Its metric is of the raw weights, since SWAD decides by it; the others' files hold the EMA.
+        ModelCheckpoint(root, f"{form}-raw", monitor="val/loss"),
+        ModelCheckpoint(root, form, monitor="ema/val/loss"),
+        ModelCheckpoint(root, f"{form}-weights", monitor="compensated/val/loss", save_weights_only=True),
+    ]
+    settings = {"max_epochs": epochs, "val_check_interval": 0.5}
+    strategy = fsdp2(whole_files=form == "whole")
+    run = fit(root, [*callbacks, witness, *files[: 3 * save]], module, strategy, ckpt_path=ckpt_path, **settings)
+    return {
+        "start": witness.path[0],
+        "started": witness.started,
+        "end": {average.name: together(average, average.merged_weights()) for average in callbacks if average.ready},
+        "raw": together(callbacks[0], callbacks[0].raw_weights()),
+        "momentum": [
+            t.full_tensor() for state in run.optimizers[0].state_dict()["state"].values() for t in state.values()
+        ],
+        "counters": [(a.updates, a.steps, a.update_window, a.evaluations) for a in callbacks],
+        "steps": run.global_step,
+    }
+
+
+def write(root: Path) -> dict[str, Any]:
+    found = {form: a_fit(root / form, form, epochs=1, save=True) for form in FORMS}
+    return {**found, "uninterrupted": a_fit(root / "uninterrupted", "parts", epochs=2)}
+
+
+def resume(root: Path, paths: list[Path]) -> dict[str, Any]:
+    return {str(path): a_fit(root, "parts", epochs=2, ckpt_path=path) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def written(root: Path) -> dict[int, Any]:
+    return {world: launch(world, write, root / f"by{world}")[0] for world in WORLDS}
+
+
+@pytest.fixture(scope="module")
+def resumed(root: Path, written: dict[int, Any]) -> dict[int, Any]:
+    paths = [root / f"by{world}" / form / f"{form}.ckpt" for world in WORLDS for form in FORMS]
+    paths.append(root / "by2" / "parts" / "parts-raw.ckpt")
+    return {world: launch(world, resume, root / f"on{world}", paths)[0] for world in WORLDS}
+
+
+def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(tensor, right[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("by", WORLDS)
+@pytest.mark.parametrize("on", WORLDS)
+def test_processes_go_on_from_each_others_files(
+    on: int, by: int, form: str, written: dict[int, Any], resumed: dict[int, Any], root: Path
+) -> None:
+    saved, went_on = written[by][form], resumed[on][str(root / f"by{by}" / form / f"{form}.ckpt")]
+    expected = written[by]["uninterrupted"]
+    assert not differing(went_on["start"], saved["raw"])
+    assert went_on["started"].keys() == saved["end"].keys()
+    for name, average in saved["end"].items():
+        assert not differing(went_on["started"][name], average), name
+    assert went_on["counters"] == expected["counters"]
+    compare = close if on != by else lambda left, right: None if not differing(left, right) else pytest.fail(f"{left}")
+    for name, average in expected["end"].items():
+        compare(went_on["end"][name], average)
+    compare(went_on["raw"], expected["raw"])
+    for left, right in zip(went_on["momentum"], expected["momentum"], strict=True):
+        compare({"": left}, {"": right})
+
+
+def test_a_checkpoint_that_holds_the_raw_weights_goes_on_as_well(
+    written: dict[int, Any], resumed: dict[int, Any], root: Path
+) -> None:
+    went_on = resumed[2][str(root / "by2" / "parts" / "parts-raw.ckpt")]
+    assert went_on["steps"] == written[2]["uninterrupted"]["steps"]
+
+
+@pytest.mark.parametrize("suffix", ["", "-weights"])
+@pytest.mark.parametrize("by", WORLDS)
+def test_whole_files_and_parts_hold_what_was_measured(
+    by: int, suffix: str, written: dict[int, Any], root: Path, tmp_path: Path
+) -> None:
+    file = read(root / f"by{by}" / "whole" / f"whole{suffix}.ckpt")
+    assert file["lightning_merge"]["holds"] == ("compensated" if suffix else "ema")
+    plain = Wide()
+    plain.load_state_dict(file["state_dict"])
+    with torch.no_grad():
+        loss = torch.stack([plain.loss(batch) for batch in loaders()[1]]).mean().item()
+    assert file["lightning_merge"]["score"] == pytest.approx(loss, rel=1e-5)
+
+    folder = root / f"by{by}" / "parts" / f"parts{suffix}.ckpt"
+    dcp_to_torch_save(folder, tmp_path / "together.pt")
+    together = torch.load(tmp_path / "together.pt")["state_dict"]
+    ours = {name for name in together if name.startswith("lightning_merge/")}
+    assert bool(ours) is (suffix == "")
+    assert not differing({name: t for name, t in together.items() if name not in ours}, file["state_dict"])
+    if not suffix:
+        assert not differing(raw_of(file), written[by]["whole"]["raw"])
+
+
+def test_one_device_goes_on_from_a_whole_file_and_the_other_way_round(
+    written: dict[int, Any], root: Path, tmp_path: Path
+) -> None:
+    def on_one_device(epochs: int, ckpt_path: Path | None = None, save: bool = False) -> list[WeightMerging]:
+        callbacks = averages()
+        files = [ModelCheckpoint(tmp_path, "plain", monitor="ema/val/loss")] if save else []
+        run = trainer(tmp_path, [*callbacks, *files], max_epochs=epochs, val_check_interval=0.5)
+        run.fit(Wide(), *loaders(), ckpt_path=ckpt_path)
+        return callbacks
+
+    expected = written[1]["uninterrupted"]["end"]
+    for average in on_one_device(2, root / "by2" / "whole" / "whole.ckpt"):
+        close(average.merged_weights(), expected[average.name])
+    on_one_device(1, save=True)
+    plain = tmp_path / "plain.ckpt"
+    for name, average in launch(2, resume, tmp_path / "on2", [plain])[0][str(plain)]["end"].items():
+        close(average, expected[name])
