@@ -27,13 +27,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, RandomState, WeightMerging
+from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, TWA, RandomState
 
-METHODS: dict[str, Callable[[], WeightMerging]] = {
+METHODS: dict[str, Callable[[], Any]] = {
     "ema": lambda: EMA(decay=0.9, validate="both"),
+    "ema-share": lambda: EMA(half_life="20%"),  # looks at the length of the run before the loader is restored
     "swa": lambda: SWA(start_epoch=1, swa_lr=0.02, anneal_epochs=2),
     "lawa": lambda: LAWA(k=2, every_n_steps=3),
     "swad": lambda: SWAD("val/loss", n_converge=2, n_tolerance=2, stop=False, validate="both"),
+    "twa": lambda: TWA(every=2, stage="50%", lr=0.05, inner="adamw"),
 }
 EPOCHS, BATCHES = 3, 8
 EVENTS = {"train": EPOCHS * BATCHES, "validation": EPOCHS * 2 * 2, "write": EPOCHS * 3}
@@ -99,7 +101,7 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
         "optimizer": trainer.optimizers[0].state_dict(),
         "metrics": average.final_metrics,
         "updates": average.updates,
-        "window": average.update_window,
+        "window": getattr(average, "update_window", None),
         "final_file": torch.load(str(average.final_path), weights_only=True)["state_dict"],
     }
     torch.save(end, folder / "end.pt")
@@ -204,7 +206,7 @@ def main() -> int:
         for method in arguments.methods:
             rows += sweep(method, arguments.points, arguments.seed, Path(folder) / method)
     for row in rows:
-        print(f"{row['method']:5} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
+        print(f"{row['method']:9} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
     equal = sum(row["equal"] for row in rows)
     print(f"{equal} of {len(rows)} resumed runs equal the uninterrupted one bit for bit")
     if arguments.output:

@@ -15,6 +15,7 @@ from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
 from lightning_merge.callbacks._teacher import teacher
+from lightning_merge.callbacks._twa import TWA
 from lightning_merge.callbacks._weight_merging import WeightMerging
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LAWA",
     "SWA",
     "SWAD",
+    "TWA",
     "AcceptIfBetter",
     "Branching",
     "Doctor",

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_merge import calibration, weights
 from lightning_merge.callbacks._publisher import Ending, Publisher
 from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import recalibrate
+from lightning_merge.callbacks._run import recalibrate, restore_loader_position
 from lightning_merge.diagnostics import between
 from lightning_merge.schedules import Moment
 from lightning_merge.weights import Weights
@@ -186,6 +186,10 @@ class Published(Callback, ABC):
                 f"`optimizer` of {self.title} must be the index of one of the {len(trainer.optimizers)} optimizers, got"
                 f" {self.optimizer}."
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hands a resumed loader its position, if Lightning has not."""
+        restore_loader_position(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last average of the list measures, saves and publishes for all of them."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -59,6 +60,18 @@ def resolved(trainer: Any, things: Sequence[Any], steps_per: int = 1) -> list[An
         steps, per_epoch = (None if n is None else n // steps_per for n in (run.steps, run.steps_per_epoch))
         run = RunLength(steps=steps, epochs=run.epochs, steps_per_epoch=per_epoch)
         return [thing.resolve(run) for thing in things]
+
+
+def restore_loader_position(trainer: Any) -> None:
+    """Sets a resumed training loader to where it was, if it was set up for ``planned_length``.
+
+    Lightning does so when it sets the loader up, which was before the position had been read from the checkpoint.
+    """
+    loop = trainer.fit_loop
+    if loop.restarting and loop._combined_loader_states_to_load:
+        loop._load_combined_loader_states()
+        with isolate_rng():  # a new iterator draws a seed, and the random state may have been restored already
+            iter(loop._data_fetcher)
 
 
 def recalibrate(trainer: Any, module: LightningModule, name: str, recent: RecentBatches) -> Weights:

@@ -199,6 +199,7 @@ class WeightMerging(Published):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An average that starts before training starts here, after everything was restored."""
+        super().on_train_start(trainer, pl_module)
         if not self._resumed:
             self._last_epoch = trainer.current_epoch
         moment = Moment(self.steps, trainer.current_epoch)

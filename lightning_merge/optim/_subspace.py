@@ -56,6 +56,7 @@ class Subspace:
         ...     subspace.collect({"w": torch.tensor(point)})
         >>> subspace.begin(weights)
         >>> subspace.step(weights, {"w": torch.tensor([1.0, 0.0])}, lr=0.5)
+        True
         >>> weights["w"], subspace.coefficients
         (tensor([0.2500, 0.7500]), tensor([0.2500, 0.7500], dtype=torch.float64))
 
@@ -79,6 +80,7 @@ class Subspace:
         if capacity < 2:
             raise ValueError(f"`capacity` must be at least 2, got {capacity}.")
         self.form = form
+        self.store = store
         self.optimizer = optimizer
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -197,13 +199,18 @@ class Subspace:
     # ---- training
 
     @torch.no_grad()
-    def step(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], lr: float) -> None:
+    def step(
+        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None], lr: float, scale: float = 1.0
+    ) -> bool:
         """One step of the optimizer on the coefficients; writes the new weights.
+
+        Returns False, and does nothing, if the gradient along the snapshots is not finite.
 
         Args:
             weights: The live weights, which are what ``gradients`` were taken at.
             gradients: By name; the same on all ranks. ``None``: zero.
-            lr: More than 0.
+            lr: At least 0.
+            scale: What the gradients were multiplied with, as by a gradient scaler.
         """
         assert self._optimizer is not None
         products = torch.zeros(len(self.names), self.count, dtype=torch.float64)
@@ -213,11 +220,15 @@ class Subspace:
                 rows = self._rows[name]
                 products[index] = torch.mv(rows, gradient.reshape(-1).to(rows))
         _sum_over_ranks_(products)
+        if not bool(products.isfinite().all()):
+            return False
+        products /= scale
         self._x.grad = products * self._reach if self.form == "journal" else self._reach @ products.sum(0)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
         self.write(weights)
+        return True
 
     @torch.no_grad()
     def write(self, weights: Mapping[str, Tensor]) -> None:
@@ -281,6 +292,12 @@ class Subspace:
             self._start_optimizer(saved["x"].cpu())
             assert self._optimizer is not None
             self._optimizer.load_state_dict(saved["optimizer"])
+
+    def to_devices_of(self, weights: Mapping[str, Tensor]) -> None:
+        """Moves the copies to where these weights are; with ``store="cpu"`` they stay."""
+        if self.store == "device":
+            for held in (self._rows, self._centre):
+                held.update({name: tensor.to(weights[name].device) for name, tensor in held.items()})
 
     # ---- several processes
 
