@@ -1,30 +1,107 @@
-"""The snippets of README and cards run as they stand."""
+"""The snippets of README and docs run as they stand, links lead somewhere, and the site builds."""
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "methods").glob("*.md")), ROOT / "docs" / "migrating.md"]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+CARDS = [page for page in DOCS if page.parent.name == "methods" and page.name != "README.md"]
+PAGES = [ROOT / "README.md", *DOCS]
+WITH_SNIPPETS = [page for page in PAGES if "```python" in page.read_text()]
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
 
 
 def snippets(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def test_pages_with_snippets_are_found() -> None:
-    assert len(PAGES) > 2
-    assert all(snippets(page) for page in PAGES)
+    assert len(CARDS) > 2
+    assert all(snippets(page) for page in [ROOT / "README.md", *CARDS])
+    assert {"docs/faq.md", "docs/files.md", "docs/guides/lora.md"} <= {name(page) for page in PAGES}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=name)
 def test_every_snippet_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if "from peft" in page.read_text():
+        pytest.importorskip("peft")
     for snippet in snippets(page):
-        exec(compile(snippet, f"{page.name} snippet", "exec"), {"__name__": "__main__"})
+        namespace = ModuleType("__main__")
+        # A dataclass looks its module up by name.
+        monkeypatch.setitem(sys.modules, "users_page", namespace)
+        namespace.__dict__["__name__"] = "users_page"
+        exec(compile(snippet, f"{page.name} snippet", "exec"), namespace.__dict__)
+
+
+# ---- links
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name)
+def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = unquote(link).partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert not broken
+
+
+def test_links_of_the_site_stay_inside_it() -> None:
+    for page in DOCS:
+        for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            if not re.match(r"[a-z]+:|#", link):
+                assert (page.parent / link.partition("#")[0]).resolve().is_relative_to(ROOT / "docs"), (page, link)
+
+
+# ---- README
+
+
+def test_readme_keeps_its_length_and_order() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    assert [line.removeprefix("## ") for line in lines if line.startswith("## ")] == [
+        "Install and see it work",
+        "Add it to your own training",
+        "Which weights are where",
+        "Choose a method",
+        "Recipes and commands",
+        "Continual learning in 5 lines",
+        "Migrating",
+        "Limits",
+    ]
+
+
+def test_readme_names_every_command() -> None:
+    from lightning_merge.cli import _HELP
+
+    commands = re.findall(r"^  (\w+)", _HELP, flags=re.MULTILINE)
+    text = (ROOT / "README.md").read_text()
+    assert {"inspect", "doctor", "recipes", "run"} <= set(commands)
+    assert not [command for command in commands if f"lightning-merge {command}" not in text]
 
 
 @pytest.mark.slow
@@ -41,3 +118,72 @@ assert torch.isfinite(model.net(torch.zeros(1, 8))).all()
 """
     (tmp_path / "load.py").write_text(load)
     subprocess.run([sys.executable, "load.py"], cwd=tmp_path, check=True, timeout=120)
+
+
+# ---- made from others
+
+
+def test_the_table_of_methods_is_made_from_the_cards() -> None:
+    specification = importlib.util.spec_from_file_location("make_table", ROOT / "docs" / "make_table.py")
+    assert specification is not None
+    assert specification.loader is not None
+    maker = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(maker)
+    assert maker.TABLE.read_text() == maker.table(), "run `python docs/make_table.py`"
+    assert maker.table().count("\n| [") == len(CARDS)
+
+
+def test_every_card_says_when_and_when_not_and_what_was_measured() -> None:
+    rows = [
+        line for line in (ROOT / "docs" / "methods" / "README.md").read_text().splitlines() if line.startswith("| [")
+    ]
+    assert rows
+    for row in rows:
+        method, use, avoid, _, cost, *_, measured = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]]
+        assert use, method
+        assert avoid, method
+        assert cost, method
+        assert measured, method
+
+
+def test_the_words_of_the_glossary_are_defined_once() -> None:
+    text = (ROOT / "docs" / "glossary.md").read_text()
+    for word in ("rule", "combiner", "policy", "preset", "recipe"):
+        assert text.count(f"| **{word}** |") == 1
+
+
+def test_citation_is_complete_and_the_issue_form_asks_for_inspect() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors", "version", "license"} <= citation.keys()
+    assert f'version = "{citation["version"]}"' in (ROOT / "pyproject.toml").read_text()
+    forms = [path.read_text() for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.md")]
+    assert any("lightning-merge inspect FILE" in form for form in forms)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material", reason="mkdocs-material is in the `docs` extra")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    built = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("*.html")}
+    assert {"index.html", "faq.html", "methods/index.html", "guides/own-rule.html"} <= built
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_notebook_runs(path: Path, tmp_path: Path) -> None:
+    nbformat = pytest.importorskip("nbformat", reason="nbclient is in the `docs` extra")
+    nbclient = pytest.importorskip("nbclient", reason="nbclient is in the `docs` extra")
+    book = nbformat.read(path, as_version=4)
+    nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    drawn = [
+        output for cell in book.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert drawn
+
+
+def test_notebooks_are_found() -> None:
+    assert [path.stem for path in NOTEBOOKS] == ["average", "doctor"]

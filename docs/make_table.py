@@ -1,0 +1,74 @@
+"""Makes docs/methods/README.md, the table of all methods, from their cards: ``python docs/make_table.py``."""
+
+import re
+from pathlib import Path
+
+METHODS = Path(__file__).parent / "methods"
+TABLE = METHODS / "README.md"
+
+HEAD = """\
+# All methods
+
+Made from the cards by `python docs/make_table.py`; change a card, not this page. A card has the formula, an example,
+the settings that matter and the reference.
+
+"""
+COLUMNS = ("method", "use it", "not", "metric", "cost", "BatchNorm and buffers", "strategies", "import", "measured")
+
+
+def cards() -> list[Path]:
+    return [path for path in sorted(METHODS.glob("*.md")) if path != TABLE]
+
+
+def table() -> str:
+    """The whole page."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(path.name, path.read_text(encoding="utf-8")) for path in cards())]
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _row(name: str, card: str) -> tuple[str, ...]:
+    title = card.splitlines()[0].removeprefix("# ")
+    imported = re.search(r"^from (lightning_merge[\w.]*) import (.+)$", card, flags=re.MULTILINE)
+    snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    return (
+        f"[{title}]({name})",
+        _paragraph(card, "Use it"),
+        _paragraph(card, "Do not use it"),
+        "yes" if snippet and "monitor=" in snippet[1] else "no",
+        _paragraph(card, "Cost"),
+        _paragraph(card, "Buffers"),
+        _strategies(_paragraph(card, "Does not combine with", whole=True)),
+        f"`from {imported[1]} import {imported[2]}`" if imported else "",
+        _measured(_paragraph(card, "Results", whole=True)),
+    )
+
+
+def _paragraph(card: str, heading: str, whole: bool = False) -> str:
+    """What follows a bold heading, up to the next one; by default its first sentence."""
+    words = heading.replace(" ", r"\s+")
+    found = re.search(rf"\*\*{words}\.?\*\*\s*(.*?)(?=\n\n|\*\*[A-Z]|\Z)", card, flags=re.DOTALL)
+    if found is None:
+        return ""
+    text = " ".join(found[1].split()).replace("|", "\\|")
+    sentence = re.split(r"(?<=[a-z0-9`)])\.\s", text, maxsplit=1)[0]
+    return text if whole else sentence.removesuffix(".")
+
+
+def _strategies(limits: str) -> str:
+    return "one device, DDP" if re.search(r"harded strategies[^.]* not supported", limits) else "see the card"
+
+
+def _measured(results: str) -> str:
+    """The first figures that we measured ourselves, or "none yet"."""
+    ours = results.partition("Published")[0]
+    if found := re.search(r"[+-]\d[\d.]* ± [\d.]+ points", ours):
+        setting = ours.partition(" (")[0].partition(",")[0]
+        return f"{setting}: {found[0]}"
+    if re.search(r"\d(\.\d+)? ?%|\d\.\d|± ", ours):
+        return re.split(r"(?<=[a-z0-9`)%])[.;]\s", ours, maxsplit=1)[0].strip()
+    return "none yet"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(), encoding="utf-8")
+    print(f"{TABLE}: {len(cards())} methods")
