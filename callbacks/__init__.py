@@ -5,7 +5,9 @@ if __name__ != "lightning_merge.callbacks":
     raise ImportError(f"import `lightning_merge.callbacks`, not `{__name__}`.")
 
 from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
+from lightning_merge.callbacks._anchor import Anchor
 from lightning_merge.callbacks._branching import Branching
+from lightning_merge.callbacks._continual_merging import ContinualMerging
 from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
 from lightning_merge.callbacks._lawa import LAWA
@@ -25,7 +27,9 @@ __all__ = [
     "SWAD",
     "TWA",
     "AcceptIfBetter",
+    "Anchor",
     "Branching",
+    "ContinualMerging",
     "Doctor",
     "Lookaround",
     "Published",

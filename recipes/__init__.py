@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_merge.recipes._images import CIFAR, ImageNet
     from lightning_merge.recipes._report import RunReport
     from lightning_merge.recipes._resnet import SmallResNet
+    from lightning_merge.recipes._stream import TaskData, jointly, split_by_class, split_by_domain
     from lightning_merge.recipes._threads import CPUThreads
     from lightning_merge.recipes._warmup_cosine import WarmupCosine
 
@@ -26,7 +27,11 @@ __all__ = [
     "RunReport",
     "SmallConvNet",
     "SmallResNet",
+    "TaskData",
     "WarmupCosine",
+    "jointly",
+    "split_by_class",
+    "split_by_domain",
 ]
 
 _HOMES = {
@@ -38,7 +43,11 @@ _HOMES = {
     "RunReport": "_report",
     "SmallConvNet": "_digits",
     "SmallResNet": "_resnet",
+    "TaskData": "_stream",
     "WarmupCosine": "_warmup_cosine",
+    "jointly": "_stream",
+    "split_by_class": "_stream",
+    "split_by_domain": "_stream",
 }
 
 

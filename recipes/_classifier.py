@@ -1,5 +1,6 @@
 """Image classification with any model, optimizer and learning-rate schedule."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -9,9 +10,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_merge.continual import masked_cross_entropy, only
+from lightning_merge.recipes._stream import TaskData
+
 
 class Classifier(LightningModule):
     """Cross-entropy training of ``model``; logs ``train/loss`` and ``loss`` and ``acc`` of ``val`` and ``test``.
+
+    On a task of a stream (``TaskData``) the loss is that among the task's classes. It is measured among the task's
+    ``choices``, all classes seen so far as a rule, and logs as ``acc_in_task`` how it does when it is told the task.
 
     Args:
         model: Maps images of shape (N, C, H, W) to logits of shape (N, ``num_classes``).
@@ -53,6 +60,7 @@ class Classifier(LightningModule):
         self.lr_interval = lr_interval
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.accuracy_in_task = MulticlassAccuracy(num_classes, average="micro")
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
@@ -60,7 +68,7 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        loss = cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        loss = masked_cross_entropy(self(images), labels, self._of_data("classes"), self.label_smoothing)
         self.log("train/loss", loss)
         return loss
 
@@ -86,7 +94,17 @@ class Classifier(LightningModule):
 
     def _evaluate(self, stage: str, batch: tuple[Tensor, Tensor], accuracy: MulticlassAccuracy) -> None:
         images, labels = batch
-        logits = self(images)
+        everything = self(images)
+        logits = only(everything, self._of_data("choices"))
         accuracy(logits, labels)
+        if (classes := self._of_data("classes")) is not None:
+            self.accuracy_in_task(only(everything, classes), labels)
+            self.log(f"{stage}/acc_in_task", self.accuracy_in_task, batch_size=len(labels))
         self.log(f"{stage}/loss", cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
         self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=True)
+
+    def _of_data(self, name: str) -> Sequence[int] | None:
+        """Which classes the data module that is trained or measured on names; ``None`` for all."""
+        data = getattr(self._trainer, "datamodule", None)
+        found: Sequence[int] | None = getattr(data, name, None) if isinstance(data, TaskData) else None
+        return found

@@ -1,10 +1,13 @@
 """Heads: what a classifier's last layer needs when classes come in tasks."""
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+
+from lightning_merge.weights import Weights, canonical, named_parameters, submodules
 
 
 def only(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
@@ -109,3 +112,54 @@ def grow_head(head: nn.Linear, num_classes: int) -> nn.Linear:
         if head.bias is not None:
             grown.bias[: head.out_features] = head.bias
     return grown
+
+
+def head_parameters(module: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+    """Canonical names of the head's parameters: what the patterns match, or those of the last ``nn.Linear``.
+
+    Args:
+        module: The whole module.
+        patterns: Globs over parameter names; ``None`` to look for the last linear layer, in the order of definition.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+
+    Example:
+        >>> head_parameters(nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)), None)
+        ['2.weight', '2.bias']
+    """
+    named = named_parameters(module)
+    if patterns is None:
+        linear = [name for name, layer in submodules(module) if isinstance(layer, nn.Linear)]
+        own = {f"{canonical(linear[-1])}.{name}".lstrip(".") for name in ("weight", "bias")} if linear else set()
+        return [name for name in named if name in own]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in named):
+            some = ", ".join(list(named)[-4:])
+            raise ValueError(
+                f"`head` must match parameters, got {pattern!r}, which matches none; the last are: {some}."
+            )
+    return [name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+@torch.no_grad()
+def join_head(trained: Weights, before: Weights, classes: Sequence[int] | None) -> Weights:
+    """The head after a task: rows of the task's classes as trained, all others as they were before it.
+
+    Rows that were not there before stay as trained.
+
+    Args:
+        trained: The head's parameters now, one row per class.
+        before: Those when the task began; it may have had fewer rows.
+        classes: Of the task; ``None`` keeps all rows as trained.
+
+    Example:
+        >>> join_head({"w": torch.tensor([5.0, 6.0, 7.0])}, {"w": torch.tensor([1.0, 2.0])}, classes=(1,))
+        {'w': tensor([1., 6., 7.])}
+    """
+    joined = {name: tensor.detach().clone() for name, tensor in trained.items()}
+    if classes is not None:
+        for name, old in before.items():
+            others = [row for row in range(len(old)) if row not in classes]
+            joined[name][others] = old[others].to(joined[name])
+    return joined

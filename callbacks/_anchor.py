@@ -1,0 +1,194 @@
+"""A spring from the weights to an anchor: L2 and elastic weight consolidation."""
+
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_merge import weights
+from lightning_merge._isolation import isolated
+from lightning_merge.callbacks._patches import Patches
+from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.continual import head_parameters
+from lightning_merge.selections import Selection
+from lightning_merge.weights import Weights
+
+Importance = Literal["identity", "fisher"]
+AnchorAt = Literal["base", "last"]
+
+_KEY = "lightning_merge_anchor"
+
+
+class Anchor(Callback):
+    """Adds ``strength / 2 * sum_i F_i (w_i - a_i)^2`` to the loss, as its gradient before each optimizer step.
+
+    Use one object for all tasks of a stream, after ``ContinualMerging`` in the list. ``F`` is 1, or the empirical
+    Fisher information: the mean over samples of squared gradients of their loss, at the end of each task, summed over
+    the tasks so far (so the first task is free).
+
+    Args:
+        strength: At least 0, in units of the loss.
+        importance: ``"identity"`` or ``"fisher"``.
+        at: Where ``a`` is: ``"base"``, the weights the first task started from, or ``"last"``, where the last task
+            ended (the first task is then free).
+        samples: Of the task's last batches for the Fisher information; at least 1. They are not kept.
+        selection: Which parameters are held; by default all that are trainable.
+        head: Globs of the head's parameters, which are never held; by default the last ``nn.Linear``.
+        file: Where the anchor is kept between processes; by default only in this object and in full checkpoints.
+
+    Raises:
+        ValueError: If an argument is out of range, or at fit start if the module is not that of the first task.
+
+    Example:
+        >>> Anchor(strength=100.0, importance="fisher", at="last").samples
+        256
+
+    References:
+        Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks" (EWC), PNAS 2017, equation 3; sums
+        of Fisher information as in Schwarz et al., "Progress and compress", ICML 2018.
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        importance: Importance = "identity",
+        at: AnchorAt = "base",
+        samples: int = 256,
+        selection: Selection | None = None,
+        head: str | list[str] | None = None,
+        file: str | Path | None = None,
+    ) -> None:
+        if not 0 <= strength < float("inf"):
+            raise ValueError(f"`strength` must be at least 0 and finite, got {strength}.")
+        if importance not in get_args(Importance):
+            raise ValueError(f"`importance` must be 'identity' or 'fisher', got {importance!r}.")
+        if at not in get_args(AnchorAt):
+            raise ValueError(f"`at` must be 'base' or 'last', got {at!r}.")
+        if samples < 1:
+            raise ValueError(f"`samples` must be at least 1, got {samples}.")
+        self.strength = strength
+        self.importance: Importance = importance
+        self.at: AnchorAt = at
+        self.samples = samples
+        self.selection = Selection(trainable=True) if selection is None else selection
+        self.head = [head] if isinstance(head, str) else head
+        self.file = None if file is None else Path(file)
+        self._anchor: Weights = {}
+        self._fisher: Weights = {}
+        self._recent: RecentBatches | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Looks the parameters up, and takes the anchor from the file, or from the start of the first task."""
+        if stage != "fit":
+            return
+        if not self._anchor and self.file is not None and zipfile.is_zipfile(self.file):
+            self._restore(torch.load(self.file, weights_only=True))
+        held = self._held(pl_module)
+        if not self._anchor and self.at == "base":
+            self._anchor = weights.clone(held)
+        if self._anchor and (difference := weights.first_mismatch(self._anchor, held)):
+            raise ValueError(f"the model is not the one that Anchor was started with: {difference}.")
+        self._recent = RecentBatches() if self.importance == "fisher" else None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Copies the batch for the Fisher information."""
+        if self._recent is not None:
+            self._recent.hold(batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps it."""
+        if self._recent is not None:
+            self._recent.keep()
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Pulls: gradients are those of the batch, unscaled and reduced over processes, and not clipped yet."""
+        if not self._anchor or (self.importance == "fisher" and not self._fisher):
+            return
+        for name, parameter in self._held(pl_module).items():
+            if parameter.grad is not None:
+                pull = parameter - self._anchor[name].to(parameter)
+                if self._fisher:
+                    pull *= self._fisher[name].to(parameter)
+                parameter.grad.add_(pull.to(parameter.grad), alpha=self.strength)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the task's Fisher information, and moves the anchor if it follows the last task."""
+        if self._recent is not None:
+            added = self._measure(trainer, pl_module, self._recent)
+            self._fisher = {name: self._fisher.get(name, 0) + tensor for name, tensor in added.items()}
+        if self.at == "last":
+            self._anchor = weights.clone(self._held(pl_module))
+        if self.file is not None and trainer.is_global_zero:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            part = self.file.with_suffix(".part")
+            torch.save(self._saved(), part)
+            part.replace(self.file)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the anchor, so that a resumed task is held as before."""
+        recent = [] if self._recent is None else list(self._recent.batches)
+        checkpoint[_KEY] = {**self._saved(), "recent": recent}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes it back."""
+        if _KEY in checkpoint and trainer.training:
+            self._restore(checkpoint[_KEY])
+            if self._recent is not None:
+                self._recent.batches.extend(checkpoint[_KEY]["recent"])
+
+    def _held(self, module: LightningModule) -> dict[str, torch.nn.Parameter]:
+        head = head_parameters(module, self.head)
+        return {name: p for name, p in self.selection.parameters(module).items() if name not in head}
+
+    def _saved(self) -> dict[str, Weights]:
+        return {"anchor": self._anchor, "fisher": self._fisher}
+
+    def _restore(self, saved: dict[str, Weights]) -> None:
+        self._anchor, self._fisher = saved["anchor"], saved["fisher"]
+
+    def _measure(self, trainer: Trainer, module: LightningModule, recent: RecentBatches) -> Weights:
+        held = self._held(module)
+        total, count = weights.zeros(held), 0
+        patches = Patches()
+        patches.replace(module, "log", lambda *args, **kwargs: None)
+        patches.replace(module, "log_dict", lambda *args, **kwargs: None)
+        try:
+            with isolated(module), torch.enable_grad():
+                for sample in self._each(recent, trainer.strategy.root_device):
+                    with trainer.precision_plugin.train_step_context():
+                        output: Any = module.training_step(sample, 0)
+                    loss = output["loss"] if isinstance(output, dict) else output
+                    gradients = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
+                    for square, gradient in zip(total.values(), gradients, strict=True):
+                        if gradient is not None:
+                            square.addcmul_(gradient.to(square), gradient.to(square))
+                    count += 1
+        finally:
+            patches.undo()
+        fisher = {name: square / max(1, count) for name, square in total.items()}
+        weights.mean_over_ranks_(fisher)
+        return fisher
+
+    def _each(self, recent: RecentBatches, device: torch.device) -> Any:
+        """Batches of one sample, the most recent first."""
+        left = self.samples
+        for batch in reversed(recent.batches):
+            size = 0
+
+            def measure(tensor: Tensor) -> Tensor:
+                nonlocal size
+                size = max(size, len(tensor) if tensor.dim() else 0)
+                return tensor
+
+            apply_to_collection(batch, Tensor, measure)
+            for index in range(min(size, left)):
+                yield apply_to_collection(batch, Tensor, lambda t, i=index: t[i : i + 1].to(device))
+            left -= min(size, left)

@@ -1,0 +1,53 @@
+"""Methods of continual learning by merging, by name: a combiner, and where the next task starts."""
+
+from dataclasses import dataclass
+from typing import Literal, final
+
+from lightning_merge.combiners import (
+    DARE,
+    OPCM,
+    TIES,
+    Average,
+    Combiner,
+    ExponentialAverage,
+    MagMax,
+    Sum,
+)
+
+InitFrom = Literal["base", "merged", "last"]
+"""Where a task starts: the base all vectors are measured against, the merged model, or where the last task ended."""
+
+
+@final
+@dataclass(frozen=True)
+class Preset:
+    """What a method consists of.
+
+    Args:
+        combiner: Merges the task vectors.
+        init_from: Where the next task starts.
+        lora: Whether a task trains low-rank adapters only, whose products are the vector.
+    """
+
+    combiner: Combiner
+    init_from: InitFrom
+    lora: bool = False
+
+
+PRESETS: dict[str, Preset] = {
+    # Model soups of independent fine-tunes, as ITA composes them.
+    "average": Preset(Average(), "base"),
+    # Task arithmetic, with the constant of the continual benchmarks.
+    "sum": Preset(Sum(scale=0.3), "base"),
+    "ties": Preset(TIES(), "base"),
+    "dare": Preset(DARE(), "base"),
+    # MagMax (ECCV 2024): sequential fine-tuning is what makes the signs agree.
+    "magmax": Preset(MagMax(scale=0.5), "last"),
+    # CoMA (ECCV 2024).
+    "ema": Preset(ExponentialAverage(alpha=0.4), "merged"),
+    "opcm": Preset(OPCM(), "base"),
+    # WiSE-FT (CVPR 2022): half way from the base to where sequential fine-tuning is now.
+    "wise-ft": Preset(ExponentialAverage(alpha=1.0, scale=0.5), "last"),
+    # Chitale et al. (2023), without its last step, which stores samples.
+    "lora-arithmetic": Preset(Sum(scale=0.3), "base", lora=True),
+}
