@@ -7,8 +7,8 @@ The base is trained on held-out classes first: of CIFAR-10 4 of 10 classes, then
 ImageNet, at 32 pixels, 20, then 3 tasks of 10. A seed chooses the order of classes, and with it those held out, the
 start of the base and the order of batches. ResNet-8 with BatchNorm, one thread, bfloat16 autocast. All rows train the
 same number of epochs with the same loss, cross-entropy among the classes of the task, and the same head, whose rows are
-kept per class. `accuracy` is among all classes seen so far, `accuracy_in_task` among those of the sample's task, both on
-at most 500 test images per class.
+kept per class. `accuracy` is among all classes seen so far, `accuracy_in_task` among those of the sample's task; both
+are on at most 500 test images per class.
 
 At most 4 settings per method are compared on a stream of other seed and on images held out of training (CIFAR-10 only);
 the best by the final `accuracy_in_task` is used for both data sets and all seeds. Methods that train alike share the

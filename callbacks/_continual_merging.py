@@ -98,7 +98,6 @@ class ContinualMerging(Callback):
         self._base: Weights = {}
         self._task = 0
         self._title = ""
-        self._first_step: int | None = None
         self._resumed = False
         self._left_off = False  # a fit was interrupted, so the live weights are of a task that was not finished
         self._recent: RecentBatches | None = None
@@ -183,7 +182,7 @@ class ContinualMerging(Callback):
         for name, parameter in weights.named_parameters(pl_module).items():
             if name in self._head_names:
                 parameter.requires_grad_(self.heads != "freeze")
-        self._active, self._resumed, self._first_step = True, False, None
+        self._active, self._resumed = True, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a Trainer with nothing left to train, and gets ready to keep batches."""
@@ -201,10 +200,6 @@ class ContinualMerging(Callback):
             f" {self.combiner}, {len(self._head_names)} are the head's ({self.heads})."
         )
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes where the task's steps begin."""
-        self._first_step = trainer.global_step
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""
         if self._recent is not None:
@@ -221,8 +216,6 @@ class ContinualMerging(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the task in."""
-        if trainer.global_step == self._first_step and not self._resumed:
-            raise ValueError(f"no optimizer step was applied in {self._title}, so it would have an empty task vector.")
         self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,6 +254,12 @@ class ContinualMerging(Callback):
 
         def merge() -> Weights:
             before.update(self._stream().load(task) if task else {})
+            start = self._start(bank, before)
+            if all(torch.equal(raw[name], start[name].to(raw[name])) for name in self._names):
+                raise ValueError(
+                    f"{title} would have an empty task vector: training moved none of the {len(vector)} tensors that"
+                    " are merged. Is the learning rate 0, or was every step skipped?"
+                )
             merged = bank.preview(vector, task=title)
             return add_vector(self._base, merged) | self._buffers(raw, before.get("buffers", {}), module)
 
@@ -369,21 +368,24 @@ class ContinualMerging(Callback):
             stream.save_base(live)
         base = stream.base()
         _refuse_other_model({name: live[name] for name in self._names}, base, self._head_names)
-        own = {name: base[name] for name in self._names}
-        merged = add_vector(own, bank.result() or {})
+        self._base = {name: base[name] for name in self._names}
         if not self._left_off:
-            self._refuse_other_base(live, own, merged)
+            self._refuse_other_base(live, self._base, add_vector(self._base, bank.result() or {}))
         state = stream.load(done) if done else {}
         self._refuse_known_classes(trainer, state.get("classes", {}))
-        tensors = own | {name: base[name] for name in self._buffer_names(module) if name in base}
-        if done and self.init_from == "merged":
-            tensors |= merged | state.get("buffers", {})
-        elif done and self.init_from == "last":
-            tensors |= state["last"]
-        tensors |= state.get("other", {})
+        tensors = {name: base[name] for name in self._buffer_names(module) if name in base}
+        tensors |= self._start(bank, state) | state.get("other", {})
         heads = state.get("head", {}) if self.heads == "grow" else {n: base[n] for n in self._head_names if n in base}
         fits = {n: t for n, t in heads.items() if t.shape[1:] == live[n].shape[1:] and len(t) <= len(live[n])}
-        return {"done": done, "base": own, "tensors": tensors | fits}
+        return {"done": done, "base": self._base, "tensors": tensors | fits}
+
+    def _start(self, bank: Bank, state: dict[str, Weights]) -> Weights:
+        """The merged parameters that a task starts from, and the buffers where they are not the base's."""
+        if not bank.added or self.init_from == "base":
+            return self._base
+        if self.init_from == "last":
+            return state["last"]
+        return add_vector(self._base, bank.result() or {}) | state.get("buffers", {})
 
     def _refuse_other_base(self, live: Weights, base: Weights, merged: Weights) -> None:
         other = next((name for name in base if not torch.equal(live[name], base[name].to(live[name]))), None)

@@ -1,6 +1,6 @@
 """Streams of tasks from any classification data module."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, Subset
+from torch.utils.data import DataLoader, RandomSampler, Sampler, Subset
 
 from lightning_merge.continual import Split, indices_of, labels_of
 
@@ -16,7 +16,8 @@ from lightning_merge.continual import Split, indices_of, labels_of
 class TaskData(LightningDataModule):
     """One task: the samples of some classes of another data module, or all of them with their inputs changed.
 
-    Loaders are those of the other module, with the same batch size, order, workers and collation.
+    Loaders are those of the other module, with the same batch size, workers and collation. What is shuffled is shuffled
+    by torch's seed and the number of the epoch.
 
     Args:
         data: Gives loaders over datasets of (input, label) pairs.
@@ -84,7 +85,8 @@ class TaskData(LightningDataModule):
         return DataLoader(
             dataset,
             min(loader.batch_size, len(dataset)) if loader.drop_last else loader.batch_size,
-            shuffle=isinstance(loader.sampler, RandomSampler),
+            sampler=_Shuffled(len(dataset)) if isinstance(loader.sampler, RandomSampler) else None,
+            generator=torch.Generator(),  # starting an epoch draws a number, which a resumed epoch would not draw again
             drop_last=loader.drop_last,
             num_workers=loader.num_workers,
             collate_fn=collate if self.change is None else _Changed(collate, self.change),
@@ -149,6 +151,26 @@ def jointly(tasks: Sequence[TaskData]) -> TaskData:
     if not classes:
         raise ValueError("`tasks` must each have `classes`; tasks that differ in their domain have all of them.")
     return TaskData(tasks[0].data, "all tasks", classes, classes)
+
+
+@final
+class _Shuffled(Sampler[int]):
+    """An order per epoch that follows from torch's seed alone, so that a resumed run has the same."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((torch.initial_seed() + self.epoch) % 2**63)
+        yield from torch.randperm(self.size, generator=generator).tolist()
 
 
 @final

@@ -26,7 +26,7 @@ class StreamState:
         folder: The stream's folder.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> state = StreamState(Path(tempfile.mkdtemp()))
         >>> state.save(1, {"head": {"weight": torch.ones(2)}})
         >>> state.load(1)["head"]["weight"]
