@@ -1,6 +1,7 @@
 """Lookaround: branches under different augmentations, averaged every few steps."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from lightning_merge.branches import Average
 from lightning_merge.branches._in_turn import Inactive
@@ -29,6 +30,8 @@ class Lookaround(Branching):
             saved. ``"shared"``: the running statistics that all branches update, as the authors' code does.
             ``"average"``: each branch has its own.
         inactive: Where the branches that do not train at the moment are: ``"device"`` or ``"cpu"``.
+        schedulers: With ``batches="turns"``, whether schedules of the interval ``"step"`` move per ``"group"`` of one
+            step in every branch, or per ``"step"``: then size them by ``trainer.estimated_stepping_batches`` as ever.
         selection: Which parameters are branched; by default all trainable ones.
         validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
@@ -56,6 +59,7 @@ class Lookaround(Branching):
         optimizer_state: OptimizerState = "keep",
         buffers: Buffers = "recompute",
         inactive: Inactive = "device",
+        schedulers: Literal["group", "step"] = "group",
         selection: Selection | None = None,
         validate: Validate = "merged",
         name: str = "lookaround",
@@ -72,6 +76,7 @@ class Lookaround(Branching):
             optimizer_state=optimizer_state,
             buffers=buffers,
             inactive=inactive,
+            schedulers=schedulers,
             selection=selection,
             validate=validate,
             name=name,

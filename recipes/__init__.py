@@ -9,6 +9,7 @@ if __name__ != "lightning_merge.recipes":
     raise ImportError(f"this package is imported as `lightning_merge.recipes`, not as `{__name__}`.")
 
 if TYPE_CHECKING:
+    from lightning_merge.recipes._augmentations import Augmented
     from lightning_merge.recipes._classifier import Classifier
     from lightning_merge.recipes._digits import Digits, SmallConvNet
     from lightning_merge.recipes._images import CIFAR, ImageNet
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CIFAR",
+    "Augmented",
     "CPUThreads",
     "Classifier",
     "Digits",
@@ -35,6 +37,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Augmented": "_augmentations",
     "CIFAR": "_images",
     "CPUThreads": "_threads",
     "Classifier": "_classifier",

@@ -22,9 +22,10 @@ Batch = tuple[Tensor, Tensor]
 
 _SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 # Mean and standard deviation of red, green and blue over the training images.
-_COLOURS = {
+COLOURS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
@@ -154,7 +155,7 @@ class CIFAR(LightningDataModule):
             pixels = torch.stack([_decoded(file) for file in bar])
         else:
             pixels = torch.from_numpy(source.data[indices.numpy()]).permute(0, 3, 1, 2).contiguous()
-        return _Images(pixels, torch.tensor(source.targets)[indices], *_COLOURS[self.kind], padding)
+        return _Images(pixels, torch.tensor(source.targets)[indices], *COLOURS[self.kind], padding)
 
 
 class ImageNet(LightningDataModule):

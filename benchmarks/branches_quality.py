@@ -1,0 +1,173 @@
+"""Compares Lookaround with what takes as many gradient steps on the same images, seed by seed.
+
+    python benchmarks/branches_quality.py --seeds 5 --root data/cifar10 --output branches-cifar10.json
+
+All runs of a seed start from the same weights and see the same batches in the same order, batch t in augmentation t mod
+3 (none, AutoAugment, RandAugment, after the loader's shifts and mirroring), and take one gradient step per batch. Only
+"lookaround, same batch" takes three steps on each batch, one per augmentation, and sees a third of the batches; its
+gradient steps are as many. EMA, SWA and the statistics measured again are read off the run of plain SGD. Test accuracy
+is of the final weights, on images that nothing was chosen by.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from scipy.stats import t as student
+from timm.optim import Lookahead
+from torch import Tensor
+from torchvision.transforms import v2
+
+from lightning_merge.callbacks import EMA, Lookaround, Published, WeightMerging
+from lightning_merge.recipes import CIFAR, Augmented, Classifier, SmallResNet
+from lightning_merge.rules import Mean
+from lightning_merge.schedules import EveryNSteps
+from lightning_merge.selections import Selection
+
+LR, WEIGHT_DECAY, BATCH, BRANCHES, STEPS_AROUND = 0.05, 5e-4, 64, 3, 5
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "enable_checkpointing": False,
+    "accelerator": "cpu",
+    "precision": "bf16-mixed",
+}
+
+
+def augmentations() -> list[Callable[[Any], Any]]:
+    automatic = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    return [Augmented(), Augmented(automatic, "cifar10", 8), Augmented(v2.RandAugment(), "cifar10", 8)]
+
+
+class Mixed(Classifier):
+    """Batch t of the run in augmentation t mod 3."""
+
+    mix: list[Callable[[Any], Any]] | None = None
+    seen = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.mix is not None and self.trainer.training and torch.is_grad_enabled():
+            batch = self.mix[self.seen % BRANCHES](batch)
+            self.seen += 1
+        return super().training_step(batch, batch_idx)
+
+
+def fit(
+    arguments: argparse.Namespace, data: CIFAR, seed: int, callbacks: list[Published], mixed: bool, share: int, k: int
+) -> Classifier:
+    """A run of as many gradient steps as all take; ``share`` of them on each batch."""
+    torch.set_num_threads(1)  # two threads take other sums, so the run would depend on the machine
+    pl.seed_everything(seed, verbose=False)
+
+    def sgd(parameters: Any) -> Any:
+        optimizer = torch.optim.SGD(parameters, LR, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
+        return Lookahead(optimizer, alpha=0.5, k=k) if k else optimizer
+
+    steps = arguments.steps // share
+
+    def cosine(optimizer: Any) -> Any:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: 0.5 + 0.5 * math.cos(math.pi * batch / steps))
+
+    network = SmallResNet(blocks=1, width=16).to(memory_format=torch.channels_last)
+    module = Mixed(network, num_classes=10, optimizer=sgd, lr_scheduler=cosine, lr_interval="step")
+    module.mix = augmentations() if mixed else None
+    pl.seed_everything(seed + 1000, verbose=False)
+    trainer = pl.Trainer(max_steps=steps, max_epochs=-1, callbacks=callbacks, limit_val_batches=0, **QUIET)
+    trainer.fit(module, data.train_dataloader(), data.val_dataloader())
+    return module
+
+
+@torch.no_grad()
+def accuracy(module: Classifier, data: CIFAR, tensors: Mapping[str, Tensor]) -> float:
+    module.load_state_dict({**module.state_dict(), **tensors})
+    module.eval()
+    right = 0
+    with torch.autocast("cpu", torch.bfloat16):
+        for images, labels in data.test_dataloader():
+            right += int((module(images).argmax(1) == labels).sum())
+    return right / len(data.test)
+
+
+def one_seed(arguments: argparse.Namespace, data: CIFAR, seed: int) -> dict[str, Any]:
+    """Test accuracies of all contestants."""
+    start = time.perf_counter()
+    found: dict[str, float] = {}
+    again = Selection(buffers="recompute")
+    ema = EMA(half_life="5%")
+    swa = WeightMerging(Mean(), EveryNSteps(100, start=0.75), again, name="swa")
+    last = WeightMerging(Mean(), EveryNSteps(arguments.steps), again, name="last")
+    module = fit(arguments, data, seed, [ema, swa, last], mixed=True, share=1, k=0)
+    raw = {**ema.raw_weights(), **swa.raw_weights()}
+    found["sgd"] = accuracy(module, data, raw)
+    for name, average in (("sgd, statistics again", last), ("ema", ema), ("swa", swa)):
+        found[name] = accuracy(module, data, {**raw, **(average.merged_weights() or {})})
+    module = fit(arguments, data, seed, [], mixed=True, share=1, k=STEPS_AROUND)
+    found["lookahead"] = accuracy(module, data, {})
+    for name, batches in (("lookaround", "turns"), ("lookaround, same batch", "same")):
+        own = augmentations() if batches == "same" else None
+        lookaround = Lookaround(BRANCHES, STEPS_AROUND, own, batches, schedulers="step")
+        module = fit(
+            arguments, data, seed, [lookaround], mixed=own is None, share=BRANCHES if own is not None else 1, k=0
+        )
+        merged, raw = lookaround.merged_weights() or {}, lookaround.raw_weights()
+        shared = {key: tensor for key, tensor in raw.items() if "running" in key}
+        found[f"{name}, statistics again"] = accuracy(module, data, merged)
+        found[f"{name}, shared statistics"] = accuracy(module, data, {**merged, **shared})
+    return {"seed": seed, "seconds": round(time.perf_counter() - start, 1), "test": found}
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean and half the width of its 95 % interval (Student)."""
+    half = math.inf
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": round(statistics.fmean(values), 5), "half_width": round(half, 5), "n": len(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3600, help="gradient steps of a run, of 64 images each")
+    parser.add_argument("--root", help="folder of CIFAR-10")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    data = CIFAR("cifar10", root=arguments.root, batch_size=BATCH)
+    for stage in ("fit", "test"):
+        data.setup(stage)
+    runs: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        runs.append(one_seed(arguments, data, seed))
+        print(json.dumps(runs[-1]), flush=True)
+        names = list(runs[0]["test"])
+        result = {
+            "command": " ".join(sys.argv),
+            "setting": {
+                "model": "ResNet-8, 16 wide", "images": "cifar10, 45,000", "steps": arguments.steps, "batch": BATCH,
+                "lr": LR, "schedule": "cosine to 0", "momentum": "0.9, nesterov", "weight_decay": WEIGHT_DECAY,
+                "branches": BRANCHES, "every_n_steps": STEPS_AROUND, "precision": "bf16-mixed",
+            },
+            "versions": {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]},
+            "runs": runs,
+            "test_accuracy": {name: interval([run["test"][name] for run in runs]) for name in names},
+            "paired_difference_to_sgd": {
+                name: interval([run["test"][name] - run["test"]["sgd"] for run in runs]) for name in names[1:]
+            },
+        }  # fmt: skip
+        if arguments.output:
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: result[key] for key in ("test_accuracy", "paired_difference_to_sgd")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
