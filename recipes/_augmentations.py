@@ -56,4 +56,4 @@ class Augmented:
 
     def _drawn(self, images: Tensor) -> Tensor:
         assert self.transform is not None
-        return torch.cat([self.transform(part) for part in images.split(self.images_per_draw)])
+        return torch.cat([self.transform(part) for part in torch.split(images, self.images_per_draw)])

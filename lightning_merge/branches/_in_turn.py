@@ -71,6 +71,11 @@ class InTurn(Branches):
         self._homes: list[dict[Any, dict[Any, torch.device]]] = [{} for _ in self.optimizers]
         self.fork_optimizers()
 
+    def restart(self) -> None:
+        """All branches go on from what is in the module and the optimizers."""
+        self._waiting = [{} if self._in_module(j) else self._copies() for j in self.own]
+        self.fork_optimizers()
+
     def fork_optimizers(self) -> None:
         for branch in self.own:
             if branch != self._active:
