@@ -168,7 +168,8 @@ def test_schedules_and_groups_are_those_of_the_wrapped_optimizer() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_step_that_a_scaler_skips_is_no_turn(fused: bool) -> None:
     w = nn.Parameter(torch.tensor([1.0]))
-    optimizer = Lookaround(torch.optim.SGD([w], lr=0.5, momentum=0.9, fused=fused), 2, 1)
+    # No momentum: torch leaves the buffer of a fused first step that is skipped uninitialised.
+    optimizer = Lookaround(torch.optim.SGD([w], lr=0.5, fused=fused), 2, 1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     seen = []
     for factor in (1.0, float("inf"), 1.0, 1.0):
