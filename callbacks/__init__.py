@@ -10,8 +10,10 @@ from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._continual_merging import ContinualMerging
 from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
+from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._lookaround import Lookaround
+from lightning_merge.callbacks._online_merging import OnlineMerging
 from lightning_merge.callbacks._published import Published
 from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._swa import SWA
@@ -31,7 +33,10 @@ __all__ = [
     "Branching",
     "ContinualMerging",
     "Doctor",
+    "Extrapolate",
+    "Interpolate",
     "Lookaround",
+    "OnlineMerging",
     "Published",
     "RandomState",
     "WeightMerging",

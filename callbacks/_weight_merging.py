@@ -410,7 +410,7 @@ class WeightMerging(Published):
             return
         assert self._state is not None
         share = self._active_rule.initial_share(self._state)
-        if share > 0.1 and self.steps:
+        if share > 0.1 and self.steps and not self.rule.start_is_meant:
             fit = 0.1 ** (1 / self.steps)
             rank_zero_info(
                 f"{self.title}: {share:.0%} of the published average is still the weights of the start. For a run of"

@@ -136,6 +136,29 @@ class EveryNEpochs(Schedule):
 
 @final
 @dataclass(frozen=True)
+class FromStart(Schedule):
+    """As another schedule, but the rule starts with the weights that the run begins with.
+
+    Example:
+        >>> schedule = FromStart(EveryNEpochs())
+        >>> schedule.started(Moment(0, 0)), schedule.due(Moment(0, 0)), schedule.due(Moment(9, 1, epoch_end=True))
+        (True, False, True)
+    """
+
+    schedule: Schedule
+
+    def started(self, moment: Moment) -> bool:
+        return True
+
+    def due(self, moment: Moment) -> bool:
+        return self.schedule.due(moment)
+
+    def resolve(self, run: RunLength) -> Self:
+        return replace(self, schedule=self.schedule.resolve(run))
+
+
+@final
+@dataclass(frozen=True)
 class Duration:
     """A length of training: ``Duration(500)``, ``Duration(2, "epochs")``, ``Duration(0.05, "run")``.
 

@@ -182,10 +182,13 @@ class OnlineMerging(Optimizer):
                 applied = self._applies(group)
                 group["merge_pending"] = 0.0 if applied else group["merge_pending"] + self._alpha(group)
             group["merge_step"] += 1
-        self.base._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedules look for
+        for optimizer in (self, self.base):
+            optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedules look for
         for post_hook in list(self.base._optimizer_step_post_hooks.values()):
             post_hook(self.base, (), {})
         return loss
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so does this; a schedule may move here from `base`
 
     @abstractmethod
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:

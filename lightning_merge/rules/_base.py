@@ -24,6 +24,9 @@ class Rule(ABC):
     callback: ClassVar[str] = "WeightMerging"
     """The callback of ``lightning_merge.callbacks`` that uses this rule."""
 
+    start_is_meant: ClassVar[bool] = False
+    """Whether the weights of the start are part of the result on purpose, so that nobody needs to be told."""
+
     @property
     def state_dict(self) -> NoReturn:
         """A Trainer asks this of its callbacks first, so a rule in their place says what belongs there."""

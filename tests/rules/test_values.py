@@ -14,6 +14,7 @@ from lightning_merge.rules import (
     DiffusersWarmup,
     EmaPytorchWarmup,
     ExponentialMean,
+    Interpolation,
     Mean,
     Rule,
     TimmWarmup,
@@ -28,6 +29,8 @@ NAN = math.nan
 VALUES = {
     "uniform mean": (Mean(), 100.0, [4, 2, 9, 1, 5], [4, 3, 5, 4, 4.2]),
     "uniform mean forgets a start that is not a number": (Mean(), NAN, [4, 2], [4, 3]),
+    "a quarter of the way from the start": (Interpolation(0.25), 4.0, [8, 0, 6], [5, 3, 4.5]),
+    "half as far again": (Interpolation(1.5), 4.0, [8, 0, 6], [10, -2, 7]),
     "last 1": (WindowMean(1), NAN, [4, 16], [4, 16]),
     "last 3 of the squares of 2, 4, ... 12": (
         WindowMean(3),

@@ -1,0 +1,157 @@
+"""Online merging for an unchanged module: its optimizers are wrapped when the fit starts."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_merge.optim import OnDARE, OnTIES
+from lightning_merge.selections import Selection
+from lightning_merge.weights import named_parameters
+
+_METHODS = {"ondare": OnDARE, "onties": OnTIES}
+_REFUSED = {"FSDPStrategy", "DeepSpeedStrategy"}
+_KEY = "lightning_merge.online"
+
+
+class OnlineMerging(Callback):
+    """Merges every update of the optimizers with the task vector ``reference - pretrained``, by OnDARE or OnTIES.
+
+    The optimizers that ``configure_optimizers`` returns are wrapped when the fit starts; schedules, gradient scaling,
+    clipping and accumulation go on as they are. What is merged is the optimizer's update, not the raw gradient. Full
+    checkpoints load without the callback; resuming with it continues bit for bit.
+
+    Args:
+        method: ``"ondare"`` or ``"onties"``.
+        pretrained: The model that the reference was fine-tuned from: a checkpoint, named tensors or a module, with the
+            names of the module that is trained. ``"zero"`` if the reference is a difference already, as the adapters
+            of LoRA are.
+        reference: The model before this training, in the same forms; by default the weights when the fit starts.
+        density: Share of elements of update and difference that are kept, in (0, 1].
+        alpha: Weight of the difference per merge, in [0, 1]. After T merges about ``alpha * T * density`` of the
+            difference has been added.
+        form: ``"paper"`` or ``"official"``, as the published code; see ``OnDARE`` and ``OnTIES``.
+        rescale: ``"none"``, ``"inverse_p"`` or ``"l1"``; by default that of the form.
+        alpha_schedule: ``"lr"`` lets ``alpha`` follow the learning rate, ``"constant"`` does not.
+        tau_every: OnDARE only: add the difference every so many merges, so many times as strong; at least 1.
+        merge_every: Optimizer steps per merge; at least 1.
+        seed: Seed of masks and samples.
+        min_numel: Tensors with fewer elements are merged in full; at least 0.
+        selection: Which parameters are merged; the others are stepped as without the callback.
+        tau_dtype: ``"float32"`` or ``"bfloat16"``: how the difference is stored.
+        chunk_size: Elements per call of the wrapped optimizer; ``None`` for one that couples tensors.
+
+    Attributes:
+        optimizers: The wrapped optimizers of the current or last fit.
+
+    Raises:
+        ValueError: If an argument is out of range, or at fit start if it does not fit the model or the strategy.
+    """
+
+    def __init__(
+        self,
+        method: Literal["ondare", "onties"] = "ondare",
+        pretrained: str | Mapping[str, Tensor] | nn.Module | None = None,
+        reference: str | Mapping[str, Tensor] | nn.Module | None = None,
+        density: float = 1.0,
+        alpha: float = 1e-7,
+        form: Literal["paper", "official"] = "paper",
+        rescale: Literal["none", "inverse_p", "l1"] | None = None,
+        alpha_schedule: Literal["constant", "lr"] = "constant",
+        tau_every: int = 1,
+        merge_every: int = 1,
+        seed: int = 0,
+        min_numel: int = 0,
+        selection: Selection | None = None,
+        tau_dtype: Literal["float32", "bfloat16"] = "float32",
+        chunk_size: int | None = 2**22,
+    ) -> None:
+        if method not in _METHODS:
+            raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+        if pretrained is None:
+            raise ValueError(
+                "`pretrained` must be the model that the reference was fine-tuned from, as a checkpoint, named tensors"
+                " or a module; or 'zero' if the reference is a difference already."
+            )
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"`density` must be in (0, 1], got {density}.")
+        if not 0.0 <= alpha <= 1.0:
+            raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
+        if tau_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"`tau_dtype` must be 'float32' or 'bfloat16', got {tau_dtype!r}.")
+        if tau_every != 1 and method != "ondare":
+            raise ValueError(
+                f"`tau_every` must be 1 for {method!r}, whose signs are voted at every merge, got {tau_every}."
+            )
+        self.method = method
+        self.pretrained = pretrained
+        self.reference = reference
+        self.selection = Selection(trainable=True) if selection is None else selection
+        self.settings: dict[str, Any] = {
+            "density": density,
+            "alpha": alpha,
+            "form": form,
+            "alpha_schedule": alpha_schedule,
+            "merge_every": merge_every,
+            "seed": seed,
+            "min_numel": min_numel,
+            "chunk_size": chunk_size,
+            **({} if tau_every == 1 else {"tau_every": tau_every}),
+            **({} if rescale is None else {"rescale": rescale}),
+        }
+        self.tau_dtype = getattr(torch, tau_dtype)
+        self.optimizers: list[OnDARE | OnTIES] = []
+        self._resumed: list[dict[str, dict[str, Any]]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wraps the optimizers, before their states are restored."""
+        strategy = type(trainer.strategy)
+        if name := next((cls.__name__ for cls in strategy.__mro__ if cls.__name__ in _REFUSED), None):
+            raise ValueError(
+                f"OnlineMerging cannot tell parameters apart under {name}. Use ModelParallelStrategy or DDP."
+            )
+        if self.reference is None and "ModelParallelStrategy" in {cls.__name__ for cls in strategy.__mro__}:
+            raise ValueError(
+                "`reference` must be a checkpoint under ModelParallelStrategy, so that a run can be resumed."
+            )
+        chosen = self.selection.parameters(pl_module)
+        left_out = [name for name in named_parameters(pl_module) if name not in chosen]
+        wrap: Any = _METHODS[self.method]
+        self.optimizers = []
+        unwrapped = list(trainer.optimizers)
+        for i, optimizer in enumerate(unwrapped):
+            source: dict[str, Any] = {
+                "reference": pl_module if self.reference is None else self.reference,
+                "pretrained": self.pretrained,
+                "tau_dtype": self.tau_dtype,
+            }
+            if self.reference is None and self._resumed:
+                source = {"tau": self._resumed[i]}
+            self.optimizers.append(wrap(optimizer, **source, module=pl_module, exempt=left_out, **self.settings))
+        trainer.strategy.optimizers = list(self.optimizers)
+        for config in trainer.lr_scheduler_configs:
+            if config.scheduler.optimizer in unwrapped:
+                config.scheduler.optimizer = self.optimizers[unwrapped.index(config.scheduler.optimizer)]
+        self._resumed = []
+        rank_zero_info(self._announcement())
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A reference that was live can be read from no file later, so the difference goes into this one."""
+        if self.reference is None and self.optimizers:
+            checkpoint[_KEY] = [optimizer.tau_state() for optimizer in self.optimizers]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Comes before the optimizers are wrapped."""
+        self._resumed = checkpoint.get(_KEY, [])
+
+    def _announcement(self) -> str:
+        first = self.optimizers[0]
+        size = sum(optimizer.tau_bytes for optimizer in self.optimizers)
+        return (
+            f"OnlineMerging: {type(first).__name__} around {type(first.base).__name__} merges"
+            f" {sum(len(optimizer.tau) for optimizer in self.optimizers)} tensors; the task vector takes"
+            f" {size / 1e6:,.1f} MB."
+        )
