@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from lightning_merge.recipes._augmentations import Augmented
     from lightning_merge.recipes._classifier import Classifier
     from lightning_merge.recipes._digits import Digits, SmallConvNet
+    from lightning_merge.recipes._dpo import DPO, PreferenceAccuracy, RewardMargin
     from lightning_merge.recipes._images import CIFAR, ImageNet
+    from lightning_merge.recipes._language_model import LanguageModel
+    from lightning_merge.recipes._preference_data import Preferences
     from lightning_merge.recipes._report import RunReport
     from lightning_merge.recipes._resnet import SmallResNet
     from lightning_merge.recipes._stream import TaskData, jointly, split_by_class, split_by_domain
@@ -21,11 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CIFAR",
+    "DPO",
     "Augmented",
     "CPUThreads",
     "Classifier",
     "Digits",
     "ImageNet",
+    "LanguageModel",
+    "PreferenceAccuracy",
+    "Preferences",
+    "RewardMargin",
     "RunReport",
     "SmallConvNet",
     "SmallResNet",
@@ -41,8 +49,13 @@ _HOMES = {
     "CIFAR": "_images",
     "CPUThreads": "_threads",
     "Classifier": "_classifier",
+    "DPO": "_dpo",
     "Digits": "_digits",
     "ImageNet": "_images",
+    "LanguageModel": "_language_model",
+    "PreferenceAccuracy": "_dpo",
+    "Preferences": "_preference_data",
+    "RewardMargin": "_dpo",
     "RunReport": "_report",
     "SmallConvNet": "_digits",
     "SmallResNet": "_resnet",

@@ -21,8 +21,33 @@ class Interpolation(Rule):
 
     Raises:
         ValueError: If ``alpha`` is out of range, or at the start if the file is of another model.
-        anchor = clone({name: tensor.to(weights[name].device) for name, tensor in found.items()})
-        return {"anchor": anchor, "merged": clone(anchor), "updates": 0}
+
+    Example:
+        >>> import torch
+        >>> rule = Interpolation(alpha=1.5)
+        >>> state = rule.init({"w": torch.tensor(1.0)})
+        >>> rule.update(state, {"w": torch.tensor(3.0)})
+        >>> rule.result(state)
+        {'w': tensor(4.)}
+
+    References:
+        Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT), CVPR 2022. Zheng et al., Model extrapolation
+        expedites alignment (ExPO), 2024, eq. 1, where ``alpha`` is ours less 1.
+    """
+
+    callback: ClassVar[str] = "Interpolate"
+    start_is_meant: ClassVar[bool] = True
+
+    alpha: float = 0.5
+    anchor: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.alpha <= 10.0:
+            raise ValueError(f"`alpha` must be in (0, 10], got {self.alpha}.")
+
+    def init(self, weights: Weights) -> State:
+        anchor = weights if self.anchor is None else self._read(weights, self.anchor)
+        return {"anchor": clone(anchor), "merged": clone(anchor), "updates": 0}
 
     def update(self, state: State, weights: Weights) -> None:
         copy_(state["merged"], state["anchor"])
@@ -34,3 +59,11 @@ class Interpolation(Rule):
 
     def initial_share(self, state: State) -> float:
         return 1.0 - self.alpha if self.anchor is None and state["updates"] else 0.0
+
+    def _read(self, weights: Weights, path: str) -> Weights:
+        content: Any = read(Path(path))
+        saved = {canonical(name): tensor for name, tensor in content.get("state_dict", content).items()}
+        found = {name: saved[name].to(weights[name].device) for name in weights if name in saved}
+        if difference := first_mismatch(weights, found):
+            raise ValueError(f"`anchor`: {path} is of another model: {difference}.")
+        return found
