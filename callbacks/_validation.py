@@ -102,18 +102,21 @@ class Validation:
         self._measured_at.pop(average.name, None)
 
     def probe(self, average: "Published", tensors: Weights) -> dict[str, float]:
-        """What validation measures on any weights in the place of an average's; nothing is logged or remembered."""
+        """What validation measures on any weights in the place of an average's.
+
+        Nothing is logged or remembered, and no callback sees it.
+        """
         trainer = self._publisher.trainer
         connector = trainer._logger_connector
         names = ("_progress_bar_metrics", "_callback_metrics", "_logged_metrics", "_first_loop_iter")
         kept = {name: copy(getattr(connector, name)) for name in names}
         remembered = dict(self._measured_on), dict(self._measured_at)
-        loggers, at_the_end = trainer.loggers, self._at_the_end
+        loggers, callbacks, at_the_end = trainer.loggers, trainer.callbacks, self._at_the_end
         self._loop.restarting = False
         self._at_the_end = trainer.validating = True
-        trainer.loggers = []
+        trainer.loggers, trainer.callbacks = [], []
         try:
-            with self._muted():
+            with isolate_rng():
                 self._run(Pass(average, [_PROBE]), self._loop.run.__wrapped__, tensors)
             found = trainer.callback_metrics
             # The ranks must decide alike, also where a metric is not synchronised.
@@ -124,7 +127,7 @@ class Validation:
             }
         finally:
             trainer.training = True
-            trainer.loggers = loggers
+            trainer.loggers, trainer.callbacks = loggers, callbacks
             self._at_the_end = at_the_end
             self._measured_on, self._measured_at = remembered
             for name, value in kept.items():

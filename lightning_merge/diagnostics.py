@@ -431,7 +431,8 @@ def _line(
     worse = max(line[0.0], line[1.0])
     # A loss that is not a number is higher than any.
     highest = max((share for share in shares if 0 < share < 1), key=lambda x: (math.isnan(line[x]), line[x]))
-    measures |= {f"loss of {one}": line[0.0], f"loss of {other}": line[1.0], "barrier": barrier(line)}
+    how = ", statistics measured" if measure is not None and measure(dict(candidates[one])) else ""
+    measures |= {f"loss of {one}{how}": line[0.0], f"loss of {other}{how}": line[1.0], "barrier": barrier(line)}
     rise = line[highest]
     where = f"{highest:.0%} of the way from {one} to {other}"
     if len(candidates) > 2:

@@ -1,4 +1,4 @@
-"""What a run ends with: a table, one sentence, a figure."""
+"""What a run ends with: a table, one sentence, a figure, a page."""
 
 from collections.abc import Sized
 from contextlib import suppress
@@ -13,14 +13,17 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_merge._files import read
-from lightning_merge.callbacks import Published
-
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers (Okabe and Ito, 2008)
-_GREY = "#7f7f7f"
+from lightning_merge.callbacks import Doctor, Published
+from lightning_merge.recipes import _page
+from lightning_merge.recipes._page import COLOURS, GREY
+from lightning_merge.recipes._trajectory import Trajectory
 
 
 class RunReport(Callback):
-    """Compares raw and merged weights at the end of a fit: prints a table and draws ``curves.png`` in the run's folder.
+    """Compares raw and merged weights at the end of a fit: prints a table, and leaves two files in the run's folder.
+
+    ``curves.png`` has the accuracy of each set over the run. ``report.html`` has that, the table, what a ``Doctor``
+    among the callbacks found, and the way of the weights with the averages on it. It needs nothing but a browser.
 
     Args:
         accuracy: Metric the sentence and the figure are about, a share in [0, 1].
@@ -32,6 +35,14 @@ class RunReport(Callback):
         self.metrics = (accuracy, *others)
         # Name of the set -> optimizer step -> metric -> value; "raw" is a set.
         self.measured: dict[str, dict[int, dict[str, float]]] = {}
+        self.trajectory = Trajectory()  # from where this fit began; in no checkpoint
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the raw weights down for the page."""
+        if trainer.is_global_zero:
+            self.trajectory.add(pl_module, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes down what was logged; a later pass of the same validation completes it."""
@@ -71,10 +82,13 @@ class RunReport(Callback):
         final = {name: points.get(trainer.global_step, {}) for name, points in self.measured.items()}
         final |= {average.name: average.final_metrics for average in averages if average.final_metrics}
 
+        files = _files(trainer, averages)
+        sentences = [_sentence(self.accuracy, average, final, _images(trainer)) for average in averages]
+        rows = _rows(self.metrics, averages, final, files, folder)
         console = Console()
-        console.print(_table(self.metrics, averages, final, _files(trainer, averages), folder))
-        for average in averages:
-            console.print(_sentence(self.accuracy, average, final, _images(trainer)), soft_wrap=True)
+        console.print(_table(self.metrics, rows))
+        for sentence in sentences:
+            console.print(sentence, soft_wrap=True)
         console.print(f"Run folder: {folder}", soft_wrap=True)
         curves = {name: _curve(points, self.accuracy) for name, points in self.measured.items()}
         if any(curves.values()) and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
@@ -83,6 +97,26 @@ class RunReport(Callback):
             windows = {average.name: average.update_window for average in averages}
             _figure(curves, windows, self.accuracy, trainer.global_step).savefig(path)
             console.print(f"Figure:     {path}", soft_wrap=True)
+            report = folder / "report.html"
+            sections = [(self.accuracy, _page.picture(path, "curves")), *self._examined(trainer), *self._way(averages)]
+            columns = ("weights", *self.metrics, "file, in the run folder")
+            report.write_text(_page.page(str(folder), columns, rows, sentences, sections), encoding="utf-8")
+            console.print(f"Report:     {report}", soft_wrap=True)
+
+    def _examined(self, trainer: Trainer) -> list[tuple[str, str]]:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
+        doctors = [callback for callback in callbacks if isinstance(callback, Doctor)]
+        return [
+            (f"Is {name} sound?", _page.examination(name, found))
+            for doctor in doctors
+            for name, found in doctor.examinations.items()
+        ]
+
+    def _way(self, averages: list[Published]) -> list[tuple[str, str]]:
+        if len(self.trajectory.points) < 3:
+            return []
+        merged = {average.name: average.merged_weights() or {} for average in averages if average.ready}
+        return [("The way of the weights", _page.trajectory(*self.trajectory.plane(merged)))]
 
 
 def _averages(trainer: Trainer) -> list[Published]:
@@ -123,19 +157,26 @@ def _files(trainer: Trainer, averages: list[Published]) -> dict[str, str]:
     return files
 
 
-def _table(
+def _rows(
     metrics: tuple[str, ...],
     averages: list[Published],
     final: dict[str, dict[str, float]],
     files: dict[str, str],
     folder: Path,
-) -> Table:
+) -> list[list[str]]:
+    rows = []
+    for name in ("raw", *(average.name for average in averages)):
+        values = [f"{final[name][m]:.4f}" if m in final.get(name, {}) else "not measured" for m in metrics]
+        rows.append([name, *values, files.get(name, "none").replace(f"{folder}/", "")])
+    return rows
+
+
+def _table(metrics: tuple[str, ...], rows: list[list[str]]) -> Table:
     table = Table(title="Weights at the end of the run", title_justify="left")
     for heading in ("weights", *metrics, "file, in the run folder"):
         table.add_column(heading, justify="right" if heading in metrics else "left", overflow="fold")
-    for name in ("raw", *(average.name for average in averages)):
-        values = [f"{final[name][m]:.4f}" if m in final.get(name, {}) else "not measured" for m in metrics]
-        table.add_row(name, *values, files.get(name, "none").replace(f"{folder}/", ""))
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -169,7 +210,7 @@ def _figure(
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    colours = {"raw": _GREY} | {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(windows)}
+    colours = {"raw": GREY} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(windows)}
     for name, points in curves.items():
         if points:
             x, y = zip(*points, strict=True)

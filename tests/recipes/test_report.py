@@ -1,7 +1,10 @@
 """The table, the sentence and the figure that a run ends with."""
 
 import csv
+import re
 from copy import deepcopy
+from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_merge._files import read
-from lightning_merge.callbacks import EMA, SWA
+from lightning_merge.callbacks import EMA, SWA, Doctor
 from lightning_merge.recipes import Classifier, Digits, RunReport, SmallConvNet
+from lightning_merge.recipes._page import page
 from lightning_merge.recipes._report import _figure, _limits
+from lightning_merge.recipes._trajectory import Trajectory
 
 
 def fit(
@@ -243,3 +248,72 @@ def test_every_rank_is_asked_for_the_folder_and_one_reports(capsys: pytest.Captu
     RunReport().on_fit_end(OtherRank(), None)  # type: ignore[arg-type]
     assert len(asked) == 1
     assert capsys.readouterr().out == ""
+
+
+# ---- the page
+
+
+def test_page_holds_table_curves_verdict_and_way_and_needs_nothing_else(tmp_path: Path) -> None:
+    doctor = Doctor(points=1)
+    report = fit(tmp_path, doctor, SWA(start_epoch=2, validate="both"), epochs=4)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('src="data:image/png;base64,') == page.count("<img ") == 3
+    assert not re.search(r"https?://|<script|<link", page)
+    assert "<h2>Is swa sound?</h2>" in page
+    assert "<h2>The way of the weights</h2>" in page
+    assert doctor.examinations["swa"].verdict in page
+    for name in ("raw", "swa"):
+        assert f"<td class=number>{report.measured[name][8]['val/acc']:.4f}</td>" in page
+    assert HTMLParser().feed(page) is None
+    for tag in ("table", "p", "h2", "body", "tr", "td"):
+        assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
+
+
+def test_text_on_the_page_is_escaped() -> None:
+    text = page("<b>run", ["weights", "a"], [["<i>", "1", "f"]], ["<s>"], [("<u>", "<hr>")])
+    assert all(part in text for part in ("&lt;b&gt;run", "&lt;i&gt;", "&lt;s&gt;", "&lt;u&gt;", "<hr>"))
+
+
+def test_a_run_without_doctor_or_average_has_a_page_all_the_same(tmp_path: Path) -> None:
+    fit(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert "sound?" not in text
+    assert text.count("<img ") == 2
+
+
+def test_a_validation_that_only_looks_is_not_taken_down(tmp_path: Path) -> None:
+    """The last epoch is not validated, so the raw weights of the end are not measured, whatever a doctor does."""
+    report = fit(tmp_path, Doctor(points=1), EMA(decay=0.5, validate="merged"), epochs=3, check_val_every_n_epoch=2)
+    assert list(report.measured.get("raw", {})) == []
+    assert list(report.measured["ema"]) in ([4], [4, 6])
+
+
+def test_points_of_the_way_stay_evenly_spread_and_few() -> None:
+    way, module = Trajectory(), torch.nn.Linear(3, 2)
+    for step in range(1, 1001):
+        with torch.no_grad():
+            module.weight.fill_(step)
+        way.add(module, step)
+    steps = list(way.points)
+    assert 100 <= len(steps) <= 200
+    assert {after - before for before, after in pairwise(steps)} == {8}
+    assert all(point.max() == step for step, point in way.points.items())
+
+
+def test_the_plane_is_that_of_the_path_and_averages_lie_on_it() -> None:
+    way, module = Trajectory(), torch.nn.Linear(40, 200)  # more than are kept
+    directions = torch.randn(2, 200, 40)
+    start = module.weight.detach().clone()
+
+    def at(x: float, y: float) -> torch.Tensor:
+        return start + x * directions[0] + y * directions[1]
+
+    corners = [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 2.0)]
+    for step, corner in enumerate(corners):
+        with torch.no_grad():
+            module.weight.copy_(at(*corner))
+        way.add(module, step)
+    path, placed, held = way.plane({"mean": {"weight": at(0.5, 0.75)}})
+    assert held == pytest.approx(1.0)
+    assert torch.allclose(placed["mean"], path.mean(0), atol=1e-4)
+    assert 4000 < len(way.points[0]) < 4200
