@@ -1,16 +1,16 @@
 """Uniform mean of task vectors."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
-from lightning_merge.combiners._base import Combiner
-from lightning_merge.weights import State, Weights, lerp_, zero_, zeros
+from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.weights import State, Weights, add_, zero_
 
 
 @final
 @dataclass(frozen=True)
-class Average(Combiner):
-    """Uniform mean of the task vectors, t of them: ``mean <- mean + (v - mean) / t``.
+class Average(Elementwise):
+    """Uniform mean of the task vectors seen so far: ``(v_1 + ... + v_t) / t``.
 
     Example:
         >>> import torch
@@ -25,17 +25,14 @@ class Average(Combiner):
     def removable(self) -> bool:
         return True
 
-    def init(self, like: Weights) -> State:
-        return {"mean": zeros(like), "updates": 0}
+    def _step(self, kept: Any, new: Any, count: int) -> None:
+        kept += new
 
-    def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        lerp_(state["mean"], vector, 1 / (state["updates"] + 1))
+    def _factor(self, count: int) -> float:
+        return 1 / count
 
     def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
         if state["updates"] == 1:
-            zero_(state["mean"])
+            zero_(state["kept"])
         else:
-            lerp_(state["mean"], vector, -1 / (state["updates"] - 1))
-
-    def result(self, state: State) -> Weights | None:
-        return state["mean"] if state["updates"] else None
+            add_(state["kept"], vector, -1.0)

@@ -1,16 +1,15 @@
 """Exponential moving average over tasks."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
-from lightning_merge.combiners._base import Combiner
-from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
-from lightning_merge.weights import State, Weights, lerp_, zeros
+from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._scale import Scale, check_scale, scale_of
 
 
 @final
 @dataclass(frozen=True)
-class ExponentialAverage(Combiner):
+class ExponentialAverage(Elementwise):
     """Exponential moving average over tasks: ``mean <- (1 - alpha) * mean + alpha * v``, starting at the first vector.
 
     The order of the tasks matters: the share of a task shrinks by ``1 - alpha`` with each that follows.
@@ -39,11 +38,8 @@ class ExponentialAverage(Combiner):
             raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}.")
         check_scale(self.scale)
 
-    def init(self, like: Weights) -> State:
-        return {"mean": zeros(like), "updates": 0}
+    def _step(self, kept: Any, new: Any, count: int) -> None:
+        kept += (new - kept) * self.alpha
 
-    def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        lerp_(state["mean"], vector, self.alpha if state["updates"] else 1.0)
-
-    def result(self, state: State) -> Weights | None:
-        return scaled_result(state, "mean", self.scale)
+    def _factor(self, count: int) -> float:
+        return scale_of(self.scale, count)

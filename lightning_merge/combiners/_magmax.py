@@ -1,18 +1,19 @@
 """Largest magnitude per parameter."""
 
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Any, ClassVar, Literal, final
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from lightning_merge.combiners._base import Combiner
-from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
-from lightning_merge.weights import State, Weights, zeros
+from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._scale import Scale, check_scale, scale_of
 
 
 @final
 @dataclass(frozen=True)
-class MagMax(Combiner):
+class MagMax(Elementwise):
     """Per parameter the value of the task that moved it furthest: ``scale * v_s``, ``s = argmax_t |v_t|``.
 
     Made for tasks trained one after the other, each from where the last one ended: their vectors agree in most signs.
@@ -33,6 +34,8 @@ class MagMax(Combiner):
         Marczak et al., "MagMax: leveraging model merging for seamless continual learning", ECCV 2024, section 4.
     """
 
+    shows_nan: ClassVar[bool] = False
+
     scale: Scale = 0.5
     magmax_tie: Literal["last", "first"] = "last"
 
@@ -41,15 +44,12 @@ class MagMax(Combiner):
         if self.magmax_tie not in ("last", "first"):
             raise ValueError(f'`magmax_tie` must be "last" or "first", got {self.magmax_tie!r}.')
 
-    def init(self, like: Weights) -> State:
-        return {"largest": zeros(like), "updates": 0}
+    def _step(self, kept: Any, new: Any, count: int) -> None:
+        wins = abs(new) >= abs(kept) if self.magmax_tie == "last" else abs(new) > abs(kept)
+        if isinstance(kept, Tensor):
+            kept.copy_(torch.where(wins, new, kept))
+        else:
+            np.copyto(kept, new, where=wins)
 
-    @torch.no_grad()
-    def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        wins = torch.ge if self.magmax_tie == "last" else torch.gt
-        for name, kept in state["largest"].items():
-            new = vector[name].to(kept)
-            kept.copy_(torch.where(wins(new.abs(), kept.abs()), new, kept))
-
-    def result(self, state: State) -> Weights | None:
-        return scaled_result(state, "largest", self.scale)
+    def _factor(self, count: int) -> float:
+        return scale_of(self.scale, count)

@@ -1,16 +1,16 @@
 """Scaled sum of task vectors."""
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
-from lightning_merge.combiners._base import Combiner
-from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
-from lightning_merge.weights import State, Weights, add_, zero_, zeros
+from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._scale import Scale, check_scale, scale_of
+from lightning_merge.weights import State, Weights, add_, zero_
 
 
 @final
 @dataclass(frozen=True)
-class Sum(Combiner):
+class Sum(Elementwise):
     """Task arithmetic: ``scale * (v_1 + ... + v_t)``.
 
     Args:
@@ -38,17 +38,14 @@ class Sum(Combiner):
     def removable(self) -> bool:
         return True
 
-    def init(self, like: Weights) -> State:
-        return {"sum": zeros(like), "updates": 0}
+    def _step(self, kept: Any, new: Any, count: int) -> None:
+        kept += new
 
-    def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        add_(state["sum"], vector)
+    def _factor(self, count: int) -> float:
+        return scale_of(self.scale, count)
 
     def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
         if state["updates"] == 1:
-            zero_(state["sum"])
+            zero_(state["kept"])
         else:
-            add_(state["sum"], vector, -1.0)
-
-    def result(self, state: State) -> Weights | None:
-        return scaled_result(state, "sum", self.scale)
+            add_(state["kept"], vector, -1.0)

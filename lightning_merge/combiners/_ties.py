@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
-from lightning_merge.combiners._trim import TopK, trimmed
-from lightning_merge.weights import State, Weights, zeros
+from lightning_merge.combiners._trim import TopK, reaching, trim_level
+from lightning_merge.weights import State, Weights, array, average_dtype, in_threads, part, parts
 
 _MOST_IN_A_BYTE = 255
 
@@ -81,37 +81,50 @@ class TIES(Combiner):
         return "model" if self.scope == "global" else "tensor"
 
     def init(self, like: Weights) -> State:
-        state: State = {"positive": zeros(like), "negative": zeros(like)}
+        def zeros(dtype: torch.dtype | None = None) -> Weights:
+            return {
+                name: torch.zeros(t.shape, dtype=average_dtype(t) if dtype is None else dtype, device=t.device)
+                for name, t in like.items()
+            }
+
+        state: State = {"positive": zeros(), "negative": zeros()}
         if self.divisor is not None:
             dtype = torch.uint8 if self.divisor == "count" else torch.float32
-            state["positives"] = {name: torch.zeros_like(t, dtype=dtype) for name, t in like.items()}
-            state["negatives"] = {name: torch.zeros_like(t, dtype=dtype) for name, t in like.items()}
+            state |= {"positives": zeros(dtype), "negatives": zeros(dtype)}
         if not self.weighted_sign:
-            state["votes"] = zeros(like)
+            state["votes"] = zeros()
         return {**state, "updates": 0}
 
     @torch.no_grad()
     def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        weight = self.weights.get(task, 1.0)
         if state["updates"] == _MOST_IN_A_BYTE and self.divisor == "count":
             for key in ("positives", "negatives"):
                 state[key] = {name: counts.int() for name, counts in state[key].items()}
-        for group in [vector] if self.scope == "global" else [{name: tensor} for name, tensor in vector.items()]:
-            for name, kept in trimmed(group, self.density, self.topk_rule):
-                kept = kept.to(state["positive"][name])
-                if not self.weighted_sign:
-                    state["votes"][name] += kept
-                self._count(state, name, kept, weight)
-                state["positive"][name].add_(kept.clamp(min=0), alpha=weight)
-                state["negative"][name].add_(kept.clamp(max=0), alpha=weight)
+        weight = self.weights.get(task, 1.0)
+        if self.scope == "global":
+            level = trim_level(list(vector.values()), self.density, self.topk_rule)
+            for name in vector:
+                level = self._add(state, name, vector, weight, level)
+        else:
+            in_threads(lambda name: self._add(state, name, vector, weight, self._level(vector[name])), vector)
 
-    def _count(self, state: State, name: str, kept: Tensor, weight: float) -> None:
-        if self.divisor == "count":
-            state["positives"][name] += kept > 0
-            state["negatives"][name] += kept < 0
-        elif self.divisor == "weight_sum":
-            state["positives"][name].add_(kept > 0, alpha=weight)
-            state["negatives"][name].add_(kept < 0, alpha=weight)
+    def _level(self, tensor: Tensor) -> tuple[float, int]:
+        return trim_level([tensor], self.density, self.topk_rule)
+
+    def _add(
+        self, state: State, name: str, vector: Weights, weight: float, level: tuple[float, int]
+    ) -> tuple[float, int]:
+        """Takes in what reaches the level of one tensor; returns it with the room that is left for equal ones."""
+        threshold, room = level
+        sums = {key: group[name] for key, group in state.items() if isinstance(group, dict)}
+        source = {**sums, "new": vector[name]}
+        for where in parts({"": sums["positive"]}):
+            piece = {key: part({"": tensor}, where)[""] for key, tensor in source.items()}
+            new = array(piece.pop("new").to(piece["positive"]).reshape(-1))
+            into = {key: array(tensor.view(-1)) for key, tensor in piece.items()}
+            mask, room = reaching(new, threshold, room)
+            _accumulate(into, new * mask, weight, counted=self.divisor == "count")
+        return threshold, room
 
     @torch.no_grad()
     def result(self, state: State) -> Weights | None:
@@ -142,3 +155,17 @@ class TIES(Combiner):
             signs = torch.where(signs == 0, signs.sum().sign() if majority is None else majority, signs)
             return torch.where(signs > 0, positive, negative)
         return torch.where(signs > 0, positive, torch.where(signs < 0, negative, 0.0))
+
+
+def _accumulate(into: dict[str, Any], kept: Any, weight: float, counted: bool) -> None:
+    """Adds the kept entries to each sum of the state that there is; arrays of NumPy or tensors."""
+    positive, negative = kept > 0, kept < 0
+    if "positives" in into:
+        into["positives"] += positive if counted else positive * weight
+        into["negatives"] += negative if counted else negative * weight
+    if "votes" in into:
+        into["votes"] += kept
+    if weight != 1:
+        kept = kept * weight
+    into["positive"] += kept.clip(0, None)
+    into["negative"] += kept.clip(None, 0)

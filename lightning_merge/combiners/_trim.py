@@ -1,14 +1,17 @@
 """The entries of a task vector that are largest in magnitude."""
 
-from collections.abc import Iterator
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge.weights import Weights, average_dtype
+from lightning_merge.weights import array, average_dtype
 
 TopK: TypeAlias = Literal["exact", "official_plus_one"]
+
+_BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
 
 def count_of(share: float, size: int) -> int:
@@ -21,48 +24,65 @@ def count_of(share: float, size: int) -> int:
     return int(share * size + 1e-9)
 
 
-def kth_largest(tensors: list[Tensor], k: int) -> float:
-    """The k-th largest magnitude of all the tensors taken together, exactly; k starts at 1.
+def kth_largest(tensors: Sequence[Tensor], k: int) -> tuple[float, int]:
+    """The k-th largest magnitude of all the tensors together, and how many of the k largest are equal to it.
 
     Example:
-        >>> kth_largest([torch.tensor([-3.0, 1.0]), torch.tensor([2.0])], k=2)
-        2.0
+        >>> kth_largest([torch.tensor([-3.0, 1.0]), torch.tensor([2.0, -2.0])], k=2)
+        (2.0, 1)
     """
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    magnitudes = flat.to(average_dtype(flat)).abs_()
-    if magnitudes.device.type != "cpu":
-        return float(torch.topk(magnitudes, k, sorted=False).values.min())
-    place = magnitudes.numel() - k
-    values = magnitudes.numpy()  # torch's own selection takes ten times as long on a CPU
-    values.partition(place)
-    return float(values[place])
+    magnitudes = array(flat.to(average_dtype(flat)).abs_())
+    if isinstance(magnitudes, Tensor):
+        top = torch.topk(magnitudes, k, sorted=False).values
+        return float(top.min()), int((top == top.min()).sum())
+    # Numbers of one sign are in the order of their bits, and integers are selected twice as fast.
+    bits = magnitudes.view(_BITS[magnitudes.dtype])
+    bits.partition(len(bits) - k)
+    top = magnitudes[len(bits) - k :]
+    return float(top[0]), int(np.count_nonzero(top == top[0]))
 
 
-@torch.no_grad()
-def trimmed(vector: Weights, density: float, topk_rule: TopK) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with all but the largest entries set to zero, in float32 or wider.
+def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK) -> tuple[float, int]:
+    """The magnitude from which on entries are kept, and how many of those that are equal to it.
 
     Args:
-        vector: The tensors that are ranked together.
+        tensors: What is ranked together.
         density: Share of entries that is kept, in ``(0, 1]``.
-        topk_rule: ``"exact"`` keeps ``density * size`` rounded down but at least one, of equal ones those that come
-            first, and tensors of zeros (frozen ones) do not count. ``"official_plus_one"`` keeps one more, and all that
-            equal the last one kept.
-
-    Example:
-        >>> [(name, trimmed.tolist()) for name, trimmed in trimmed({"w": torch.tensor([1.0, -3.0, 2.0])}, 0.4, "exact")]
-        [('w', [0.0, -3.0, 0.0])]
+        topk_rule: ``"exact"`` keeps ``density * size`` rounded down but at least one, and tensors of zeros (frozen
+            ones) among others do not count; ``"official_plus_one"`` keeps one more, and all that equal the last one.
     """
     exact = topk_rule == "exact"
-    ranked = [tensor for tensor in vector.values() if tensor.numel() and not (exact and not tensor.any())]
+    frozen_count = len(tensors) == 1 or not exact
+    ranked = [tensor for tensor in tensors if tensor.numel() and (frozen_count or tensor.any())]
     size = sum(tensor.numel() for tensor in ranked)
-    k = max(1, count_of(density, size)) if exact else min(int(density * size) + 1, size)
-    threshold = kth_largest(ranked, k) if ranked else 0.0
-    room = k - sum(int((tensor.abs() > threshold).sum()) for tensor in ranked) if exact else size
-    for name, tensor in vector.items():
-        mask, taken = _reaching(tensor, threshold, room)
-        room -= taken
-        yield name, tensor * mask
+    if not ranked:
+        return 0.0, 0
+    if exact:
+        return kth_largest(ranked, max(1, count_of(density, size)))
+    return kth_largest(ranked, min(int(density * size) + 1, size))[0], size
+
+
+def reaching(values: Any, level: float, room: int) -> tuple[Any, int]:
+    """A mask of the magnitudes above the level and the first ``room`` of those equal to it; what room is left.
+
+    Args:
+        values: Array of NumPy or tensor, of one dimension.
+        level: From ``trim_level``.
+        room: How many that are equal to it are still kept.
+
+    Example:
+        >>> reaching(torch.tensor([1.0, -2.0, 3.0, 2.0]), level=2.0, room=1)
+        (tensor([False,  True,  True, False]), 0)
+    """
+    magnitudes = abs(values)
+    mask = magnitudes >= level
+    equal = magnitudes == level
+    count = int(equal.sum()) if isinstance(equal, Tensor) else int(np.count_nonzero(equal))
+    if count > room:
+        places = equal.nonzero()
+        mask[(places[:, 0] if isinstance(equal, Tensor) else places[0])[room:]] = False
+    return mask, max(room - count, 0)
 
 
 @torch.no_grad()
@@ -80,15 +100,5 @@ def _first(tensor: Tensor, k: int) -> Tensor:
     """A mask of the k largest magnitudes."""
     if k == 0 or tensor.numel() <= k:
         return torch.full_like(tensor, k > 0, dtype=torch.bool)
-    threshold = kth_largest([tensor], k)
-    mask, _ = _reaching(tensor, threshold, k - int((tensor.abs() > threshold).sum()))
-    return mask
-
-
-def _reaching(tensor: Tensor, threshold: float, room: int) -> tuple[Tensor, int]:
-    """A mask of the magnitudes above the threshold and the first of those equal to it, and how many those are."""
-    magnitudes = tensor.abs()
-    mask = magnitudes > threshold
-    equal = (magnitudes == threshold).reshape(-1).nonzero()[:room, 0]
-    mask.view(-1)[equal] = True
-    return mask, len(equal)
+    mask, _ = reaching(array(tensor.to(average_dtype(tensor)).reshape(-1)), *kth_largest([tensor], k))
+    return torch.as_tensor(mask).view(tensor.shape)

@@ -112,7 +112,7 @@ def test_a_tensor_cut_into_parts_gives_what_it_gives_whole(combiner, monkeypatch
 
     stream = vectors(4)
     expected = bits(combiner.combine(iter(stream)))
-    monkeypatch.setattr(weights.parts, "__defaults__", (5,))
+    monkeypatch.setattr(weights.parts, "__defaults__", ("element", 5))
     assert bits(combiner.combine(stream)) == expected
 
 
@@ -233,6 +233,18 @@ def test_a_vector_is_taken_out_again_where_the_rule_allows_it(combiner):
 @every_combiner
 def test_repr_makes_the_combiner_again(combiner):
     assert eval(repr(combiner), vars(lightning_merge.combiners)) == combiner
+
+
+@every_combiner
+def test_layout_in_memory_does_not_matter(combiner):
+    stream = vectors(3)
+    expected = combiner.combine(stream)
+    for vector in stream:
+        vector["conv"] = vector["conv"].to(memory_format=torch.channels_last)
+        vector["layer.weight"] = vector["layer.weight"].T.contiguous().T
+    for found in (combiner.combine(stream), combiner.combine(iter(stream))):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, msg=name)
 
 
 @every_combiner
