@@ -6,6 +6,7 @@ if __name__ != "lightning_merge.callbacks":
 
 from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
 from lightning_merge.callbacks._anchor import Anchor
+from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._continual_merging import ContinualMerging
 from lightning_merge.callbacks._doctor import Doctor
@@ -30,6 +31,7 @@ __all__ = [
     "TWA",
     "AcceptIfBetter",
     "Anchor",
+    "BranchStrategy",
     "Branching",
     "ContinualMerging",
     "Doctor",

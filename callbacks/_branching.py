@@ -12,8 +12,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge.branches import Branches, InTurn, Policy
+from lightning_merge.branches import Branches, InTurn, OnePerRank, Policy
 from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._published import Published, Validate
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import resolved
@@ -131,6 +132,7 @@ class Branching(Published):
 
         self._active_schedule = schedule
         self._set: Branches | None = None
+        self._strategy: BranchStrategy | None = None  # one branch per process
         self._policy_state: State | None = None
         self._saved: State | None = None  # branches of a file or of an earlier fit, until there are live ones
         self._trained = 0  # turns that weights have changed in, over all branches
@@ -153,7 +155,9 @@ class Branching(Published):
 
     @property
     def ready(self) -> bool:
-        return self._set is not None and self._trained > 0
+        # The mean of several processes cannot be made any more when one of them has failed.
+        failed = self._strategy is not None and self._publisher is not None and self._publisher.interrupted
+        return self._set is not None and self._trained > 0 and not (failed and self._mean is None)
 
     @property
     def equal(self) -> bool:
@@ -211,30 +215,39 @@ class Branching(Published):
         if sharded := _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
             raise ValueError(
                 f"{min(sharded)} shards parameters, and {self.title} exchanges whole ones in turn. Use `strategy='ddp'`"
-                " or a single device."
+                " or a single device, or `strategy=BranchStrategy()` for a branch in each process."
             )
+        self._strategy = trainer.strategy if isinstance(trainer.strategy, BranchStrategy) else None
+        if self._strategy is not None and stage == "fit":
+            self._strategy.place(self.branches, same_batches=self.batches == "same")
+            self._check_ranks()
         super().setup(trainer, pl_module, stage)
+
+    def _check_ranks(self) -> None:
+        if self.buffers == "shared":
+            raise ValueError(
+                "`buffers='shared'` is one set for branches in turn, and branches in several processes have one each:"
+                " use 'recompute' or 'average'."
+            )
+        if self.inactive == "cpu":
+            raise ValueError("`inactive='cpu'` is for branches in turn; in a process of its own each is always active.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the branches, or goes on with those of an earlier fit or a checkpoint."""
         super().on_fit_start(trainer, pl_module)
         publisher = self._publisher
         assert publisher is not None
-        steps_per = self.branches if self.batches == "turns" else 1
+        steps_per = self.branches if self.batches == "turns" and self._strategy is None else 1
         (self._active_schedule,) = resolved(trainer, [self.schedule], steps_per)
         if self._set is not None and not self._resumed:
             goes_on = self.ending is None or self.ending.is_live(pl_module)
-            self._saved = self._set.save() if goes_on else None
+            # A process of its own has its branch in the module again.
+            apart: State = {"active": 0, "weights": {}, "optimizers": {}}
+            kept = self._set.save() if self._strategy is None else apart
+            self._saved = kept if goes_on else None
             publisher.continue_fit(self)
         self._mean = None
-        self._set = InTurn(
-            pl_module,
-            trainer.optimizers,
-            self.branches,
-            selection=self.selection,
-            buffers="average" if self.buffers == "average" else "shared",
-            inactive=self.inactive,
-        )
+        self._set = self._made(trainer, pl_module)
         self._fits(self._saved)
         if self._saved is not None:
             self._set.load(self._saved)
@@ -251,6 +264,22 @@ class Branching(Published):
             publisher.patches.replace(pl_module, "lr_scheduler_step", self._step_scheduler)
         publisher.begin(self, trainer.optimizers[self.optimizer])
 
+    def _made(self, trainer: Trainer, module: LightningModule) -> Branches:
+        optimizers, buffers = trainer.optimizers, self.buffers
+        kind: Any = "average" if buffers == "average" else "shared"
+        if self._strategy is not None:
+            placement = self._strategy.placement
+            return OnePerRank(
+                module,
+                optimizers,
+                self.branches,
+                selection=self.selection,
+                buffers=kind,
+                placement=placement,
+                broadcast=self._saved is None,
+            )
+        return InTurn(module, optimizers, self.branches, selection=self.selection, buffers=kind, inactive=self.inactive)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every branch starts with the optimizers as they are now, after everything was restored."""
         assert self._set is not None
@@ -258,6 +287,8 @@ class Branching(Published):
             self._last_epoch = trainer.current_epoch
         if self._saved is None or not self._saved["optimizers"]:
             self._set.fork_optimizers()
+        else:
+            self._set.load_optimizers(self._saved)
         self._saved = None
         if self.policy.restarts and not self._good:
             self._good = weights.copies(self.tensors)
@@ -303,9 +334,12 @@ class Branching(Published):
         progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         steps = self.steps
 
+        calls = progress.total.completed
+
         def ends() -> bool:
-            # The module accumulates gradients as it likes: a turn is over when the optimizer has stepped.
-            return self.steps > steps
+            # The module accumulates gradients as it likes: a turn is over when the optimizer has stepped. Processes
+            # have to agree on that also if a gradient scaler has skipped the step of one.
+            return self.steps > steps or (self._strategy is not None and bool(progress.total.completed > calls))
 
         return self._train(original, kwargs, progress, ends, keep_gradients=True)
 
@@ -329,10 +363,12 @@ class Branching(Published):
         assert self._set is not None
         assert self._publisher is not None
         self._mean = None
-        everyone = self.batches == "same"
+        ranks = self._strategy is not None
+        everyone = self.batches == "same" and not ranks
         counted = progress.state_dict()
         output = None
-        for branch in range(self._turn, self.branches) if everyone else [self._turn]:
+        turns = range(self._turn, self.branches) if everyone else [self._set.active if ranks else self._turn]
+        for branch in turns:
             if everyone:
                 progress.load_state_dict(counted)
             self._set.activate(branch)
@@ -341,7 +377,7 @@ class Branching(Published):
             if self._recent is not None:
                 self._recent.keep()
             if everyone or ends():
-                self._turn = branch + 1
+                self._turn = self.branches if ranks else branch + 1
             if ends():
                 self._trained += 1
         if self._turn == self.branches:
@@ -359,7 +395,7 @@ class Branching(Published):
                 " `dataloader_iter`."
             )
         batch = kwargs["batch"]
-        if self.batches == "same" and branch < self.branches - 1:
+        if self.batches == "same" and self._strategy is None and branch < self.branches - 1:
             batch = apply_to_collection(batch, Tensor, torch.clone)  # a step may write to its batch
         if self.augmentations is not None:
             with torch.no_grad():
@@ -459,7 +495,9 @@ class Branching(Published):
 
     def save(self) -> dict[str, Any]:
         saved = {field: getattr(self, field) for field in _SAVED}
-        branches = None if self._set is None else self._set.save()
+        assert self._publisher is not None
+        failed = self._strategy is not None and self._publisher.interrupted
+        branches = None if self._set is None or failed else self._set.save()
         if branches is not None and self.equal:
             branches["weights"] = {}  # all are the live one, which the file has
         return {

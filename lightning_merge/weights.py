@@ -416,6 +416,19 @@ def mean_over_ranks_(weights: Weights) -> None:
     torch._foreach_copy_(floats, [part.view_as(t) for part, t in zip(parts, floats, strict=True)])
 
 
+def flatten(weights: Mapping[str, Tensor]) -> Tensor:
+    """All numbers in one new tensor, in the widest precision that an average of any of them is kept in."""
+    dtypes = {average_dtype(t) for t in weights.values()}
+    dtype = max(dtypes, key=lambda dtype: dtype.itemsize)
+    return torch.cat([t.detach().reshape(-1).to(dtype) for t in weights.values()])
+
+
+def unflatten(flat: Tensor, reference: Mapping[str, Tensor]) -> Weights:
+    """The parts of ``flatten``'s result, in its precision and in the shapes of ``reference``."""
+    parts = torch.split(flat, [t.numel() for t in reference.values()])
+    return {name: part.view(t.shape) for part, (name, t) in zip(parts, reference.items(), strict=True)}
+
+
 def first_mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str | None:
     """The first difference in names or shapes, in words; ``None`` if there is none."""
     for name, tensor in expected.items():

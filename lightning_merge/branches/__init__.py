@@ -1,6 +1,7 @@
 """Branches: several sets of weights, buffers and optimizer state of one module, which train apart and mix.
 
-``Branches`` says what a set of branches can do; ``InTurn`` places them one after the other in one module on one device.
+``Branches`` says what a set of branches can do. ``InTurn`` places them one after the other in one module on one device,
+``OnePerRank`` side by side in the processes of a distributed run.
 A **policy** says how they mix. To add a method, write a frozen dataclass with ``merge(state, branches)``:
 
     @final
@@ -20,6 +21,7 @@ same in both placements; what it must remember it puts into ``state``, which is 
 from lightning_merge.branches._average import Average
 from lightning_merge.branches._base import Branches, Matrix, uniform
 from lightning_merge.branches._in_turn import InTurn
+from lightning_merge.branches._one_per_rank import OnePerRank, Placement
 from lightning_merge.branches._policy import Policy
 
-__all__ = ["Average", "Branches", "InTurn", "Matrix", "Policy", "uniform"]
+__all__ = ["Average", "Branches", "InTurn", "Matrix", "OnePerRank", "Placement", "Policy", "uniform"]

@@ -155,13 +155,27 @@ class Branches(ABC):
 
     @abstractmethod
     def load(self, saved: State) -> None:
-        """Takes over what ``save`` gave; the module and the optimizers hold the branch that was active then."""
+        """Takes over the weights that ``save`` gave; the module holds those of the branch that was active then.
+
+        Branches that it has no weights of are as the module is.
+        """
+
+    @abstractmethod
+    def load_optimizers(self, saved: State) -> None:
+        """Takes over the states that ``save`` gave, once the optimizers have theirs of the branch that was active."""
 
     @abstractmethod
     def to_host(self) -> None:
         """The fit is over: weights go to host memory, optimizer states are dropped."""
 
     # ----
+
+    def _look_up(self) -> None:
+        everything = weights.named_tensors(self.module)
+        chosen = self.selection.parameters(self.module)
+        # What was branched once stays so, also while it is frozen.
+        self._live_parameters = {n: t for n, t in everything.items() if n in chosen or n in self._live_parameters}
+        self._live_buffers = weights.named_buffers(self.module) if self.buffers == "average" else {}
 
     def _mixed(self, sets: Sequence[Mapping[str, Tensor]], matrix: Matrix) -> None:
         """Mixes sets that are all at hand, in place."""

@@ -120,12 +120,9 @@ class InTurn(Branches):
         return self._waiting[branch]
 
     def refresh(self) -> None:
-        everything = weights.named_tensors(self.module)
-        chosen = self.selection.parameters(self.module)
-        live = {name: t for name, t in everything.items() if name in chosen or name in self._live_parameters}
-        new = {name: t for name, t in live.items() if name not in self._live_parameters}
-        self._live_parameters = live
-        self._live_buffers = weights.named_buffers(self.module) if self.buffers == "average" else {}
+        known = self._live_parameters.keys()
+        self._look_up()
+        new = {name: t for name, t in self._live_parameters.items() if name not in known}
         for waiting in self._waiting:
             if waiting:
                 waiting.update(self._copies(new))
@@ -189,6 +186,8 @@ class InTurn(Branches):
         self._waiting = [{} if self._in_module(j) else self._copies() for j in self.own]
         for branch, waiting in saved["weights"].items():
             weights.copy_(self._waiting[branch], waiting)
+
+    def load_optimizers(self, saved: State) -> None:
         for branch, states in saved["optimizers"].items():
             self._states[branch] = [
                 self._put_away(number, optimizer_states.unpacked(optimizer, state))

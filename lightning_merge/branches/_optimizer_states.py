@@ -54,6 +54,19 @@ def unpacked(optimizer: Optimizer, saved: State) -> dict[Any, Any]:
         exchanged(optimizer, before)
 
 
+def parts(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of an optimizer's state that have their parameter's shape, and the others, which count."""
+    moments: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                kind = moments if value.shape == parameter.shape and value.is_floating_point() else counts
+                kind[f"{number}.{key}"] = value
+    return moments, counts
+
+
 @torch.no_grad()
 def average_(states: Sequence[Mapping[Any, Any]]) -> None:
     """Makes tensors of the parameter's shape the mean over the states that have them, and all else the largest.

@@ -168,6 +168,7 @@ class Lookaround(Optimizer):
             )
         self._groups, self.merges = own["groups"], own["merges"]
         self._set.load(own)
+        self._set.load_optimizers(own)
 
     def _merge(self) -> None:
         diverged = self._set.diverged()

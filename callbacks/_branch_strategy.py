@@ -1,0 +1,49 @@
+"""A strategy in which every process, or group of processes, trains a branch of its own."""
+
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_merge.branches import Placement
+
+
+class BranchStrategy(DDPStrategy):
+    """Processes that train branches side by side: gradients are not synchronised, weights are when branches merge.
+
+    For ``Lookaround`` and the other callbacks that train branches, which find it in the Trainer and train one branch
+    per process; with a multiple of as many processes, each branch has a group of processes that train it by DDP. With
+    ``batches="same"`` all branches get the same batches, otherwise each process its own share of the data. Arguments
+    are those of Lightning's ``DDPStrategy``.
+
+    Raises:
+        ValueError: At fit start if no callback trains branches, or their number does not divide that of the processes.
+
+    Example:
+        >>> BranchStrategy(process_group_backend="gloo").process_group_backend
+        'gloo'
+    """
+
+    placement: Placement | None = None
+    _same_batches = False
+
+    def place(self, branches: int, same_batches: bool) -> None:
+        """Divides the processes among branches; the callback calls it when they have found each other."""
+        self.placement = Placement(branches)
+        self._same_batches = same_batches
+
+    def configure_ddp(self) -> None:
+        """Leaves the module bare, or wraps it for the processes of its branch alone."""
+        if self.placement is None:
+            raise ValueError(
+                "BranchStrategy trains branches: add a callback that does, such as Lookaround, or use `strategy='ddp'`."
+            )
+        if self.placement.size > 1:
+            self._ddp_kwargs["process_group"] = self.placement.within
+            super().configure_ddp()
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Data is divided among the processes that see different batches."""
+        if self.placement is not None and self._same_batches:
+            return {"num_replicas": self.placement.size, "rank": self.placement.place}
+        return super().distributed_sampler_kwargs
