@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_merge import weights
 from lightning_merge.diagnostics import between
+from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._published import Published
@@ -70,10 +70,10 @@ class AcceptIfBetter(Callback):
         copied = {name: merged[name] for name in average.buffer_names}
         scores = self.scores[average.name] = {}
         for share in self.shares:
-            point = {**between(raw, merged, share), **copied} if 0 < share < 1 else merged if share else raw
-            fitted = weights.like(point, average.tensors)
+            point: Weights = {**between(raw, merged, share), **copied} if 0 < share < 1 else merged if share else raw
             if 0 < share < 1:
-                fitted |= weights.like(average.statistics(point), average.tensors)
+                point |= average.statistics(publisher.publishable(average, point))
+            fitted = publisher.publishable(average, point)
             scores[share] = publisher.validation.probe(average, fitted)[self.monitor]
         sign = 1 if self.mode == "min" else -1
         best = min(scores, key=lambda share: (sign * scores[share], -share))

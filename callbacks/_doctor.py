@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_merge import weights
 from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
 from lightning_merge.diagnostics import Examination, examine
 from lightning_merge.weights import Weights
@@ -61,7 +60,7 @@ class Doctor(Callback):
 
     def _examine(self, publisher: "Publisher", average: "Published") -> Examination:
         def loss(candidate: Weights) -> float:
-            return publisher.validation.probe(average, weights.like(candidate, average.tensors))[self.monitor]
+            return publisher.validation.probe(average, publisher.publishable(average, candidate))[self.monitor]
 
         return examine(
             {"raw": average.raw_weights(), average.name: publisher.set_of(average)},

@@ -243,10 +243,14 @@ class Publisher:
         return {name: set_aside.get(name, tensor).detach() for name, tensor in average.tensors.items()}
 
     def set_of(self, average: "Published") -> Weights:
-        """The merged tensors of an average as they are published: in the live dtype, buffers equal on all ranks."""
+        """The merged tensors of an average as they are published."""
         if not self.interrupted:
             average.recalibrate()
-        published = weights.like(average.published_weights() or {}, average.tensors)
+        return self.publishable(average, average.published_weights() or {})
+
+    def publishable(self, average: "Published", tensors: Mapping[str, Tensor]) -> Weights:
+        """Any tensors in the place of an average's: in the live dtype, buffers equal on all ranks."""
+        published = weights.like(tensors, average.tensors)
         # Buffers are handed out as copies: a DDP forward broadcasts into them, and they are small.
         buffers = weights.copies({name: published[name] for name in average.buffer_names})
         if not self.interrupted:

@@ -13,7 +13,8 @@ Made from the cards by `python docs/make_table.py`; change a card, not this page
 the settings that matter and the reference.
 
 """
-COLUMNS = ("method", "use it", "not", "metric", "cost", "BatchNorm and buffers", "strategies", "import", "measured")
+WHEN = ("method", "use it", "do not use it", "measured")
+TAKES = ("method", "needs a metric", "cost", "BatchNorm and buffers", "strategies", "import")
 
 
 def cards() -> list[Path]:
@@ -22,24 +23,39 @@ def cards() -> list[Path]:
 
 def table() -> str:
     """The whole page."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *(_row(path.name, path.read_text(encoding="utf-8")) for path in cards())]
-    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in cards()}
+    return (
+        HEAD
+        + "## Which one\n\n"
+        + _table(WHEN, [_when(name, card) for name, card in texts.items()])
+        + "\n## What it takes\n\n"
+        + _table(TAKES, [_takes(name, card) for name, card in texts.items()])
+    )
 
 
-def _row(name: str, card: str) -> tuple[str, ...]:
-    title = card.splitlines()[0].removeprefix("# ")
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ("---",) * len(columns), *rows])
+
+
+def _when(name: str, card: str) -> tuple[str, ...]:
+    return (
+        f"[{card.splitlines()[0].removeprefix('# ')}]({name})",
+        _paragraph(card, "Use it"),
+        _paragraph(card, "Do not use it"),
+        _measured(_paragraph(card, "Results", whole=True)),
+    )
+
+
+def _takes(name: str, card: str) -> tuple[str, ...]:
     imported = re.search(r"^from (lightning_merge[\w.]*) import (.+)$", card, flags=re.MULTILINE)
     snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
     return (
-        f"[{title}]({name})",
-        _paragraph(card, "Use it"),
-        _paragraph(card, "Do not use it"),
+        f"[{card.splitlines()[0].removeprefix('# ').partition(':')[0]}]({name})",
         "yes" if snippet and "monitor=" in snippet[1] else "no",
         _paragraph(card, "Cost"),
         _paragraph(card, "Buffers"),
         _strategies(_paragraph(card, "Does not combine with", whole=True)),
         f"`from {imported[1]} import {imported[2]}`" if imported else "",
-        _measured(_paragraph(card, "Results", whole=True)),
     )
 
 

@@ -47,8 +47,8 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
         again = bench.metrics(path=path)
         same = all(_equal(value, again.get(name), tolerance) for name, value in metrics.items())
         agrees &= same
-        figures = ", ".join(f"{name} {value:.6g} recorded, {_show(again.get(name))}" for name, value in metrics.items())
-        lines.append(f"  {'equal  ' if same else 'DIFFERS'}  {shown} ({holds}): {figures} measured again")
+        figures = "; ".join(f"{k} recorded {v:.6g}, measured {_show(again.get(k))}" for k, v in metrics.items())
+        lines.append(f"  {'equal  ' if same else 'DIFFERS'}  {shown} ({holds}): {figures}")
     verdict = "hold the weights their scores were measured on" if agrees else "do NOT all hold what was measured"
     return "\n".join([f"{run}: {len(recorded)} files {verdict}", *lines]), agrees
 

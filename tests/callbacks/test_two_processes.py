@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from tiny import NetParts, batches, differing, of, read, score, trainer, validation, values
 from torch import Tensor
 
-from lightning_merge.callbacks import EMA, SWA
+from lightning_merge.callbacks import EMA, SWA, AcceptIfBetter, Doctor, teacher
 from lightning_merge.selections import Selection
 
 pytestmark = pytest.mark.multiprocess
@@ -60,15 +60,33 @@ class Witness(Callback):
         torch.save(self.found, self.root / f"rank{trainer.global_rank}.pt")
 
 
+class Told(Callback):
+    """Hands the witness what judge and doctor found."""
+
+    def __init__(self, judge: AcceptIfBetter, doctor: Doctor) -> None:
+        self.judge, self.doctor = judge, doctor
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        (witness,) = (callback for callback in trainer.callbacks if isinstance(callback, Witness))  # type: ignore[attr-defined]
+        (scores,) = self.judge.scores.values()
+        (found,) = self.doctor.examinations.values()
+        witness.found["told"] = {"scores": scores, "line": found.line, "verdict": found.verdict}
+
+
 def run(
-    root: Path, *callbacks: Callback, average: Any = None, epochs: int = 2, ckpt_path: Path | None = None
+    root: Path,
+    *callbacks: Callback,
+    average: Any = None,
+    epochs: int = 2,
+    ckpt_path: Path | None = None,
+    module: LightningModule | None = None,
 ) -> list[dict[str, Any]]:
     """Two processes, forked from this one; returns what each saw."""
     root.mkdir(exist_ok=True)
     strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
     callbacks = (*callbacks, Witness(root, average))
     fit = trainer(root, callbacks, strategy=strategy, devices=2, max_epochs=epochs)
-    fit.fit(of(SyncedParts)(norm=True), batches(8), validation(), ckpt_path=ckpt_path)
+    fit.fit(module or of(SyncedParts)(norm=True), batches(8), validation(), ckpt_path=ckpt_path)
     return [torch.load(root / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -97,6 +115,33 @@ def test_one_set_is_measured_saved_and_published_whatever_the_buffers(policy: st
     assert not differing(file["state_dict"], first["validated"])
     assert not differing(file["state_dict"], first["end"])
     assert first["metrics"]["val/loss"].item() == pytest.approx(score(file["state_dict"], norm=True), rel=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["average", "recompute"])
+def test_judge_and_doctor_decide_alike_in_every_process_and_the_file_is_what_they_chose(
+    policy: str, tmp_path: Path
+) -> None:
+    average, judge, doctor = averages()[policy], AcceptIfBetter("val/loss", shares=(0.0, 0.5)), Doctor(points=1)
+    first, second = run(tmp_path, average, judge, doctor, ModelCheckpoint(tmp_path), Told(judge, doctor))
+    assert first["told"] == second["told"]
+    scores = first["told"]["scores"]
+    assert not differing(first["end"], second["end"])
+    file = read(tmp_path / f"{average.name}-final.ckpt")
+    assert not differing(file["state_dict"], first["end"])
+    assert score(file["state_dict"], norm=True) == pytest.approx(min(scores.values()), rel=1e-6)
+    assert first["metrics"]["val/loss"].item() == pytest.approx(min(scores.values()), rel=1e-6)
+
+
+def test_a_teacher_leaves_training_alike_in_every_process(tmp_path: Path) -> None:
+    class Taught(of(SyncedParts)):  # type: ignore[misc]
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            with teacher(self, "ema"):
+                target = self(batch[0])
+            return super().training_step(batch, batch_idx) + (self(batch[0]) - target).square().mean()
+
+    first, second = run(tmp_path, EMA(decay=0.5), module=Taught(norm=True))
+    assert differing(first["raw"], second["raw"]) == ["net.1.running_mean", "net.1.running_var"]
+    assert not differing(first["end"], second["end"])
 
 
 @pytest.mark.parametrize("validate", ["raw", "merged", "both"])
