@@ -6,6 +6,7 @@ if __name__ != "lightning_merge.callbacks":
 
 from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
 from lightning_merge.callbacks._anchor import Anchor
+from lightning_merge.callbacks._aswa import ASWA
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._continual_merging import ContinualMerging
@@ -24,6 +25,7 @@ from lightning_merge.callbacks._twa import TWA
 from lightning_merge.callbacks._weight_merging import WeightMerging
 
 __all__ = [
+    "ASWA",
     "EMA",
     "LAWA",
     "SWA",

@@ -264,11 +264,17 @@ class WeightMerging(Published):
         """
         if not self._start(nonfinite) or not self._active_schedule.due(moment):
             return
-        assert self._state is not None
-        self._active_rule.update(self._state, self._live)
+        if not self._update():
+            return
         weights.copy_(self._buffers, self._live_buffers)
         first = self.update_window[0] if self.update_window else moment.step
         self.update_window = (first, moment.step)
+
+    def _update(self) -> bool:
+        """Hands the live weights to the rule; whether they were taken in."""
+        assert self._state is not None
+        self._active_rule.update(self._state, self._live)
+        return True
 
     def _start(self, nonfinite: set[str]) -> bool:
         """Whether there is an average, and weights fit for it."""

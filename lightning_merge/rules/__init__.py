@@ -3,6 +3,7 @@
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
 from lightning_merge.rules._exponential_mean import ExponentialMean
+from lightning_merge.rules._gated_mean import GatedMean
 from lightning_merge.rules._interpolation import Interpolation
 from lightning_merge.rules._mean import Mean
 from lightning_merge.rules._valley_mean import ValleyMean
@@ -13,6 +14,7 @@ __all__ = [
     "DiffusersWarmup",
     "EmaPytorchWarmup",
     "ExponentialMean",
+    "GatedMean",
     "Interpolation",
     "Mean",
     "Rule",

@@ -1,0 +1,105 @@
+"""ASWA: adaptive stochastic weight averaging, a mean that validation guards."""
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_merge import weights
+from lightning_merge.callbacks._accept_if_better import refuse_without_validation
+from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
+from lightning_merge.rules import GatedMean
+from lightning_merge.schedules import EveryNEpochs
+from lightning_merge.selections import Selection
+from lightning_merge.weights import Weights
+
+
+class ASWA(WeightMerging):
+    """Adaptive stochastic weight averaging: the weights of an epoch's end join the mean if that is no worse.
+
+    At the end of each epoch the mean that would result is measured by a validation run of its own, which leaves nothing
+    in the logs: it doubles the cost of validation. If it is rejected nothing has been written. The score it decides by
+    flatters: report results on other data.
+
+    Args:
+        monitor: The metric that decides, under its plain name.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        start_epoch: Completed epochs at which the first weights are taken in: an int of at least 0, or a float in
+            [0, 1) as a share of the run.
+        every_n_epochs: Epochs between offers; at least 1.
+        hard: Also measures the weights of the epoch alone, which become the mean if they are better than both.
+        validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files.
+        selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
+            again under each candidate, on the last training batches.
+        optimizer: Index of the optimizer whose steps are counted.
+
+    Raises:
+        ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first
+            offer if validation does not log ``monitor``.
+
+    Example:
+        >>> ASWA(monitor="val/acc", mode="max").name
+        'aswa'
+
+    References:
+        Demir et al., "Adaptive stochastic weight averaging", 2024, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        mode: Literal["min", "max"] = "min",
+        start_epoch: int | float = 0.5,
+        every_n_epochs: int = 1,
+        hard: bool = False,
+        validate: Validate = "merged",
+        name: str = "aswa",
+        *,
+        selection: Selection | None = None,
+        optimizer: int = 0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+        super().__init__(
+            GatedMean(hard),
+            schedule=EveryNEpochs(every_n_epochs, start=start_epoch),
+            selection=selection or Selection(buffers="recompute"),
+            validate=validate,
+            name=name,
+            optimizer=optimizer,
+        )
+        self.decides_by = monitor
+        self.mode = mode
+
+    @property
+    def score(self) -> float | None:
+        """The score of the mean; ``None`` before there is one."""
+        if self._state is None or not self.ready:
+            return None
+        found = float(self._state["score"])
+        return found if self.mode == "max" else -found
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a run without validation."""
+        refuse_without_validation(self.title, trainer)
+        super().on_fit_start(trainer, pl_module)
+
+    def _update(self) -> bool:
+        """Offers the live weights to the mean."""
+        rule = self._active_rule
+        assert isinstance(rule, GatedMean)
+        assert self._state is not None
+        return rule.offer(self._state, self._live, self._score)
+
+    def _score(self, candidate: Weights) -> float:
+        """The score of weights in the place of the mean, higher is better."""
+        assert self._publisher is not None
+        fitted = weights.like({**candidate, **weights.copies(self._live_buffers)}, self.tensors)
+        fitted |= weights.like(self.statistics(fitted), self.tensors)
+        metrics = self._publisher.validation.probe(self, fitted)
+        if self.decides_by not in metrics:
+            raise ValueError(
+                f"`monitor` of {self.title} must be a metric that validation logs, got {self.decides_by!r}; it logs:"
+                f" {', '.join(sorted(metrics)) or 'none'}."
+            )
+        return metrics[self.decides_by] if self.mode == "max" else -metrics[self.decides_by]
