@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_merge import calibration, weights
+from lightning_merge._ranks import several
 from lightning_merge.callbacks._publisher import Ending, Publisher
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import recalibrate, restore_loader_position
@@ -205,8 +206,14 @@ class Published(Callback, ABC):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Raw weights are live whatever happens; only a fit that had already published needs them put back."""
-        if self._publisher is not None:
-            self._publisher.interrupt()
+        if self._publisher is None:
+            return
+        self._publisher.interrupt()
+        if several() and self._publisher.primary is self:
+            exception.add_note(
+                "lightning-merge: raw weights are in place in this process. If it lost the connection to another"
+                " process, that one failed first, and its error is the cause."
+            )
 
     # ---- for the publisher
 

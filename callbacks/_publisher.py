@@ -270,6 +270,9 @@ class Publisher:
         try:
             weights.exchange(live, merged, before)
             yield
+        except BaseException:
+            reshard(self.module, interrupted=True)
+            raise
         finally:
             reshard(self.module)
             weights.put_back(live, before)

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._ranks import several
 from lightning_merge.callbacks._published import Published, Validate
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import resolved
@@ -147,7 +148,7 @@ class WeightMerging(Published):
     def configuration(self) -> dict[str, Any]:
         fields = ("rule", "schedule", "selection", "stop_when_finished")
         ours = {f"`{field}` of {self.title}": repr(getattr(self, field)) for field in fields}
-        return {**super().configuration(), **ours}
+        return {**ours, **super().configuration()}
 
     def progress(self) -> dict[str, Any]:
         left_out = {f"how often {self.title} left out weights with a NaN": self.skipped_nonfinite}
@@ -187,6 +188,11 @@ class WeightMerging(Published):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to count optimizer steps, or goes on with the average of an earlier fit or a checkpoint."""
+        if self.rule.keeps_files and several():
+            raise ValueError(
+                f"{self.title} keeps its window on disk, and only one process can go on from such files, got"
+                f" {trainer.world_size}. Use `store='cpu'`; of sharded parameters each process keeps its part."
+            )
         super().on_fit_start(trainer, pl_module)
         assert self._publisher is not None
         self._active_rule, self._active_schedule = resolved(trainer, [self.rule, self.schedule])

@@ -4,6 +4,7 @@ Lightning puts ``state_dict`` and optimizer states there, and what the first pro
 tensors are in ``state_dict`` too, under names of their own that nobody else asks for, and ``meta.pt`` has those names.
 """
 
+import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,12 @@ def check_parts(path: Path) -> None:
     """
     expected = {path / ".metadata": 1, path / _META: 1}
     if (path / ".metadata").is_file():
-        for stored in _reader(path).read_metadata().storage_data.values():
+        try:
+            stored_parts = _reader(path).read_metadata().storage_data.values()
+        except (EOFError, pickle.UnpicklingError):
+            stored_parts = ()
+            expected[path / ".metadata"] = (path / ".metadata").stat().st_size + 1
+        for stored in stored_parts:
             file = path / stored.relative_path
             expected[file] = max(expected.get(file, 0), stored.offset + stored.length)
     wrong = [file for file, size in expected.items() if not file.is_file() or file.stat().st_size < size]

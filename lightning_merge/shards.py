@@ -13,14 +13,17 @@ from torch.utils._pytree import tree_map_with_path
 from lightning_merge.weights import is_sharded, named_tensors
 
 
-def reshard(module: nn.Module) -> None:
+def reshard(module: Any, *, interrupted: bool = False) -> None:
     """Lets go of the whole parameters that FSDP2 keeps after a forward pass without a backward pass.
 
     While it keeps them, the module's parameters are not the sharded ones, and what is written to those is not used.
+    After an interrupted forward pass it keeps those of modules that it does not reshard after each, as of the root.
     """
     for child in module.modules():
         if "FSDPModule" in {cls.__name__ for cls in type(child).__mro__}:
-            child.reshard()  # type: ignore[operator]
+            if interrupted:
+                child.set_reshard_after_forward(True, recurse=False)
+            child.reshard()
 
 
 def sharded_tensors(module: nn.Module) -> dict[str, Tensor]:

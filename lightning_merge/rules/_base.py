@@ -67,6 +67,11 @@ class Rule(ABC):
         """This rule with everything that was given relative to the run turned into steps."""
         return self
 
+    @property
+    def keeps_files(self) -> bool:
+        """Whether a state names files that it writes and removes, so that several processes cannot go on from one."""
+        return False
+
     def initial_share(self, state: State) -> float:
         """Share of the result that is still the weights of the start, in [0, 1]."""
         return 0.0

@@ -71,6 +71,10 @@ class WindowMean(Rule):
         if self.directory is not None:
             object.__setattr__(self, "directory", os.fspath(self.directory))
 
+    @property
+    def keeps_files(self) -> bool:
+        return self.store == "disk"
+
     def init(self, weights: Weights) -> State:
         check_room(self._place, weights, self.k + 1)
         return {"snapshots": [], "checkpointed": [], "updates": 0}
