@@ -1,0 +1,311 @@
+"""Times merging eight task vectors of a model against the memory-bandwidth limit and peers; measures peak memory.
+
+    pip install --target PEERS --no-deps mergekit fusion-bench
+    python benchmarks/combiners.py --processes 5 --peers PEERS --output benchmarks/results/combiners.json
+
+The limit is a flat in-place ``lerp_`` over as many float32 numbers as the model has, which moves 3 N numbers: merging
+all eight vectors at once has to move 9 N (read eight, write one), taking them in one at a time 24 N (each time read the
+vector and the state, write the state). Contestants take turns in one process; each process gives the ratio of medians,
+and the figure is the median over processes, with lowest and highest.
+
+TIES keeps 20 % of each vector, ranked per tensor against mergekit and over the whole vector against FusionBench, whose
+own functions are called on what they take: models around a base of zeros, and one matrix of all vectors. Memory is the
+peak resident size of a process above what it was before, in copies of the model (N); the vector handed in is one.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+TASKS = 8
+DENSITY = 0.2
+COPIES = {"at once": 9 / 3, "stream": 24 / 3}
+MEMORY = ("Sum", "Average", "MagMax", "TIES", "DARE", "Breadcrumbs")
+
+
+def shapes(model: str) -> dict[str, Any]:
+    import timm
+
+    return {name: p.shape for name, p in timm.create_model(model, pretrained=False).named_parameters()}
+
+
+def vectors(model: str, count: int) -> list[dict[str, Any]]:
+    import torch
+
+    torch.manual_seed(0)
+    layout = shapes(model)
+    return [{name: torch.randn(shape) * 1e-3 for name, shape in layout.items()} for _ in range(count)]
+
+
+def mergekit_ties(tasks: list[dict[str, Any]]) -> Callable[[], Any]:
+    """mergekit's own TIES, per tensor."""
+    import torch
+    from mergekit.merge_methods.base import TensorGroup
+    from mergekit.merge_methods.generalized_task_arithmetic import ConsensusMethod, GeneralizedTaskArithmeticMerge
+    from mergekit.sparsify import SparsificationMethod
+
+    ties = GeneralizedTaskArithmeticMerge(
+        ConsensusMethod.sum, SparsificationMethod.magnitude, True, False, "ties", None, None
+    )
+    ids = range(1, len(tasks) + 1)
+    parameters = {
+        "density": dict.fromkeys(ids, DENSITY),
+        "weight": dict.fromkeys(ids, 1.0),
+        "rescale": False,
+        "int8_mask": False,
+        "normalize": True,
+        "lambda": 1.0,
+    }
+    base = {name: torch.zeros_like(tensor) for name, tensor in tasks[0].items()}
+    return lambda: {
+        name: ties.merge_group(
+            TensorGroup.from_tensors([base[name], *(t[name] for t in tasks)], base_index=0), **parameters
+        )
+        for name in base
+    }
+
+
+def fusion_bench_ties(tasks: list[dict[str, Any]], peers: Path) -> Callable[[], Any]:
+    """FusionBench's own TIES, over the whole vector; its file is loaded alone, since the package needs many others."""
+    import torch
+
+    types_module = types.ModuleType("fusion_bench.utils.type")
+    types_module.StateDictType = dict  # type: ignore[attr-defined]
+    sys.modules.update({"fusion_bench.utils.type": types_module})
+    sys.modules.update({name: types.ModuleType(name) for name in ("fusion_bench", "fusion_bench.utils")})
+    path = peers / "fusion_bench" / "method" / "ties_merging" / "ties_merging_utils.py"
+    spec = importlib.util.spec_from_file_location("fusion_bench_ties", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flat = torch.stack([torch.cat([tensor.reshape(-1) for tensor in task.values()]) for task in tasks])
+
+    def merge() -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return module.ties_merging(flat, reset_thresh=int(100 * DENSITY), merge_func="mean")
+
+    return merge
+
+
+def speed(model: str, peers: Path | None, rounds: int) -> dict[str, float]:
+    """Milliseconds of each contestant, the median over rounds in which all take turns."""
+    import torch
+
+    from lightning_merge.combiners import TIES, Average, Breadcrumbs, Combiner, ExponentialAverage, MagMax, Sum
+
+    tasks = vectors(model, TASKS)
+    size = sum(tensor.numel() for tensor in tasks[0].values())
+    flat = torch.randn(2, size)
+
+    def stream(combiner: Combiner, check: bool) -> Callable[[], None]:
+        state = combiner.init(tasks[0])
+
+        def run() -> None:
+            for number, task in enumerate(tasks):
+                if check:
+                    combiner.update(state, task, task=number)
+                else:
+                    combiner._take(state, task, number)
+                    state["updates"] += 1
+
+        return run
+
+    quick = {
+        "limit": lambda: flat[0].lerp_(flat[1], 1e-3),
+        "at once: Sum": lambda: Sum(0.3).combine(tasks),
+        "at once: Average": lambda: Average().combine(tasks),
+        "at once: MagMax": lambda: MagMax().combine(tasks),
+        "at once: ExponentialAverage": lambda: ExponentialAverage().combine(tasks),
+        "stream: Sum": stream(Sum(0.3), check=False),
+        "stream: Sum, with the check for NaN": stream(Sum(0.3), check=True),
+        "stream: MagMax, with the check for NaN": stream(MagMax(), check=True),
+    }
+    official: dict[str, Any] = {"scope": "global", "topk_rule": "official_plus_one", "zero_sign": "official"}
+    slow: dict[str, Callable[[], Any]] = {
+        "at once: TIES": lambda: TIES(DENSITY, zero_sign="positive").combine(tasks),
+        "stream: TIES, with the check for NaN": stream(TIES(DENSITY, zero_sign="positive"), check=True),
+        "at once: TIES, ranked over the whole vector": lambda: TIES(DENSITY, **official).combine(tasks),
+        "at once: Breadcrumbs": lambda: Breadcrumbs().combine(tasks),
+    }
+    if peers is not None:
+        sys.path.append(str(peers))
+        slow["peer: mergekit TIES"] = mergekit_ties(tasks)
+        slow["peer: FusionBench TIES"] = fusion_bench_ties(tasks, peers)
+    times: dict[str, list[float]] = {name: [] for name in (*quick, *slow)}
+    with torch.no_grad():
+        for number in range(rounds + 1):
+            for name, run in quick.items() if number < rounds else (quick | slow).items():
+                start = time.perf_counter()
+                run()
+                times[name].append(1e3 * (time.perf_counter() - start))
+        result = {name: statistics.median(values[1:] or values) for name, values in times.items()}
+        if peers is not None:
+            ours = slow["at once: TIES"]()
+            theirs = slow["peer: mergekit TIES"]()
+            result["difference from mergekit"] = max(float((ours[n] - theirs[n]).abs().max()) for n in ours)
+            whole = torch.cat([t.reshape(-1) for t in slow["at once: TIES, ranked over the whole vector"]().values()])
+            result["difference from FusionBench"] = float((whole - slow["peer: FusionBench TIES"]()).abs().max())
+    return result
+
+
+def resident() -> int:
+    """Bytes of memory in use now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory(rule: str, count: int, model: str) -> dict[str, float]:
+    """Peak of a stream of vectors, beyond the memory before it, in copies of the model and in MB."""
+    import torch
+
+    from lightning_merge import combiners
+
+    layout = shapes(model)
+    size = 4 * sum(shape.numel() for shape in layout.values())
+
+    def stream() -> Iterator[dict[str, Any]]:
+        for task in range(count):
+            generator = torch.Generator().manual_seed(task)
+            yield {name: torch.empty(shape).uniform_(-1, 1, generator=generator) for name, shape in layout.items()}
+
+    combiner = getattr(combiners, rule)()
+    combiner.combine([{"w": torch.ones(10)}])  # what is loaded once
+    before = resident()
+    merged = combiner.combine(stream())
+    assert merged
+    return {"copies": (peak() - before) / size, "MB": (peak() - before) / 1e6}
+
+
+def files(rule: str, count: int, model: str) -> dict[str, float]:
+    """Peak of merging files, mapped pages included, beyond the memory before it."""
+    import torch
+
+    from lightning_merge import combiners
+
+    size = 4 * sum(shape.numel() for shape in shapes(model).values())
+    with tempfile.TemporaryDirectory() as folder:
+        script = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from combiners import vectors
+for number in range({count} + 1):
+    torch.save({{"state_dict": vectors({model!r}, 1)[0]}}, f"{folder}/{{number}}.ckpt")
+"""
+        subprocess.run([sys.executable, "-c", script], check=True)
+        combiner = getattr(combiners, rule)()
+        combiner.combine([{"w": torch.ones(10)}])
+        paths = [f"{folder}/{number}.ckpt" for number in range(1, count + 1)]
+        before = resident()
+        start = time.perf_counter()
+        merged = combiners.combine_files(combiner, f"{folder}/0.ckpt", paths)
+        seconds = time.perf_counter() - start
+        assert merged
+    return {"copies": (peak() - before) / size, "MB": (peak() - before) / 1e6, "seconds": seconds}
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
+    """Ratios to the limit and to the peers: median, lowest, highest over processes."""
+
+    def spread(values: list[float]) -> list[float]:
+        return [round(f(values), 3) for f in (statistics.median, min, max)]
+
+    names = [name for name in runs[0] if name.startswith(tuple(COPIES))]
+    limit = {name: COPIES[name.partition(":")[0]] for name in names}
+    result: dict[str, Any] = {
+        "lerp_ms": spread([run["limit"] for run in runs]),
+        "over_limit": {name: spread([run[name] / (limit[name] * run["limit"]) for run in runs]) for name in names},
+    }
+    for peer, ours in (("mergekit", "at once: TIES"), ("FusionBench", "at once: TIES, ranked over the whole vector")):
+        if f"peer: {peer} TIES" in runs[0]:
+            result[f"{peer}_over_ours"] = spread([run[f"peer: {peer} TIES"] / run[ours] for run in runs])
+            result[f"{peer}_difference"] = max(run[f"difference from {peer}"] for run in runs)
+    return result
+
+
+def child(arguments: argparse.Namespace, *task: str) -> dict[str, float]:
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        *task,
+        "--model",
+        arguments.model,
+        "--rounds",
+        str(arguments.rounds),
+    ]
+    command += ["--peers", str(arguments.peers)] if arguments.peers else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7, help="of the quick contestants; the slow ones run once")
+    parser.add_argument("--model", default="vit_base_patch16_224", help="of timm, for the shapes of its tensors")
+    parser.add_argument("--peers", type=Path, help="folder with mergekit and fusion_bench")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        what, *rest = arguments.child
+        if what == "speed":
+            print(json.dumps(speed(arguments.model, arguments.peers, arguments.rounds)))
+        else:
+            run = {"memory": memory, "files": files}[what]
+            print(json.dumps(run(rest[0], int(rest[1]), arguments.model)))
+        return
+    import torch
+
+    result: dict[str, Any] = {
+        "command": " ".join(sys.argv),
+        "columns": "median, lowest, highest over processes",
+        "model": arguments.model,
+        "seed": 0,
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()},
+    }
+
+    def keep() -> None:
+        text = json.dumps(result, indent=1)
+        print(text, flush=True)
+        if arguments.output:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(text + "\n")
+
+    result["stream_peak"] = {
+        f"{rule}, {count} tasks": child(arguments, "memory", rule, str(count)) for rule in MEMORY for count in (8, 32)
+    }
+    keep()
+    result["files_peak"] = {
+        f"{rule}, {count} files": child(arguments, "files", rule, str(count))
+        for rule in ("Sum", "TIES")
+        for count in (2, 8)
+    }
+    keep()
+    runs = []
+    for _ in range(arguments.processes):
+        runs.append(child(arguments, "speed"))
+        result |= summary(runs)
+        keep()
+
+
+if __name__ == "__main__":
+    main()
