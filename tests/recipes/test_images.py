@@ -22,7 +22,7 @@ from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes._images import in_turn
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data"
-METHODS = {"plain", "ema", "swa", "lawa", "swad"}
+METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround"}
 OURS = [name for name in recipes() if not name.startswith("digits/") or name in ("digits/lawa", "digits/swad")]
 
 
