@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lightning_merge import __version__
+from lightning_merge._commands._combine import add_average, add_soup, combine
 
 _TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 _CLI_MODULES = ("jsonargparse", "docstring_parser", "typeshed_client")
@@ -29,6 +30,11 @@ commands:
   verify RUN                   measure a run's files again, and compare with the scores that they record
   doctor FILE... [--config FILE] [--base FILE]
                                whether sets of weights can be merged, with the figure that says so
+  average RUN --out FILE [--rule RULE]
+                               one run's checkpoints merged into one file: mean, window, ema, wsm-..., or searched for
+                               the best score with `--config FILE`: greedy, lcsc, bayes
+  soup FILE... --out FILE [--rule RULE]
+                               checkpoints of several runs: uniform, greedy, diwa, learned, model-stock
 """
 
 
@@ -96,6 +102,9 @@ def _dispatch(arguments: list[str]) -> int:
     doctor.add_argument("--monitor", default="val/loss", help="the loss that validation logs (default val/loss)")
     doctor.add_argument("--points", type=int, default=3, help="points on the line between two sets (default 3)")
 
+    add_average(commands.add_parser("average", description="Merge the checkpoints of one run into one file."))
+    add_soup(commands.add_parser("soup", description="Merge checkpoints of several runs into one file."))
+
     options = parser.parse_args(arguments)
     if options.command == "recipes":
         _recipes(options.name)
@@ -115,6 +124,10 @@ def _dispatch(arguments: list[str]) -> int:
         if options.config is not None:
             _need(_CLI_MODULES)
         print(examine(options.files, options.base, options.config, options.monitor, options.points))
+    elif options.command in ("average", "soup"):
+        if options.config is not None:
+            _need(_CLI_MODULES)
+        print(combine(options))
     elif options.command == "inspect":
         from lightning_merge._files import describe
 

@@ -1,0 +1,235 @@
+"""``lightning-merge average`` and ``lightning-merge soup``: checkpoints merged into one, with its provenance."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the command line reads the arguments below without loading torch
+    from lightning_merge.search import Evaluation, Found, Method
+    from lightning_merge.trajectory import Trajectory
+    from lightning_merge.weights import Weights
+
+AVERAGE_RULES = ("mean", "window", "linear", "ema", "wsm-linear", "wsm-1-sqrt", "greedy", "lcsc", "bayes")
+SOUP_RULES = ("uniform", "greedy", "diwa", "learned", "model-stock")
+_SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
+
+
+def add_average(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``average``."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder with the checkpoints of one run")
+    parser.add_argument("--rule", choices=AVERAGE_RULES, default="mean", help="how they are merged (default mean)")
+    parser.add_argument("--pattern", default="**/*.ckpt", help="which files (default **/*.ckpt)")
+    parser.add_argument("--weights", choices=("raw", "published"), default="raw", help="of files with an average")
+    parser.add_argument("--start", type=int, default=0, help="least step of a checkpoint")
+    parser.add_argument("--end", type=int, help="largest step of a checkpoint")
+    parser.add_argument("--last", type=int, help="only so many of the latest")
+    parser.add_argument("--k", type=int, default=6, help="for `window`: the mean of so many of the latest (default 6)")
+    parser.add_argument(
+        "--decay", type=float, default=0.8, help="for `ema`: share kept at each checkpoint (default 0.8)"
+    )
+    _add_common(parser)
+
+
+def add_soup(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``soup``."""
+    parser.add_argument("files", type=Path, metavar="FILE", nargs="+", help="checkpoints of several runs of one model")
+    parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
+    parser.add_argument("--weights", choices=("raw", "published"), default="published", help="of files with an average")
+    parser.add_argument("--base", type=Path, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write; ends in .ckpt or .pt")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--config", type=Path, help="config.yaml of a run or a recipe: model and data to score with")
+    parser.add_argument("--monitor", default="val/loss", help="the score: a metric that validation logs")
+    parser.add_argument("--mode", choices=("min", "max"), default="min", help="whether lower or higher is better")
+    parser.add_argument("--budget", type=int, default=100, help="most evaluations of a search (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of a search")
+    parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")
+
+
+def combine(options: argparse.Namespace) -> str:
+    """Merges, writes the file, and says what is in it.
+
+    Raises:
+        ValueError: If something does not fit; nothing is written then.
+    """
+    from lightning_merge.trajectory import Trajectory
+
+    _check(options)
+    if options.command == "average":
+        trajectory = Trajectory.of_run(
+            options.run, options.pattern, options.weights, options.start, options.end, options.last
+        )
+    else:
+        trajectory = Trajectory.of_files(options.files, options.weights)
+    hashes = [checkpoint.sha256() for checkpoint in trajectory]
+    bench = None if options.config is None else _bench(options.config)
+    found: Found | None = None
+    if options.rule == "model-stock":
+        merged, coefficients = _model_stock(trajectory, options.base), None
+    elif options.rule in _SEARCHES:
+        found = _search(trajectory, options, bench, hashes)
+        coefficients = list(found.coefficients)
+        merged = trajectory.combine(coefficients)
+    else:
+        coefficients = _coefficients(options, len(trajectory))
+        merged = trajectory.combine(coefficients)
+    if bench is not None:
+        merged |= bench.statistics(merged)
+    provenance = {
+        "rule": options.rule,
+        "files": [os.fspath(checkpoint.path) for checkpoint in trajectory],
+        "sha256": hashes,
+        "coefficients": coefficients,
+        "score": None if found is None else found.score,
+        "monitor": None if found is None else options.monitor,
+        "evaluations": None if found is None else len(found.history),
+        "base": None if options.rule != "model-stock" else os.fspath(options.base),
+        "statistics": "measured" if bench is not None else "averaged",
+    }
+    _write(options.out, merged, provenance)
+    return _report(options, trajectory, merged, provenance)
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.out.suffix not in (".ckpt", ".pt"):
+        raise ValueError(f"`--out` must end in .ckpt or .pt, got {options.out}. `lightning-merge export` converts it.")
+    if options.out.exists() and not options.force:
+        raise ValueError(f"{options.out} exists already; --force replaces it.")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to.")
+    if options.rule in _SEARCHES and options.config is None:
+        raise ValueError(
+            f"`--rule {options.rule}` looks for the best score: name model and data with `--config` (config.yaml of a"
+            " run, or a recipe's file), and the score with `--monitor` and `--mode`."
+        )
+    if options.rule == "model-stock" and options.base is None:
+        raise ValueError("`--rule model-stock` needs `--base`, the checkpoint that all were fine-tuned from.")
+    if options.rule == "learned" and options.mode == "max":
+        raise ValueError(
+            "`--rule learned` follows a gradient, so the score has to be a smooth loss, as with `--monitor val/loss"
+            " --mode min`."
+        )
+
+
+def _bench(config: Path) -> Any:
+    from lightning_merge._commands._runs import Bench
+
+    return Bench(config)
+
+
+def _coefficients(options: argparse.Namespace, count: int) -> list[float]:
+    from lightning_merge import trajectory
+
+    rules = {
+        "mean": lambda: trajectory.mean(count),
+        "uniform": lambda: trajectory.mean(count),
+        "window": lambda: trajectory.window(count, options.k),
+        "linear": lambda: trajectory.linear(count),
+        "ema": lambda: trajectory.exponential(count, options.decay),
+        "wsm-linear": lambda: trajectory.wsm_linear(count),
+        "wsm-1-sqrt": lambda: trajectory.wsm_1_sqrt(count),
+    }
+    return list(rules[options.rule]())
+
+
+def _search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, hashes: list[str]) -> "Found":
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from lightning_merge.search import Bayesian, Evolutionary, Gradient, Greedy, search
+
+    methods: dict[str, Method] = {
+        "greedy": Greedy(),
+        "diwa": Greedy(),  # DiWA's restricted selection is the greedy soup, ties included
+        "lcsc": Evolutionary(),
+        "bayes": Bayesian(),
+        "learned": Gradient(),
+    }
+
+    def score(coefficients: tuple[float, ...]) -> float:
+        merged = trajectory.combine(coefficients)
+        metrics = bench.metrics({**merged, **bench.statistics(merged)})
+        if options.monitor not in metrics:
+            raise ValueError(
+                f"`--monitor` must be a metric that validation logs, got {options.monitor!r}; it logs:"
+                f" {', '.join(sorted(metrics)) or 'nothing'}."
+            )
+        return float(metrics[options.monitor])
+
+    best: list[float] = []
+    with tqdm(total=options.budget, desc=f"{options.rule}: scoring", unit="candidate") as bar:
+
+        def show(evaluation: "Evaluation") -> None:
+            if evaluation.score is not None:
+                best.append(evaluation.score)
+                bar.set_postfix_str(f"best {options.monitor} {(max if options.mode == 'max' else min)(best):.4g}")
+            bar.update()
+
+        return search(
+            score,
+            len(trajectory),
+            methods[options.rule],
+            space="negative" if options.rule == "lcsc" else "simplex",
+            mode=options.mode,
+            budget=options.budget,
+            seed=options.seed,
+            log=options.log or options.out.with_suffix(".search.jsonl"),
+            subject=f"{options.monitor} of {', '.join(hashes)}",
+            on_evaluation=show,
+        )
+
+
+def _model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
+    """Tensor by tensor: nothing but one tensor of each file, and the result, is in memory."""
+    from lightning_merge.combiners import ModelStock, add_vector, task_vector
+    from lightning_merge.trajectory import Checkpoint, Trajectory
+    from lightning_merge.weights import is_averaged
+
+    start = Checkpoint(base)
+    Trajectory([start, *trajectory])  # refuses another model
+    merged: Weights = {}
+    for name in start.places:
+        tensor = {name: start.tensor(name)}
+        if not is_averaged(tensor[name]):
+            merged[name] = trajectory[-1].tensor(name)
+            continue
+        vectors = [task_vector({name: checkpoint.tensor(name)}, tensor) for checkpoint in trajectory]
+        merged[name] = add_vector(tensor, ModelStock().combine(vectors))[name]
+    return merged
+
+
+def _write(path: Path, merged: "Weights", provenance: dict[str, Any]) -> None:
+    import torch
+
+    unfinished = path.with_name(f"{path.name}.tmp")
+    try:
+        torch.save({"state_dict": merged, "provenance": provenance}, unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _report(
+    options: argparse.Namespace, trajectory: "Trajectory", merged: "Weights", provenance: dict[str, Any]
+) -> str:
+    size = sum(tensor.numel() for tensor in merged.values())
+    lines = [f"{options.out}: {options.rule} of {len(trajectory)} checkpoints, {size:,} numbers"]
+    if provenance["coefficients"] is not None:
+        width = max(len(str(checkpoint.path)) for checkpoint in trajectory)
+        for checkpoint, coefficient in zip(trajectory, provenance["coefficients"], strict=True):
+            lines.append(f"  {checkpoint.path!s:{width}}  {coefficient:8.4f}")
+    if provenance["score"] is not None:
+        lines.append(
+            f"  {options.monitor} = {provenance['score']:.6g} after {provenance['evaluations']} evaluations; the data"
+            " it was chosen on flatter it, so test on other data"
+        )
+    lines += [f"  left out, of the same step as another file: {path}" for path in trajectory.dropped]
+    if options.config is None and any(name.endswith("running_mean") for name in merged):
+        lines.append("  BatchNorm statistics are averaged, which fits badly; `--config FILE` measures them again")
+    return "\n".join(
+        [*lines, f'  load: model.load_state_dict(torch.load("{options.out}", weights_only=True)["state_dict"])']
+    )

@@ -1,0 +1,183 @@
+"""``average`` and ``soup``: what they write, that a search continues, and what they refuse."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_merge.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+SMALL = ["--trainer.max_epochs=4", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs a command in an empty folder: exit code, what it printed, what it complained of."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run on digits, with two files per epoch or so."""
+    root = tmp_path_factory.mktemp("run")
+    every = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint"]
+    every += [f"--trainer.callbacks.{key}={value}" for key, value in (("every_n_train_steps", 4), ("save_top_k", -1))]
+    assert main(["run", "digits/plain", *SMALL, f"--trainer.default_root_dir={root}", *every]) == 0
+    return root / "version_0"
+
+
+@pytest.fixture
+def walk(tmp_path: Path) -> Path:
+    """Four checkpoints of one number."""
+    place = tmp_path / "walk"
+    place.mkdir()
+    for step in range(1, 5):
+        state = {"w": torch.tensor([float(step)]), "count": torch.tensor(step)}
+        torch.save({"state_dict": state, "global_step": step}, place / f"{step}.ckpt")
+    return place
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], 2.5),
+        (["--rule", "window", "--k", "2"], 3.5),
+        (["--rule", "linear"], 3.0),
+        (["--rule", "ema", "--decay", "0.5"], 0.125 + 2 * 0.125 + 3 * 0.25 + 4 * 0.5),
+        (["--rule", "wsm-linear"], 2.5),
+        (["--rule", "wsm-1-sqrt"], 0.5 + 2 * 0.2071068 + 3 * 0.1589186 + 4 * 0.1339746),
+        (["--start", "2", "--end", "3"], 2.5),
+        (["--last", "1"], 4.0),
+    ],
+    ids=str,
+)
+def test_average_writes_the_combination_with_its_provenance(
+    run: Run, walk: Path, arguments: list[str], expected: float
+) -> None:
+    code, out, _ = run("average", walk, "--out", "merged.ckpt", *arguments)
+    assert code == 0
+    written = load(Path("merged.ckpt"))
+    assert float(written["state_dict"]["w"]) == pytest.approx(expected, rel=1e-6)
+    provenance = written["provenance"]
+    assert len(provenance["coefficients"]) == len(provenance["files"])
+    assert sum(provenance["coefficients"]) == pytest.approx(1)
+    for file, found in zip(provenance["files"], provenance["sha256"], strict=True):
+        assert hashlib.sha256(Path(file).read_bytes()).hexdigest() == found
+        assert file in out
+    assert 'torch.load("merged.ckpt"' in out
+
+
+def test_uniform_soup_is_the_mean_of_the_files(run: Run, walk: Path) -> None:
+    code, out, _ = run("soup", walk / "1.ckpt", walk / "4.ckpt", "--out", "soup.pt")
+    assert code == 0
+    assert float(load(Path("soup.pt"))["state_dict"]["w"]) == 2.5
+    assert "uniform of 2 checkpoints" in out
+
+
+def test_model_stock_goes_from_the_base_as_far_as_the_files_agree(run: Run, tmp_path: Path) -> None:
+    for name, vector in {"base": [0, 0, 0, 0], "a": [1, 0, 1, 1], "b": [1, 1, 0, 1]}.items():
+        torch.save({"w": torch.tensor(vector).float() + 5, "n": torch.tensor(3)}, tmp_path / f"{name}.pt")
+    assert run("soup", "a.pt", "b.pt", "--rule", "model-stock", "--base", "base.pt", "--out", "out.pt")[0] == 0
+    found = load(tmp_path / "out.pt")["state_dict"]
+    torch.testing.assert_close(found["w"], torch.tensor([5.8, 5.4, 5.4, 5.8]))
+    assert found["n"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["greedy", "lcsc", "bayes"])
+def test_searched_average_scores_best_and_continues_from_its_log(run: Run, folder: Path, rule: str) -> None:
+    command = ["average", folder, "--rule", rule, "--config", folder / "config.yaml", "--last", 3]
+    command += ["--monitor", "val/acc", "--mode", "max"]
+    code, out, err = run(*command, "--budget", 4, "--out", "a.ckpt")
+    assert code == 0, err
+    rows = [json.loads(line) for line in Path("a.search.jsonl").read_text().splitlines()[1:]]
+    assert len(rows) == 4
+    assert f"val/acc = {max(row['score'] for row in rows):.6g} after 4 evaluations" in out
+    code, out, _ = run(*command, "--budget", 5, "--out", "b.ckpt", "--log", "a.search.jsonl")
+    assert code == 0
+    more = [json.loads(line) for line in Path("a.search.jsonl").read_text().splitlines()[1:]]
+    assert more[:4] == rows
+    assert len(more) == 5
+    provenance = load(Path("b.ckpt"))["provenance"]
+    assert provenance["score"] == max(row["score"] for row in more)
+    assert provenance["statistics"] == "measured"
+    assert provenance["coefficients"] in [row["coefficients"] for row in more]
+
+
+@pytest.mark.slow
+def test_learned_soup_lowers_the_loss_below_every_file(run: Run, folder: Path) -> None:
+    files = sorted(folder.glob("**/*.ckpt"))[-3:]
+    code, _, err = run(
+        "soup", *files, "--rule", "learned", "--config", folder / "config.yaml", "--budget", 8, "--out", "s.pt"
+    )
+    assert code == 0, err
+    provenance = load(Path("s.pt"))["provenance"]
+    assert sum(provenance["coefficients"]) == pytest.approx(1)
+    assert provenance["evaluations"] <= 8
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_not_logged_is_named(run: Run, folder: Path) -> None:
+    code, _, err = run(
+        "average",
+        folder,
+        "--rule",
+        "greedy",
+        "--config",
+        folder / "config.yaml",
+        "--monitor",
+        "val/f1",
+        "--out",
+        "a.pt",
+    )
+    assert code == 2
+    assert "`--monitor` must be a metric that validation logs, got 'val/f1'; it logs: val/acc, val/loss" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["average", "walk", "--out", "a.npz"], "`--out` must end in .ckpt or .pt, got a.npz"),
+        (["average", "walk", "--out", "nowhere/a.pt"], "there is no folder nowhere"),
+        (["average", "walk", "--out", "walk/1.ckpt"], "walk/1.ckpt exists already; --force replaces it"),
+        (["average", "walk", "--out", "a.pt", "--rule", "greedy"], "name model and data with `--config`"),
+        (["average", "walk", "--out", "a.pt", "--rule", "window", "--k", "9"], "`k` must be in [1, 4]"),
+        (["average", "walk", "--out", "a.pt", "--pattern", "*.pt"], "no checkpoint in walk matches '*.pt'"),
+        (["average", "nowhere", "--out", "a.pt"], "no checkpoint in nowhere"),
+        (["soup", "walk/1.ckpt", "walk/9.ckpt", "--out", "a.pt"], "there is no file walk/9.ckpt"),
+        (["soup", "walk/1.ckpt", "--rule", "model-stock", "--out", "a.pt"], "`--rule model-stock` needs `--base`"),
+        (
+            ["soup", "walk/1.ckpt", "--rule", "learned", "--mode", "max", "--config", "c", "--out", "a.pt"],
+            "the score has to be a smooth loss",
+        ),
+    ],
+    ids=lambda value: " ".join(value[:6]) if isinstance(value, list) else "",
+)
+def test_mistakes_exit_2_and_name_the_cure(run: Run, walk: Path, arguments: list[str], message: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert not Path("a.pt").exists()
+
+
+def test_forced_output_replaces_a_file(run: Run, walk: Path) -> None:
+    assert run("average", walk, "--out", "a.pt", "--last", 2)[0] == 0
+    assert run("average", walk, "--out", "a.pt", "--force")[0] == 0
+    assert float(load(Path("a.pt"))["state_dict"]["w"]) == 2.5
