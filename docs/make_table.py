@@ -42,7 +42,7 @@ def _when(name: str, card: str) -> tuple[str, ...]:
         f"[{card.splitlines()[0].removeprefix('# ')}]({name})",
         _paragraph(card, "Use it"),
         _paragraph(card, "Do not use it"),
-        _measured(_paragraph(card, "Results", whole=True)),
+        _measured(card),
     )
 
 
@@ -74,14 +74,22 @@ def _strategies(limits: str) -> str:
     return "one device, DDP" if re.search(r"harded strategies[^.]* not supported", limits) else "see the card"
 
 
-def _measured(results: str) -> str:
-    """The first figures that we measured ourselves, or "none yet"."""
-    ours = results.partition("Published")[0]
-    if found := re.search(r"[+-]\d[\d.]* ± [\d.]+ points", ours):
-        setting = ours.partition(" (")[0].partition(",")[0]
-        return f"{setting}: {found[0]}"
-    if re.search(r"\d(\.\d+)? ?%|\d\.\d|± ", ours):
-        return re.split(r"(?<=[a-z0-9`)%])[.;]\s", ours, maxsplit=1)[0].strip()
+def _measured(card: str) -> str:
+    """The first figures of each data set that we measured ourselves, or "none yet"."""
+    section = re.search(r"\*\*Results\.?\*\*\s*(.*?)(?=\n\n\*\*[A-Z]|\Z)", card, flags=re.DOTALL)
+    paragraphs = [
+        " ".join(text.split()).partition("Published")[0] for text in (section[1] if section else "").split("\n\n")
+    ]
+    gains = [
+        f"{ours.partition(' (')[0].partition(',')[0]}: {found[0]}"
+        for ours in paragraphs
+        if (found := re.search(r"[+-]\d[\d.]* ± [\d.]+ points", ours))
+    ]
+    if gains:
+        return "; ".join(gains)
+    first = paragraphs[0].replace("|", "\\|")
+    if re.search(r"\d(\.\d+)? ?%|\d\.\d|± ", first):
+        return re.split(r"(?<=[a-z0-9`)%])[.;]\s", first, maxsplit=1)[0].strip()
     return "none yet"
 
 
