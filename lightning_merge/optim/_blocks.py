@@ -14,19 +14,24 @@ from torch import Tensor
 
 BLOCK = 2**20
 
+PIECE = 2**17  # elements that a chain of operations takes at a time, so that they stay in the cache
+
 _LEVELS = 2**16  # a mask compares 16 random bits, so a density is resolved to 2**-16
 _GAPS_BELOW = 0.1  # under this density it costs less to draw what is kept than one number per element
 
 
-def blocks(start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def blocks(start: int, stop: int, piece: int = BLOCK) -> Iterator[tuple[int, int, int]]:
     """The blocks that elements ``start`` to ``stop`` touch, each with where the elements begin and end in it.
+
+    With a ``piece``, which divides ``BLOCK``, the parts of blocks of this size that they touch.
 
     Example:
         >>> list(blocks(10, BLOCK + 5)) == [(0, 10, BLOCK), (1, 0, 5)]
         True
     """
-    for block in range(start // BLOCK, -(-stop // BLOCK)):
-        yield block, max(start - block * BLOCK, 0), min(stop - block * BLOCK, BLOCK)
+    for first in range(start // piece * piece, stop, piece):
+        block = first // BLOCK
+        yield block, max(start, first) - block * BLOCK, min(stop, first + piece) - block * BLOCK
 
 
 @final
@@ -45,14 +50,18 @@ class Draw:
         self.key = f"{seed}/{step}/{name}"
         self.numel = numel
         self.generator = torch.Generator(device)
+        self._drawn: tuple[int, Tensor] | None = None  # the numbers of the block that was asked for last
 
-    def keep(self, density: float, block: int, start: int, stop: int) -> Tensor:
-        """Which elements ``start`` to ``stop`` of a block are kept, each with probability ``density``."""
-        generator, length = self._block(block)
-        words = torch.empty(-(-length // 4), dtype=torch.int64, device=generator.device)
-        words.random_(-(2**63), None, generator=generator)
+    def keep(self, density: float, block: int, start: int, stop: int, dtype: torch.dtype = torch.bool) -> Tensor:
+        """Which elements ``start`` to ``stop`` of a block are kept, each with probability ``density``; 1 if kept."""
+        if self._drawn is None or self._drawn[0] != block:
+            generator, length = self._block(block)
+            words = torch.empty(-(-length // 4), dtype=torch.int64, device=generator.device)
+            self._drawn = (block, words.random_(-(2**63), None, generator=generator).view(torch.int16))
         threshold = min(round(density * _LEVELS), _LEVELS - 1) - _LEVELS // 2
-        return words.view(torch.int16)[start:stop] < threshold
+        # Written as numbers at once: converting flags afterwards takes four times as long.
+        kept = torch.empty(stop - start, dtype=dtype, device=self._drawn[1].device)
+        return torch.lt(self._drawn[1][start:stop], threshold, out=kept)
 
     def kept(self, density: float, start: int, stop: int) -> Tensor:
         """Indices, counted from ``start``, of the kept elements among ``start`` to ``stop`` of the tensor; sorted."""

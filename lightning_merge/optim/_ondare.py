@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_merge.optim._blocks import Draw, blocks
-from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_, ranges
+from lightning_merge.optim._blocks import PIECE, Draw, blocks
+from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_
 from lightning_merge.optim._shards import Part
 from lightning_merge.optim._task_vector import Source
+
+Piece = tuple[int, int, int]
 
 _INDICES_BELOW = 0.1
 
@@ -122,55 +124,68 @@ class OnDARE(OnlineMerging):
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
         if not self.is_dense(turn.part) and self.density < _INDICES_BELOW and self.rescale != "l1" and not turn.decay:
             self._merge_few(after, before, turn)
+            return
+        pieces = list(blocks(turn.part.start, turn.part.stop, PIECE))
+        if self.rescale == "l1" or turn.tau.index is not None:
+            self._thin_out_all(after, before, turn, pieces)
+            for piece in pieces:
+                self._add(after, before, turn, piece)
         else:
-            self._thin_out(after, before, turn)
-            self._add(after, before, turn)
+            for piece in pieces:
+                self._thin_out(after, before, turn, piece, turn.update * self._scale(None, None, turn.part))
+                self._add(after, before, turn, piece)
 
     def _merge_few(self, after: Tensor, before: Tensor, turn: Turn) -> None:
         """For a low density: only what is kept is drawn and computed."""
         index = turn.draw.kept(self.density, turn.part.start, turn.part.stop)
-        start = before[index]
-        values = after[index].sub_(start).mul_(turn.update * self._scale(None, None, turn.part)).add_(start)
+        start = before.index_select(0, index)
+        values = (
+            after.index_select(0, index).sub_(start).mul_(turn.update * self._scale(None, None, turn.part)).add_(start)
+        )
         after.copy_(before).index_copy_(0, index, values)
         if turn.reference:
             # Where both are kept this is a second add, and loses nothing either.
             assert turn.tau.index is not None
-            start = after[turn.tau.index]
+            start = after.index_select(0, turn.tau.index)
             increment = turn.tau.values.to(after.dtype, copy=True).mul_(turn.reference)
             add_(increment, start, turn)
             after.index_copy_(0, turn.tau.index, increment)
 
-    def _thin_out(self, after: Tensor, before: Tensor, turn: Turn) -> None:
-        """``after <- (1 - alpha) * F(after - before)``."""
-        whole = turn.part
-        sums = torch.zeros(2, dtype=torch.float64, device=after.device)
-        factor = turn.update if self.rescale == "l1" else turn.update * self._scale(None, None, whole)
-        for block, low, high in blocks(whole.start, whole.stop) if not self.is_dense(whole) else ():
-            here = slice(*whole.within(block, low, high))
-            update = after[here].sub_(before[here])
-            if self.rescale == "l1":
-                sums[0] += _magnitude(update)
+    def _thin_out(self, after: Tensor, before: Tensor, turn: Turn, piece: Piece, factor: float) -> Tensor:
+        """``after <- factor * F(after - before)`` in a piece; the sum of magnitudes before F if it is needed."""
+        here = slice(*turn.part.within(*piece))
+        update = after[here].sub_(before[here])
+        full = _magnitude(update) if self.rescale == "l1" else update
+        if self.is_dense(turn.part):
+            update.mul_(factor)
+        else:
             # A product with 0 and 1: torch's masked operations take ten times as long on a CPU.
-            update.mul_(turn.draw.keep(self.density, block, low, high).to(update.dtype).mul_(factor))
-            if self.rescale == "l1":
-                sums[1] += _magnitude(update) / factor if factor else 0.0
-        if self.is_dense(whole):
-            after.sub_(before).mul_(turn.update)
-        elif self.rescale == "l1":
-            after.mul_(self._scale(sums[0], sums[1], whole))
-            if self.form == "official":
-                after.clamp_(-turn.update, turn.update)
+            update.mul_(turn.draw.keep(self.density, *piece, dtype=update.dtype).mul_(factor))
+        return full
 
-    def _add(self, after: Tensor, before: Tensor, turn: Turn) -> None:
-        """``after <- before + after + alpha * tau``, in one add."""
-        tau = turn.tau
-        if turn.reference and tau.index is not None:
-            after.index_add_(0, tau.index, tau.values.to(after.dtype), alpha=turn.reference)
-        for here in ranges(after.numel()):
-            increment = after[here]
-            if turn.reference and tau.index is None:
-                increment.add_(tau.values[here], alpha=turn.reference)
-            add_(increment, before[here], turn)
+    def _thin_out_all(self, after: Tensor, before: Tensor, turn: Turn, pieces: list[Piece]) -> None:
+        """The same where the whole tensor counts: for its sum of magnitudes, or since its task vector is sparse."""
+        if self.rescale == "l1" and not self.is_dense(turn.part):
+            full = torch.zeros((), dtype=torch.float64, device=after.device)
+            for piece in pieces:
+                full += self._thin_out(after, before, turn, piece, 1.0)
+            after.mul_(self._scale(full, _magnitude(after), turn.part))
+            if self.form == "official":
+                after.clamp_(-1.0, 1.0)
+            after.mul_(turn.update)
+        else:
+            for piece in pieces:
+                self._thin_out(after, before, turn, piece, turn.update * self._scale(None, None, turn.part))
+        if turn.reference and turn.tau.index is not None:
+            after.index_add_(0, turn.tau.index, turn.tau.values.to(after.dtype), alpha=turn.reference)
+
+    def _add(self, after: Tensor, before: Tensor, turn: Turn, piece: Piece) -> None:
+        """``after <- before + after + alpha * tau`` in a piece, in one add; a sparse tau is in ``after`` already."""
+        here = slice(*turn.part.within(*piece))
+        increment = after[here]
+        if turn.reference and turn.tau.index is None:
+            increment.add_(turn.tau.values[here], alpha=turn.reference)
+        add_(increment, before[here], turn)
 
     def _scale(self, full: Tensor | None, kept: Tensor | None, whole: Part) -> float:
         """What F multiplies what it keeps by."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_merge.optim._blocks import BLOCK, Draw
+from lightning_merge.optim._blocks import PIECE, Draw
 from lightning_merge.optim._shards import Part, local, part, work_dtype
 from lightning_merge.optim._task_vector import Source, Stored, named, tensors_of
 from lightning_merge.weights import named_parameters
@@ -108,6 +108,7 @@ class OnlineMerging(Optimizer):
                 " may be 'zero' if `reference` is a difference already."
             )
         self._ready = False
+        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         super().__init__(base_optimizer.param_groups, dict(base_optimizer.defaults))
         self.base = base_optimizer
         self.density = density
@@ -204,7 +205,7 @@ class OnlineMerging(Optimizer):
     def _merge(self, group: Group, parameters: list[Tensor]) -> None:
         """Steps some parameters of a group and merges what came of it."""
         due = self._due(group)
-        before = [self._start(p) for p in parameters]
+        before = self._starts(parameters)
         memory = [local(p).data_ptr() for p in parameters]
         known = None if self._checked else _settings(group)
         decay = self._step_base(group, parameters, separate_decay=self.merge_every == 1)
@@ -269,7 +270,8 @@ class OnlineMerging(Optimizer):
             size = 0
             for parameter in [p for p in given if p not in set(plain)]:
                 numel = local(parameter).numel()
-                if held and self.chunk_size is not None and size + numel > self.chunk_size:
+                like = not held or (held[0].dtype, held[0].device) == (parameter.dtype, parameter.device)
+                if held and (not like or (self.chunk_size is not None and size + numel > self.chunk_size)):
                     yield group, held, True
                     held, size = [], 0
                 held, size = [*held, parameter], size + numel
@@ -309,10 +311,21 @@ class OnlineMerging(Optimizer):
                 " the step."
             )
 
-    def _start(self, parameter: Tensor) -> Tensor:
+    def _starts(self, parameters: list[Tensor]) -> list[Tensor]:
         """Where this round of steps began; with the optimizer's state from its first step to its last."""
-        anchor = self.state[parameter].get("merge_anchor") if parameter in self.state else None
-        return parameter.detach().clone() if anchor is None else anchor
+        if self.merge_every > 1:
+            anchors = [self.state[p].get("merge_anchor") if p in self.state else None for p in parameters]
+            return [p.detach().clone() if a is None else a for p, a in zip(parameters, anchors, strict=True)]
+        held = [local(p) for p in parameters]
+        size = sum(t.numel() for t in held)
+        if self.chunk_size is None or size > self.chunk_size:
+            return [t.clone() for t in held]
+        # Memory of its own, as new memory costs more than the copy.
+        key = (held[0].dtype, held[0].device)
+        if key not in self._scratch or self._scratch[key].numel() < size:
+            self._scratch[key] = torch.empty(size, dtype=key[0], device=key[1])
+        parts = torch.split(self._scratch[key][:size], [t.numel() for t in held])
+        return [part.view(t.shape).copy_(t) for part, t in zip(parts, held, strict=True)]
 
     def _share(self) -> None:
         self.state = self.base.state
@@ -443,8 +456,8 @@ def add_(increment: Tensor, before: Tensor, turn: Turn) -> None:
 
 
 def ranges(numel: int) -> Iterator[slice]:
-    """Slices of a block's size, which bound what is computed at once."""
-    return (slice(i, min(i + BLOCK, numel)) for i in range(0, numel, BLOCK))
+    """Slices of a piece's size, which bound what is computed at once."""
+    return (slice(i, min(i + PIECE, numel)) for i in range(0, numel, PIECE))
 
 
 def _held(tensor: Tensor, whole: Part, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -126,7 +126,7 @@ class OnTIES(OnlineMerging):
             for here in ranges(after.numel()):
                 after[here] = self._elect(after[here], turn.tau.values[here].to(after.dtype), turn)
         else:
-            elected = self._elect(after[index], turn.tau.values.to(after.dtype), turn)
+            elected = self._elect(after.index_select(0, index), turn.tau.values.to(after.dtype), turn)
             after.mul_(turn.update).index_copy_(0, index, elected)
         for here in ranges(after.numel()):
             add_(after[here], before[here], turn)

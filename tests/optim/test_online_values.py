@@ -118,9 +118,9 @@ def weights(values: dict[str, Any]) -> dict[str, Tensor]:
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
 
-def recorded(self: Draw, density: float, block: int, start: int, stop: int) -> Tensor:
+def recorded(self: Draw, density: float, block: int, start: int, stop: int, dtype: torch.dtype = torch.bool) -> Tensor:
     _, step, name = self.key.split("/")
-    return torch.tensor([bit == "1" for bit in MASKS[name][int(step)]])[start:stop]
+    return torch.tensor([bit == "1" for bit in MASKS[name][int(step)]])[start:stop].to(dtype)
 
 
 def run(method: type[OnlineMerging], base: Any, settings: dict[str, Any]) -> Tensor:
