@@ -113,7 +113,11 @@ class Combiner(ABC):
             self.update(state, vector, task=next(names))
             vector = None  # not held while the next one is made
             vector = next(stream, None)
-        return self.result(state) or {}
+        return self._last_result(state) or {}
+
+    def _last_result(self, state: State) -> Weights | None:
+        """``result`` of a state that nobody uses any more: it may be taken apart to save memory."""
+        return self.result(state)
 
     def _combine_parts(self, vectors: list[tuple[int | str, Weights]]) -> Weights:
         _, like = vectors[0]

@@ -1,6 +1,6 @@
 """Trim, elect sign, merge what agrees."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, final
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
+from lightning_merge.combiners._scale import Scale, check_scale, scale_of
 from lightning_merge.combiners._trim import TopK, reaching, trim_level
 from lightning_merge.weights import State, Weights, array, average_dtype, in_threads, part, parts
 
@@ -128,13 +128,25 @@ class TIES(Combiner):
 
     @torch.no_grad()
     def result(self, state: State) -> Weights | None:
-        if not state["updates"]:
-            return None
+        return dict(self._entries(state)) if state["updates"] else None
+
+    @torch.no_grad()
+    def _last_result(self, state: State) -> Weights | None:
+        merged: Weights = {}
+        for name, tensor in self._entries(state):
+            merged[name] = tensor
+            for group in state.values():
+                if isinstance(group, dict):
+                    del group[name]
+        return merged
+
+    def _entries(self, state: State) -> Iterator[tuple[str, Tensor]]:
         majority = None
         if self.zero_sign == "official" and self.scope == "global":
             majority = torch.stack([self._signs(state, name).sum() for name in state["positive"]]).sum().sign()
-        merged = {name: self._merged(state, name, majority) for name in state["positive"]}
-        return scaled_result({"merged": merged, "updates": state["updates"]}, "merged", self.scale)
+        factor = scale_of(self.scale, state["updates"])
+        for name in list(state["positive"]):
+            yield name, self._merged(state, name, majority).mul_(factor)
 
     def _signs(self, state: State, name: str) -> Tensor:
         votes: Tensor = (
