@@ -16,8 +16,10 @@ from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._lookaround import Lookaround
 from lightning_merge.callbacks._online_merging import OnlineMerging
+from lightning_merge.callbacks._post_hoc_ema import PostHocEMA
 from lightning_merge.callbacks._published import Published
 from lightning_merge.callbacks._random_state import RandomState
+from lightning_merge.callbacks._sma import SMA
 from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
 from lightning_merge.callbacks._teacher import teacher
@@ -28,6 +30,7 @@ __all__ = [
     "ASWA",
     "EMA",
     "LAWA",
+    "SMA",
     "SWA",
     "SWAD",
     "TWA",
@@ -41,6 +44,7 @@ __all__ = [
     "Interpolate",
     "Lookaround",
     "OnlineMerging",
+    "PostHocEMA",
     "Published",
     "RandomState",
     "WeightMerging",

@@ -150,6 +150,10 @@ class Validation:
         """Whether the validation run that is going on measures the raw weights for a rule to decide by."""
         return self._current is not None and self._current.average is None and not self._at_the_end
 
+    def is_judging(self, average: "Published") -> bool:
+        """Whether the validation run that is going on is the regular one of this average."""
+        return self._current is not None and self._current.average is average and not self._at_the_end
+
     def is_measured(self, average: "Published | None") -> bool:
         """Whether a validation run has measured (or is measuring) just these weights."""
         holds = RAW if average is None else average.name

@@ -6,6 +6,8 @@ from lightning_merge.rules._exponential_mean import ExponentialMean
 from lightning_merge.rules._gated_mean import GatedMean
 from lightning_merge.rules._interpolation import Interpolation
 from lightning_merge.rules._mean import Mean
+from lightning_merge.rules._power_means import PowerMeans
+from lightning_merge.rules._selected_mean import SelectedMean
 from lightning_merge.rules._valley_mean import ValleyMean
 from lightning_merge.rules._window_mean import WindowMean
 
@@ -17,7 +19,9 @@ __all__ = [
     "GatedMean",
     "Interpolation",
     "Mean",
+    "PowerMeans",
     "Rule",
+    "SelectedMean",
     "TimmWarmup",
     "ValleyMean",
     "WindowMean",

@@ -1,0 +1,94 @@
+"""SMA: the mean of every step from an early one on, and of those means the best."""
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_merge.callbacks._accept_if_better import refuse_without_validation
+from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
+from lightning_merge.rules import SelectedMean
+from lightning_merge.schedules import EveryNSteps
+from lightning_merge.selections import Selection
+
+
+class SMA(WeightMerging):
+    """Simple moving average: the mean of the weights of every step since ``start_step``, chosen by its own metric.
+
+    Each validation measures the mean, and the one that did best is what is published at the end.
+
+    Args:
+        monitor: The metric of the mean that chooses, without a prefix.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        start_step: Applied step whose weights are the first of the mean: at least 0, or a share of the run in [0, 1).
+        validate: ``"merged"`` or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files.
+        selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
+            again under the mean (the authors average them along).
+        optimizer: Index of the optimizer whose steps are counted.
+
+    Raises:
+        ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first
+            validation of the mean if it does not log ``monitor``.
+
+    Example:
+        >>> SMA(monitor="val/loss").name
+        'sma'
+
+    References:
+        Arpit et al., "Ensemble of averages: improving model selection and boosting performance in domain
+        generalization", NeurIPS 2022, section 3. Start at step 99, so that step 100 is the first that is averaged.
+    """
+
+    def __init__(
+        self,
+        monitor: str,
+        mode: Literal["min", "max"] = "min",
+        start_step: int | float = 99,
+        validate: Validate = "merged",
+        name: str = "sma",
+        *,
+        selection: Selection | None = None,
+        optimizer: int = 0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+        if validate == "raw":
+            raise ValueError(
+                "`validate` must be 'merged' or 'both' for SMA, which is chosen by how it does, got 'raw'."
+            )
+        super().__init__(
+            SelectedMean(),
+            schedule=EveryNSteps(1, start=start_step),
+            selection=selection or Selection(buffers="recompute"),
+            validate=validate,
+            name=name,
+            optimizer=optimizer,
+        )
+        self.decides_by = monitor
+        self.mode = mode
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the merged weights do, also when the best takes the place of the last."""
+        return self.updates, int(self._state is not None and self._state["concluded"])
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses a run without validation."""
+        refuse_without_validation(self.title, trainer)
+        super().on_fit_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells the rule how the mean did."""
+        super().on_validation_end(trainer, pl_module)
+        if self._publisher is None or not self._publisher.validation.is_judging(self):
+            return
+        metrics = self._publisher.validation.metrics_of(self.name)
+        if self.decides_by not in metrics:
+            raise ValueError(
+                f"`monitor` of {self.title} must be a metric that validation logs, got {self.decides_by!r}; it logs:"
+                f" {', '.join(sorted(metrics)) or 'none'}."
+            )
+        score = trainer.strategy.broadcast(metrics[self.decides_by])
+        assert self._state is not None
+        assert isinstance(self._active_rule, SelectedMean)
+        self._active_rule.select(self._state, score if self.mode == "max" else -score)

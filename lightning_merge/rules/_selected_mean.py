@@ -1,0 +1,76 @@
+"""Uniform mean from an early step on, of which the best is kept."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from lightning_merge.rules._base import Rule
+from lightning_merge.weights import State, Weights, clone, lerp_
+
+
+@final
+@dataclass(frozen=True)
+class SelectedMean(Rule):
+    """``mean <- mean + (weights - mean) / n``, the weights it starts from included; published is the best-scored one.
+
+    While the run goes on the result is the mean as it is. ``select`` is told its score, and keeps a copy of the best;
+    after ``conclude`` that is the result. Two copies of the weights.
+
+    Example:
+        >>> import torch
+        >>> rule = SelectedMean()
+        >>> state = rule.init({"w": torch.tensor(99.0)})
+        >>> for value, score in ((100.0, 0.7), (101.0, 0.9), (102.0, 0.8)):
+        ...     rule.update(state, {"w": torch.tensor(value)})
+        ...     rule.select(state, score)
+        >>> rule.result(state)
+        {'w': tensor(100.5000)}
+        >>> rule.conclude(state)
+        'The mean after 2 updates scored best.'
+        >>> rule.result(state)
+        {'w': tensor(100.)}
+
+    References:
+        Arpit et al., "Ensemble of averages: improving model selection and boosting performance in domain
+        generalization", NeurIPS 2022, section 3 (SMA).
+    """
+
+    callback: ClassVar[str] = "SMA"
+
+    def init(self, weights: Weights) -> State:
+        return {
+            "mean": clone(weights),
+            "updates": 0,
+            "best": {},
+            "best_updates": 0,
+            "score": -math.inf,
+            "concluded": False,
+        }
+
+    def update(self, state: State, weights: Weights) -> None:
+        state["concluded"] = False
+        state["updates"] += 1
+        lerp_(state["mean"], weights, 1 / (state["updates"] + 1))
+
+    def select(self, state: State, score: float) -> None:
+        """Takes in the score of the mean as it is, higher is better; of equals the last is best, a NaN never."""
+        if score >= state["score"]:
+            state |= {"best": clone(state["mean"]), "best_updates": state["updates"], "score": float(score)}
+
+    def result(self, state: State) -> Weights | None:
+        chosen: Weights = state["best"] if state["concluded"] else state["mean"]
+        return chosen if state["updates"] else None
+
+    def conclude(self, state: State) -> str | None:
+        state["concluded"] = bool(state["best_updates"])
+        if not state["concluded"]:
+            return "No score of the mean was taken in, so the last is published." if state["updates"] else None
+        return f"The mean after {state['best_updates']} updates scored best."
+
+    def initial_share(self, state: State) -> float:
+        return 1 / (int(state["best_updates" if state["concluded"] else "updates"]) + 1)
+
+    def extend(self, state: State, weights: Weights) -> None:
+        for kept in (state["mean"], state["best"]):
+            if kept:
+                kept.update(clone(weights))

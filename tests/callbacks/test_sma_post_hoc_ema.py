@@ -1,0 +1,87 @@
+"""SMA and post-hoc EMA in a Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import Net, Walk, WalkParts, batches, differing, of, read, steps, trainer, values
+from torch import Tensor
+
+from lightning_merge.callbacks import EMA, SMA, PostHocEMA
+
+
+class ScoredParts(WalkParts):
+    """``val/score`` is best at 2."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val/score", -(self.w.detach() - 2).abs().sum())
+
+
+def test_mean_counts_the_step_it_starts_at(tmp_path: Path) -> None:
+    sma, module = SMA("val/w", mode="max", start_step=2), Walk()
+    trainer(tmp_path, [sma], max_steps=5).fit(module, steps(5), steps(1))
+    assert float(module.w) == (2 + 3 + 4 + 5) / 4
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_mean_that_scored_best_is_published_and_saved(tmp_path: Path, beside: bool) -> None:
+    sma, module = SMA("val/score", mode="max", start_step=0), of(ScoredParts)()
+    others: list[Any] = [EMA(decay=0.5)] if beside else []
+    run = trainer(tmp_path, [*others, sma, ModelCheckpoint(tmp_path)], max_epochs=8)
+    run.fit(module, steps(1), steps(1))
+    # Means of 0..t are t / 2: best after step 4.
+    assert float((sma.merged_weights() or {})["w"]) == 2
+    assert float(read(str(sma.final_path))["state_dict"]["w"]) == 2
+    assert sma.final_metrics["val/score"] == 0
+    assert float(module.w) == (2 if not beside else pytest.approx(7.00390625))
+
+
+def test_sma_resumes_bit_for_bit(tmp_path: Path) -> None:
+    def run(folder: str, ckpt: Any = None) -> tuple[SMA, Any]:
+        sma, module = SMA("val/loss", start_step=2), Net(norm=True)
+        files = ModelCheckpoint(tmp_path / folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+        trainer(tmp_path, [sma, files], max_epochs=5).fit(module, batches(4), batches(2), ckpt_path=ckpt)
+        return sma, module
+
+    sma, module = run("whole")
+    again, resumed = run("again", tmp_path / "whole" / "epoch=2.ckpt")
+    assert not differing(values(module), values(resumed))
+    assert again.final_metrics == sma.final_metrics
+
+
+def test_what_sma_cannot_choose_by_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`validate` must be 'merged' or 'both' for SMA"):
+        SMA("val/loss", validate="raw")
+    with pytest.raises(ValueError, match="`mode` must be"):
+        SMA("val/loss", mode="up")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="SMA 'sma' measures by validation"):
+        trainer(tmp_path, [SMA("val/loss")], max_epochs=1, limit_val_batches=0).fit(Net(), batches(4))
+    with pytest.raises(ValueError, match=r"`monitor` of SMA 'sma' .* got 'val/acc'; it logs: val/loss"):
+        trainer(tmp_path, [SMA("val/acc", start_step=0)], max_epochs=1).fit(Net(), batches(4), batches(2))
+
+
+def test_any_width_is_made_after_training(tmp_path: Path) -> None:
+    ema, module = PostHocEMA(every=10), Walk()
+    trainer(tmp_path, [ema], max_steps=100).fit(module, steps(100))
+    means = [float(ema.synthesise(sigma)["w"]) for sigma in (0.05, 0.07, 0.10)]
+    assert means == sorted(means, reverse=True)
+    assert means[2] == pytest.approx(float(module.w), rel=1e-6)
+    assert float(ema.synthesise(0.05, step=50)["w"]) == pytest.approx(means[0] / 2, rel=0.02)
+
+
+def test_post_hoc_averages_resume_bit_for_bit(tmp_path: Path) -> None:
+    def run(folder: str, ckpt: Any = None) -> PostHocEMA:
+        ema = PostHocEMA(every=3, directory=tmp_path / "kept")
+        files = ModelCheckpoint(tmp_path / folder, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+        trainer(tmp_path, [ema, files], max_epochs=4).fit(Net(norm=True), batches(4), ckpt_path=ckpt)
+        return ema
+
+    whole = run("whole")
+    again = run("again", tmp_path / "whole" / "epoch=1.ckpt")
+    assert not differing(values(whole.synthesise(0.07)), values(again.synthesise(0.07)))
+
+
+def test_before_the_first_step_there_is_nothing_to_make(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="has averaged nothing yet"):
+        PostHocEMA().synthesise(0.07)
