@@ -27,7 +27,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, TWA, RandomState
+from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, TWA, Lookaround, RandomState
+
+
+def noisy(batch: list[Tensor]) -> list[Tensor]:
+    """An augmentation that draws random numbers."""
+    return [batch[0] + 0.1 * torch.randn_like(batch[0]), batch[1]]
+
 
 METHODS: dict[str, Callable[[], Any]] = {
     "ema": lambda: EMA(decay=0.9, validate="both"),
@@ -36,6 +42,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "lawa": lambda: LAWA(k=2, every_n_steps=3),
     "swad": lambda: SWAD("val/loss", n_converge=2, n_tolerance=2, stop=False, validate="both"),
     "twa": lambda: TWA(every=2, stage="50%", lr=0.05, inner="adamw"),
+    "lookaround": lambda: Lookaround(2, 3, [noisy, noisy], validate="both"),
+    "lookaround-turns": lambda: Lookaround(3, 2, batches="turns", buffers="average"),
 }
 EPOCHS, BATCHES = 3, 8
 EVENTS = {"train": EPOCHS * BATCHES, "validation": EPOCHS * 2 * 2, "write": EPOCHS * 3}
@@ -206,7 +214,7 @@ def main() -> int:
         for method in arguments.methods:
             rows += sweep(method, arguments.points, arguments.seed, Path(folder) / method)
     for row in rows:
-        print(f"{row['method']:9} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
+        print(f"{row['method']:16} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
     equal = sum(row["equal"] for row in rows)
     print(f"{equal} of {len(rows)} resumed runs equal the uninterrupted one bit for bit")
     if arguments.output:

@@ -322,7 +322,7 @@ def _is_for_blas(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def weighted_mean(sets: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> Weights:
+def weighted_mean(sets: Sequence[Mapping[str, Tensor]], shares: Sequence[float], out: Weights | None = None) -> Weights:
     """``sum(share * set)`` of sets of the same names; new tensors, in the precision averages are kept in.
 
     A set whose share is 0 is not read, so it may hold NaN. Equal sets give just these weights, without rounding.
@@ -330,10 +330,12 @@ def weighted_mean(sets: Sequence[Mapping[str, Tensor]], shares: Sequence[float])
     Args:
         sets: At least one.
         shares: One per set, at least 0; their sum is 1.
+        out: Where to write them instead of to new tensors.
     """
-    mean = {name: torch.empty_like(t, dtype=average_dtype(t)) for name, t in sets[0].items()}
+    mean = {n: torch.empty_like(t, dtype=average_dtype(t)) for n, t in sets[0].items()} if out is None else out
+    start, chain = _chain(shares)
     for *pieces, target in _pieces([*sets, mean]):
-        _mean_into(target, pieces, shares)
+        _mean_into(target, pieces, start, chain)
     return mean
 
 
@@ -346,23 +348,24 @@ def mix_(sets: Sequence[Mapping[str, Tensor]], matrix: Sequence[Sequence[float]]
         matrix: A row per set, of numbers of at least 0 that sum to 1. A set whose share is 0 is not read, so it may
             hold NaN. A row that keeps its set as it is writes nothing.
     """
-    rows = [tuple(row) for row in matrix]
     changing: dict[tuple[float, ...], list[int]] = {}
-    for j, row in enumerate(rows):
+    for j, row in enumerate(map(tuple, matrix)):
         if row[j] != 1:
             changing.setdefault(row, []).append(j)
+    # What is the same for all can be computed in the place of one of them, unless that is too narrow.
+    alike = len(changing) == 1
+    work = [(*_chain(row, members[0]), members) for row, members in changing.items()]
     for pieces in _pieces(sets):
-        narrow = pieces[0].dtype != average_dtype(pieces[0])
-        # What is the same for all can be computed in the place of one of them.
-        in_place = len(changing) == 1 and not narrow
+        in_place = alike and pieces[0].dtype == average_dtype(pieces[0])
         mixed = []
-        for row, members in changing.items():
+        for start, chain, members in work:
             target = pieces[members[0]] if in_place else torch.empty_like(pieces[0], dtype=average_dtype(pieces[0]))
-            _mean_into(target, pieces, row)
-            mixed.append((target, members[1:] if in_place else members))
-        for target, members in mixed:
+            _mean_into(target, pieces, start, chain)
+            mixed.append(target)
+        for target, (_, _, members) in zip(mixed, work, strict=True):
             for j in members:
-                pieces[j].copy_(target)
+                if pieces[j] is not target:
+                    pieces[j].copy_(target)
 
 
 def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:
@@ -454,17 +457,27 @@ def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list
     yield from groups.values()
 
 
-def _mean_into(target: Tensor, pieces: Sequence[Tensor], shares: Sequence[float]) -> None:
-    """Their mean as a chain of lerps, which leaves equal pieces as they are. The target may be one of them."""
-    terms = [(piece.to(target.dtype), share) for piece, share in zip(pieces, shares, strict=True) if share]
-    # A target that is one of the pieces comes first, before it is written to.
-    terms.sort(key=lambda term: term[0] is not target)
-    (mean, total), *rest = terms
-    for piece, share in rest:
-        total += share
-        mean = torch.lerp(mean, piece, share / total, out=target)
-    if not rest:
+def _chain(shares: Sequence[float], first: int = 0) -> tuple[int, list[tuple[int, float]]]:
+    """A mean as a chain of lerps, which leaves equal sets as they are: where it starts, then set and weight of each.
+
+    It starts with ``first`` if that has a share, so that the result may take the place of that set.
+    """
+    order = [i for i in (first, *range(first), *range(first + 1, len(shares))) if shares[i]]
+    total = shares[order[0]]
+    chain = []
+    for i in order[1:]:
+        total += shares[i]
+        chain.append((i, shares[i] / total))
+    return order[0], chain
+
+
+def _mean_into(target: Tensor, pieces: Sequence[Tensor], start: int, chain: Sequence[tuple[int, float]]) -> None:
+    mean = pieces[start] if pieces[start].dtype == target.dtype else pieces[start].to(target.dtype)
+    if not chain:
         target.copy_(mean)
+    for i, weight in chain:
+        piece = pieces[i] if pieces[i].dtype == target.dtype else pieces[i].to(target.dtype)
+        mean = torch.lerp(mean, piece, weight, out=target)
 
 
 def _pieces(sets: Sequence[Mapping[str, Tensor]]) -> Iterator[list[Tensor]]:
