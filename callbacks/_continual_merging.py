@@ -130,18 +130,23 @@ class ContinualMerging(Callback):
             raise ValueError(f"`task` must be in [0, {done}) and `heads` 'per_task', got {task} and {self.heads!r}.")
         return self._stream().load(done)[f"head{task}"]
 
-    def load_merged(self, module: LightningModule) -> None:
+    def load_merged(self, module: LightningModule, without: int | str | None = None) -> None:
         """Puts the merged model of the bank into a module of the same architecture: in a new process, say.
 
+        Args:
+            module: Its parameters, heads and buffers are written to.
+            without: A task to leave out; the bank stays as it is. The bank must have kept every vector.
+
         Raises:
-            ValueError: If the bank is empty, or of another model.
+            ValueError: If the bank is empty, or of another model, or has no such task or vector.
         """
         bank, stream, live = self._bank(), self._stream(), weights.named_tensors(module)
         if not bank.added:
             raise ValueError(f"the bank {self.folder} holds no task yet.")
         state = stream.load(bank.added)
-        vector = bank.result() or {}
-        merged = add_vector({name: stream.base()[name] for name in vector}, vector)
+        vector = (bank.result() if without is None else _result_without(bank, without)) or {}
+        base = stream.base()
+        merged = add_vector({name: base[name] for name in bank.result() or {}}, vector)
         merged |= {
             name: tensor for part in ("buffers", "other", "head") for name, tensor in state.get(part, {}).items()
         }
@@ -454,6 +459,12 @@ def _data(trainer: Trainer) -> Any:
 def _classes(trainer: Trainer) -> Sequence[int] | None:
     classes: Sequence[int] | None = getattr(_data(trainer), "classes", None)
     return classes
+
+
+def _result_without(bank: Bank, task: int | str) -> Weights | None:
+    bank.vector(task)  # there is one
+    others = [other for other in bank.tasks if other != task]
+    return bank.combiner.combine((bank.vector(other) for other in others), tasks=others) if others else None
 
 
 def _on_one_process(trainer: Trainer, work: Callable[[], Made]) -> Made:

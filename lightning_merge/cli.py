@@ -22,6 +22,9 @@ commands:
   run NAME [--option value]    train with a recipe, e.g. `lightning-merge run digits/swa --trainer.max_epochs 10`;
                                `--config FILE` and options override it, `--print_config` shows it,
                                `run NAME --help` lists all options
+  run continual/NAME [--merge.preset PRESET]
+                               train a stream of tasks and merge them; run again to go on after an interruption
+  unlearn RUN --task TASK      subtract a task from a stream's merged model, if the other tasks keep their accuracy
   fit | validate | test | predict --config FILE [--option value]
                                LightningCLI with any model and data class; `lightning-merge fit --help`
   inspect FILE                 which weights are in a checkpoint, which of them its score belongs to, how to load it
@@ -104,6 +107,10 @@ def _dispatch(arguments: list[str]) -> int:
 
     add_average(commands.add_parser("average", description="Merge the checkpoints of one run into one file."))
     add_soup(commands.add_parser("soup", description="Merge checkpoints of several runs into one file."))
+    unlearn = commands.add_parser("unlearn", description="Subtract a task's vector from a stream's merged model.")
+    unlearn.add_argument("run", type=Path, help="folder of a `run continual/...` with `--merge.keep_vectors true`")
+    unlearn.add_argument("--task", required=True, help="which one, as `task2`")
+    unlearn.add_argument("--keep", type=float, default=0.95, help="share of their accuracy that the others must keep")
 
     options = parser.parse_args(arguments)
     if options.command == "recipes":
@@ -118,6 +125,11 @@ def _dispatch(arguments: list[str]) -> int:
         print(write(options.file, options.out, options.set, options.strip, options.timm, options.force))
     elif options.command == "verify":
         return _verify(options.run, options.tolerance)
+    elif options.command == "unlearn":
+        _need(_RECIPE_MODULES)
+        from lightning_merge.recipes._stream_cli import unlearn as forget
+
+        return 0 if forget(options.run, options.task, options.keep) else 1
     elif options.command == "doctor":
         from lightning_merge._commands._doctor import doctor as examine
 
@@ -160,6 +172,12 @@ def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         return _fail(f"`run` needs the name of a recipe first: {', '.join(recipes())}.")
     path = find(arguments[0])
+    if arguments[0].startswith("continual/"):
+        _need(_RECIPE_MODULES)
+        from lightning_merge.recipes._stream_cli import run as run_stream
+
+        run_stream(["--config", str(path), *arguments[1:]])
+        return 0
     return _lightning(["fit", "--config", str(path), *arguments[1:]], _RECIPE_MODULES)
 
 

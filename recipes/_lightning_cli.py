@@ -34,7 +34,7 @@ _PLAINER = (
 )
 
 
-class _Parser(LightningArgumentParser):
+class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits 2 with the message only: the usage text would push it off the screen with a hundred lines."""
         if not self.exit_on_error:  # a parser of a nested class, whose error becomes part of another
@@ -66,6 +66,18 @@ def run(args: list[str]) -> None:
     ``${...}`` in a file refers to the value after all files and options are read, so a schedule whose length is
     ``${trainer.max_epochs}`` follows ``--trainer.max_epochs 5``.
     """
+    quiet()
+    _CLI(
+        args=args,
+        parser_class=Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        # Testing a run leaves nothing behind in its folder.
+        save_config_callback=SaveConfigCallback if args[:1] == ["fit"] else None,
+    )
+
+
+def quiet() -> None:
+    """Reads ``${...}`` as above, and leaves out of the output what nobody could act on."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
@@ -73,13 +85,6 @@ def run(args: list[str]) -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logger = logging.getLogger(name)
         logger.handlers = [_Stderr() if type(h) is logging.StreamHandler else h for h in logger.handlers]
-    _CLI(
-        args=args,
-        parser_class=_Parser,
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        # Testing a run leaves nothing behind in its folder.
-        save_config_callback=SaveConfigCallback if args[:1] == ["fit"] else None,
-    )
 
 
 def instantiate(config: Path) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
@@ -87,7 +92,7 @@ def instantiate(config: Path) -> tuple[Trainer, LightningModule, LightningDataMo
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     cli = LightningCLI(
         args=[f"--config={config}"],
-        parser_class=_Parser,
+        parser_class=Parser,
         parser_kwargs={"parser_mode": "omegaconf+"},
         save_config_callback=None,
         run=False,

@@ -56,7 +56,7 @@ def run_stream(
     record = _open(folder, tasks, merging, seed)
     tester = make_trainer([])
     if not record["baseline"]:
-        record["baseline"] = _row(tester, module, tasks, -1)
+        record["baseline"] = accuracies(tester, module, tasks, -1)
         _write(folder, record)
     for index, task in enumerate(tasks):
         if index < merging.completed:
@@ -66,16 +66,20 @@ def run_stream(
             seed_everything(seed + index, verbose=False)
             place = folder / "checkpoints" / f"task{index}"
             latest = ModelCheckpoint(place, filename="{epoch}", save_top_k=1)
-            files = [path for path in place.glob("epoch=*.ckpt") if zipfile.is_zipfile(path)]
-            newest = max(files, key=lambda path: int(path.stem.partition("=")[2].partition("-")[0]), default=None)
             fit = make_trainer([*callbacks(index), merging, RandomState(), latest])
-            fit.fit(module, datamodule=task, ckpt_path=newest)
+            fit.fit(module, datamodule=task, ckpt_path=newest_checkpoint(place))
         if index >= len(record["rows"]):
-            record["rows"].append(_row(tester, module, tasks, index))
+            record["rows"].append(accuracies(tester, module, tasks, index))
             record["metrics"] = {kind: metrics_of(record, kind) for kind in _KINDS if kind in record["rows"][0]}
             _write(folder, record)
             log(_line(record, index))
     return record
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the last epoch that was written whole."""
+    files = [path for path in folder.glob("epoch=*.ckpt") if zipfile.is_zipfile(path)]
+    return max(files, key=lambda path: int(path.stem.partition("=")[2].partition("-")[0]), default=None)
 
 
 def matrix_of(record: dict[str, Any], kind: str) -> Tensor:
@@ -94,8 +98,10 @@ def metrics_of(record: dict[str, Any], kind: str) -> dict[str, float | None]:
     return {name: None if math.isnan(value) else round(value.item(), 6) for name, value in found.items()}
 
 
-def _row(tester: Trainer, module: LightningModule, tasks: Sequence[TaskData], after: int) -> dict[str, list[float]]:
-    """Accuracies on every task, those to come included."""
+def accuracies(
+    tester: Trainer, module: LightningModule, tasks: Sequence[TaskData], after: int
+) -> dict[str, list[float]]:
+    """Accuracies on every task after task ``after``, those to come included, by kind."""
     row: dict[str, list[float]] = {}
     by_class = tasks[-1].choices != tasks[-1].classes  # class-incremental: among all that was seen
     for index, task in enumerate(tasks):
