@@ -97,7 +97,7 @@ def grid(name: str, buffers: str) -> list[Method]:
     if name == "naive":
         return [Method("naive", buffers="copy")]
     if name == "ewc":
-        return [Method("ewc", buffers="copy", ewc=strength) for strength in (10.0, 100.0, 1000.0)]
+        return [Method("ewc", buffers="copy", ewc=strength) for strength in (1.0, 3.0, 10.0, 30.0)]
     if name in ("average", "magmax"):
         scales: list[float | None] = [None] if name == "average" else [0.5, 1.0]
         return [Method(name, name, scale, each) for scale in scales for each in ("recompute", "average")]
@@ -244,7 +244,13 @@ def tuned(name: str, setting: Setting, data: Pixels, store: dict[Any, Any], buff
     data.measured = "val"
     scores = []
     for method in methods:
-        record = run(setting, data, method, VALIDATION_SEED, store)
+        try:
+            record = run(setting, data, method, VALIDATION_SEED, store)
+        except Exception as error:  # training may diverge: weights that are not finite are refused
+            scores.append(0.0)
+            rows.append({"method": method.__dict__, "error": str(error)})
+            print("tuning", json.dumps(rows[-1]), flush=True)
+            continue
         scores.append(record["metrics"]["accuracy_in_task"]["final_average"])
         both = {kind: figures["final_average"] for kind, figures in record["metrics"].items()}
         rows.append({"method": method.__dict__, "final_average": both})
@@ -314,6 +320,7 @@ def main() -> None:
     stores: dict[str, dict[Any, Any]] = {name: {} for name in settings}
     rows: list[dict[str, Any]] = []
     tuning: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     chosen: dict[str, Method] = {}
     first = next(iter(settings))
     begin = time.perf_counter()
@@ -325,8 +332,13 @@ def main() -> None:
                 buffers = chosen["average"].buffers if "average" in chosen else "recompute"
                 chosen[name] = tuned(name, settings[first], data[first], stores[first], buffers, tuning)
             for data_set, setting in settings.items():
-                found = run(setting, data[data_set], chosen[name], seed, stores[data_set])
                 row = {"data": data_set, "seed": seed, "method": chosen[name].__dict__}
+                try:
+                    found = run(setting, data[data_set], chosen[name], seed, stores[data_set])
+                except Exception as error:
+                    failed.append({**row, "error": str(error)})
+                    print("failed", json.dumps(failed[-1]), flush=True)
+                    continue
                 rows.append({**row, **{key: found.get(key) for key in ("metrics", "rows", "baseline", "seconds")}})
                 figures = {kind: found["metrics"][kind]["final_average"] for kind in found["metrics"]}
                 print(json.dumps({**row, **figures, "seconds": found["seconds"]}), flush=True)
@@ -337,6 +349,7 @@ def main() -> None:
                 "settings": {name: setting.__dict__ for name, setting in settings.items()},
                 "validation_stream_seed": VALIDATION_SEED,
                 "tuning": tuning,
+                "failed": failed,
                 "not_reached": [name for name in arguments.methods if name not in {r["method"]["name"] for r in rows}],
                 "summary": summary(rows),
                 "runs": rows,

@@ -39,7 +39,8 @@ class Anchor(Callback):
         samples: Of the task's last batches for the Fisher information; at least 1. They are not kept.
         selection: Which parameters are held; by default all that are trainable.
         head: Globs of the head's parameters, which are never held; by default the last ``nn.Linear``.
-        file: Where the anchor is kept between processes; by default only in this object and in full checkpoints.
+        file: Where the anchor is kept between processes; by default only in this object and in full checkpoints. Needed
+            where each fit has processes of its own (``ddp_spawn``, ``ddp_notebook``).
 
     Raises:
         ValueError: If an argument is out of range, or at fit start if the module is not that of the first task.
