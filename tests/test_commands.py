@@ -15,6 +15,7 @@ from foreign_files import Line
 from safetensors.torch import load_file, save_file
 
 from lightning_merge.cli import main
+from lightning_merge.compat import read_weights
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -146,6 +147,30 @@ def test_the_conversion_that_a_pickled_file_is_refused_with_works(run: Run, file
     subprocess.run(line.replace("python", sys.executable, 1), shell=True, check=True)
     code, out, _ = run("inspect", files["module.pt"].with_suffix(".weights.pt"))
     assert (code, "a state dict" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("library", "parts"),
+    [
+        ("timm", ["a checkpoint of timm", "average  in `state_dict_ema`", "raw      in `state_dict`"]),
+        ("mmengine", ["MMEngine's EMAHook", "average  in `state_dict`", "raw      in `ema_state_dict`", ": 9"]),
+        ("ema_pytorch", ["ema-pytorch", "average  in `ema`", "--set average"]),
+        (
+            "nemo",
+            ["a pair of files as NeMo's", "raw      in `state_dict`", "average  in `state_dict` of nemo-EMA.ckpt"],
+        ),
+    ],
+)
+def test_inspect_knows_the_files_of_other_libraries(library: str, parts: list[str], run: Run, tmp_path: Path) -> None:
+    path, expected = getattr(foreign_files, library)(tmp_path)
+    code, out, err = run("inspect", path)
+    assert code == 0, err
+    for part in parts:
+        assert part in out, out
+    for name, weights in expected.items():
+        model = Line() if library == "nemo" else Line().net
+        model.load_state_dict(read_weights(path, name))
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in model.state_dict().items())
 
 
 # ---- diff

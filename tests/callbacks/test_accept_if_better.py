@@ -80,6 +80,19 @@ def test_measuring_leaves_nothing_in_logs_and_training_as_it_was(tmp_path: Path)
     assert torch.equal(plain[2], with_judge[2])
 
 
+def test_no_callback_sees_what_is_only_looked_at(tmp_path: Path) -> None:
+    class Counts(pl.Callback):
+        seen = 0
+
+        def on_validation_end(self, *args: Any) -> None:
+            self.seen += 1
+
+    plain, judged = Counts(), Counts()
+    fit(5.0, tmp_path, SWA(start_epoch=0), plain)
+    fit(5.0, tmp_path, SWA(start_epoch=0), judged, AcceptIfBetter("val/loss", shares=(0.5,)), Doctor())
+    assert judged.seen == plain.seen
+
+
 def test_statistics_of_a_point_between_are_measured_where_the_average_measures_its_own(tmp_path: Path) -> None:
     swa = SWA(start_epoch=0)
     judge = AcceptIfBetter("val/loss", shares=(0.5,))
@@ -96,6 +109,17 @@ def test_statistics_of_a_point_between_are_measured_where_the_average_measures_i
         )
         expected = tiny.score({**tiny.values(fitted), **statistics}, norm=True)
         assert judge.scores["swa"][share] == pytest.approx(expected, rel=1e-5)  # three epochs
+
+
+def test_the_published_point_has_the_statistics_it_was_measured_with(tmp_path: Path) -> None:
+    swa, judge = SWA(start_epoch=0), AcceptIfBetter("val/loss")
+    judge.shares = (0.5,)  # so that it is chosen
+    trainer = tiny.trainer(tmp_path, [swa, judge, ModelCheckpoint(tmp_path)], max_epochs=3)
+    trainer.fit(tiny.Net(norm=True), tiny.batches(), tiny.validation())
+    assert swa.accepted == 0.5
+    expected = judge.scores["swa"][0.5]
+    assert tiny.score(tiny.read(tmp_path / "swa-final.ckpt")["state_dict"], norm=True) == pytest.approx(expected)
+    assert swa.final_metrics["val/loss"] == pytest.approx(expected)
 
 
 def test_a_resumed_finished_run_publishes_what_was_accepted_and_a_longer_one_decides_anew(tmp_path: Path) -> None:

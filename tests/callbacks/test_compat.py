@@ -156,6 +156,20 @@ def test_weights_after_the_fit_are_lightnings(name: str, arguments: dict[str, An
             assert torch.allclose(ours[key], tensor, rtol=1e-5, atol=1e-6), key
 
 
+def test_an_average_of_every_step_does_not_start_before_the_first(tmp_path: Path) -> None:
+    """Lightning's first update copies, so the weights before training are no part of the average."""
+    finals = []
+    for home in (lightnings, compat):
+
+        class Always(home.EMAWeightAveraging):  # type: ignore[misc,name-defined]
+            def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+                return step_idx is not None
+
+        finals.append(final(Always(decay=0.5), tmp_path, epochs=1))
+    for key, tensor in finals[0].items():
+        assert torch.allclose(finals[1][key], tensor, rtol=1e-5, atol=1e-6), key
+
+
 def test_stochastic_averaging_takes_lightnings_weights_in_and_those_of_the_last_epoch(tmp_path: Path) -> None:
     """At a constant rate the raw weights of both runs are the same: w is 4, 8, 12, 16, 20 after the epochs."""
 

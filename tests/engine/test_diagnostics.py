@@ -90,10 +90,10 @@ def test_an_examination_writes_to_nothing_it_is_shown() -> None:
 
 def test_a_loss_that_is_nan_between_two_sets_is_a_barrier() -> None:
     def loss(weights: dict[str, Tensor]) -> float:
-        return float("nan") if weights["w"][0, 0] == 0.5 else 1.0
+        return float("nan") if 0.6 < weights["w"][0, 0] < 0.7 else 1.0  # the second of two points
 
     near = {"a": {"w": torch.tensor([[0.0, 9.0]])}, "b": {"w": torch.tensor([[1.0, 9.0]])}}
-    assert examine(near, loss=loss, points=1).verdict == "barrier"
+    assert examine(near, loss=loss, points=2).verdict == "barrier"
 
 
 @pytest.mark.parametrize(
