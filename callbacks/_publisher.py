@@ -155,7 +155,10 @@ class Publisher:
 
     def accept(self, average: "Published", share: float) -> None:
         """Publishes, in the place of an average, the point at this share of the way to it from the raw weights."""
-        average.accepted = share if share < 1 else None
+        accepted = share if share < 1 else None
+        if average.accepted == accepted:
+            return  # what is known about it stays true
+        average.accepted = accepted
         average.forget_statistics()
         self.validation.forget(average)
 
