@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_merge.recipes._preference_data import Preferences
     from lightning_merge.recipes._report import RunReport
     from lightning_merge.recipes._resnet import SmallResNet
+    from lightning_merge.recipes._rloo import RLOO, RewardModel
     from lightning_merge.recipes._stream import TaskData, jointly, split_by_class, split_by_domain
     from lightning_merge.recipes._threads import CPUThreads
     from lightning_merge.recipes._warmup_cosine import WarmupCosine
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CIFAR",
     "DPO",
+    "RLOO",
     "Augmented",
     "CPUThreads",
     "Classifier",
@@ -34,6 +36,7 @@ __all__ = [
     "PreferenceAccuracy",
     "Preferences",
     "RewardMargin",
+    "RewardModel",
     "RunReport",
     "SmallConvNet",
     "SmallResNet",
@@ -55,7 +58,9 @@ _HOMES = {
     "LanguageModel": "_language_model",
     "PreferenceAccuracy": "_dpo",
     "Preferences": "_preference_data",
+    "RLOO": "_rloo",
     "RewardMargin": "_dpo",
+    "RewardModel": "_rloo",
     "RunReport": "_report",
     "SmallConvNet": "_digits",
     "SmallResNet": "_resnet",

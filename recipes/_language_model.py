@@ -55,7 +55,7 @@ class LanguageModel(LightningModule):
         logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         loss = next_token_loss(self(batch["tokens"]), batch["labels"])
         self.log("train/loss", loss)
         return loss

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_merge.cli import main
-from lightning_merge.recipes import DPO, LanguageModel, Preferences
+from lightning_merge.recipes import DPO, RLOO, LanguageModel, Preferences, RewardModel
 from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes._causal_lm import Bytes
 from lightning_merge.recipes._language_model import answer_log_probabilities
@@ -223,6 +223,76 @@ def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest
         LanguageModel(config=CONFIG)
 
 
+# ---- RLOO
+
+
+@pytest.fixture
+def policy(files: dict[str, str], tmp_path: Path) -> RLOO:
+    start = trained(files, tmp_path / "sft.ckpt")
+    reward = RewardModel(start, config=CONFIG)
+    run = Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET)
+    run.fit(reward, Preferences(files["pairs"], **SMALL))
+    run.save_checkpoint(tmp_path / "reward.ckpt")
+    return RLOO(start, str(tmp_path / "reward.ckpt"), CONFIG, samples=4, answer=8, kl=0.0)
+
+
+def test_a_reward_model_learns_pairs(files: dict[str, str], tmp_path: Path) -> None:
+    reward = RewardModel(config=CONFIG, optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2))
+    run = Trainer(max_epochs=5, **QUIET)
+    run.fit(reward, Preferences(files["pairs"], **SMALL))
+    assert run.callback_metrics["val/acc"] > 0.9
+
+
+def test_samples_continue_the_prompts_and_end_once(policy: RLOO, files: dict[str, str]) -> None:
+    data = Preferences(files["pairs"], **SMALL)
+    data.setup("fit")
+    batch = collate([data.train[i] for i in range(3)])
+    torch.manual_seed(0)
+    tokens, labels = policy.sample(batch, 2)
+    assert len(tokens) == 6
+    for i, (row, label) in enumerate(zip(tokens, labels, strict=True)):
+        begin = int((batch["labels"][i // 2, 0] != IGNORED).float().argmax())
+        first = int((label != IGNORED).float().argmax())
+        assert row[first - begin : first].tolist() == batch["tokens"][i // 2, 0, :begin].tolist()
+        answer = label[label != IGNORED].tolist()
+        assert 1 <= len(answer) <= 8
+        assert 256 not in answer[:-1]
+
+
+def test_policy_gradient_raises_the_reward(policy: RLOO, files: dict[str, str]) -> None:
+    class Letters(torch.nn.Module):
+        """Rewards how many bytes of an answer are below 128."""
+
+        def rewards(self, tokens: Tensor, labels: Tensor) -> Tensor:
+            return ((labels >= 0) & (labels < 128)).float().sum(1)
+
+    policy._frozen[1] = Letters()
+    policy.optimizer = lambda p: torch.optim.AdamW(p, lr=3e-2)
+    run = Trainer(max_epochs=3, limit_val_batches=0, **QUIET)
+    data = Preferences(files["pairs"], **SMALL)
+    data.setup("fit")
+    batch = collate([data.train[i] for i in range(16)])
+
+    def mean_reward() -> float:
+        torch.manual_seed(0)
+        return policy._frozen[1].rewards(*policy.sample(batch, 4)).mean().item()
+
+    before = mean_reward()
+    run.fit(policy, data)
+    assert mean_reward() > before + 1
+
+
+def test_bad_arguments_of_rloo_are_refused(policy: RLOO, files: dict[str, str], tmp_path: Path) -> None:
+    start, reward = str(tmp_path / "sft.ckpt"), str(tmp_path / "reward.ckpt")
+    for argument, value in {"samples": 1, "answer": 0, "kl": -0.1}.items():
+        with pytest.raises(ValueError, match=f"`{argument}` must be at least .*, got {value}"):
+            RLOO(start, reward, CONFIG, **{argument: value})
+    with pytest.raises(ValueError, match="`clip` must be above 0"):
+        RLOO(start, reward, CONFIG, clip=0)
+    with pytest.raises(ValueError, match="holds no reward model"):
+        RLOO(start, start, CONFIG)
+
+
 # ---- recipes
 
 
@@ -230,7 +300,7 @@ def test_the_recipes_start_from_each_other(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    chain = ("base", "sft", "dpo", "dpo-ondare", "dpo-onties")
+    chain = ("base", "sft", "dpo", "dpo-ondare", "dpo-onties", "reward", "rloo", "rloo-ondare")
     assert {f"preference/{name}" for name in chain} <= recipes().keys()
     for name in chain:
         options = {
@@ -241,6 +311,7 @@ def test_the_recipes_start_from_each_other(
             "data.length": 32,
             "data.answer": 16,
             "data.batch_size": 4,
+            **({"model.answer": 8, "model.samples": 2} if name.startswith("rloo") else {}),
             **({"data.text": files["text"]} if name == "base" else {"data.pairs": files["pairs"]}),
         }
         assert main(["run", f"preference/{name}", *(f"--{key}={value}" for key, value in options.items())]) == 0
