@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from tiny import NetParts, batches, differing, of, trainer, validation, values
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -181,6 +182,19 @@ def test_a_group_of_processes_trains_each_branch(tmp_path: Path) -> None:
         assert not differing(own[0], own[1])
         assert not differing(own[2], own[3])
         assert bool(differing(own[0], own[2])) == (step % 2 == 0)
+
+
+def test_branches_in_turn_under_ddp_stay_equal_in_all_processes(tmp_path: Path) -> None:
+    lookaround = Lookaround(2, 2, BENDS[:2])
+    strategy = DDPStrategy(start_method="fork", process_group_backend="gloo")
+    run = trainer(tmp_path, [lookaround, Witness(tmp_path, lookaround)], strategy=strategy, devices=2, max_epochs=2)
+    run.fit(of(AdamParts)(norm=True), batches(10), validation())
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    parameters = [name for name in first["raw"] if "running" not in name]
+    for one, other in zip(first["path"], second["path"], strict=True):
+        assert not differing({name: one[name] for name in parameters}, {name: other[name] for name in parameters})
+    assert not differing(first["end"], second["end"])
+    assert first["metrics"]["val/loss"] == second["metrics"]["val/loss"]
 
 
 def test_processes_that_branches_do_not_divide_are_refused(tmp_path: Path) -> None:
