@@ -174,7 +174,10 @@ class Branching(Published):
             with torch.inference_mode(False), torch.no_grad():
                 raw = self._publisher.raw(self)
                 live = self._set.live
-                self._mean = {name: raw[name] for name in live} if self.equal else self._set.mean(active=raw)
+                if self.equal:
+                    self._mean = {name: raw[name].to(weights.average_dtype(raw[name])) for name in live}
+                else:
+                    self._mean = self._set.mean(active=raw)
                 self._buffers = weights.copies({name: raw[name] for name in self._shared_buffers})
                 self._calibrated_at = None
         return {**self._mean, **self._buffers}
