@@ -12,6 +12,7 @@ from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._continual_merging import ContinualMerging
 from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
+from lightning_merge.callbacks._forkmerge import ForkMerge
 from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._lookaround import Lookaround
@@ -41,6 +42,7 @@ __all__ = [
     "ContinualMerging",
     "Doctor",
     "Extrapolate",
+    "ForkMerge",
     "Interpolate",
     "Lookaround",
     "OnlineMerging",

@@ -18,6 +18,7 @@ from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._published import Published, Validate
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import resolved
+from lightning_merge.callbacks._score import Score, measured, refuse_without_score
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
@@ -47,6 +48,9 @@ class Branching(Published):
         policy: How branches mix.
         schedule: When, in groups; by default after every group.
         branches: Number of branches; at least 1.
+        score: For policies that measure: ``score(module, batch)`` returns the sum of what is to be high over a batch of
+            the validation loaders (of ``merge_dataloader()`` if the data module or the module has that), and the count
+            to divide it by. By default the module's ``score_step(self, batch)``.
         augmentations: One callable per branch that takes the batch, on its device, and returns the batch its branch
             trains on. By default branches train on the batch as it is.
         batches: ``"same"`` batch for all branches of a group, or ``"turns"``.
@@ -82,6 +86,7 @@ class Branching(Published):
         schedule: Schedule | None = None,
         branches: int = 3,
         *,
+        score: Score | None = None,
         augmentations: Sequence[Augmentation] | None = None,
         batches: Batches = "same",
         optimizer_state: OptimizerState = "keep",
@@ -118,6 +123,7 @@ class Branching(Published):
         self.policy = policy
         self.schedule = schedule
         self.branches = branches
+        self.score = score
         self.augmentations = augmentations
         self.batches: Batches = batches
         self.optimizer_state: OptimizerState = optimizer_state
@@ -177,7 +183,7 @@ class Branching(Published):
                 if self.equal:
                     self._mean = {name: raw[name].to(weights.average_dtype(raw[name])) for name in live}
                 else:
-                    self._mean = self._set.mean(active=raw)
+                    self._mean = self.policy.published(self._policy_state or {}, self._set, raw)
                 self._buffers = weights.copies({name: raw[name] for name in self._shared_buffers})
                 self._calibrated_at = None
         return {**self._mean, **self._buffers}
@@ -192,6 +198,13 @@ class Branching(Published):
         if self._module is None or self.buffers == "average":
             return {}
         return weights.named_buffers(self._module)
+
+    @property
+    def _trained_tensors(self) -> dict[str, Tensor]:
+        """What is branched, and what all branches share and train: parameters that are not selected, say."""
+        assert self._module is not None
+        trainable = {name: p for name, p in weights.named_parameters(self._module).items() if p.requires_grad}
+        return {**trainable, **self.tensors}
 
     def describe(self) -> str:
         assert self._set is not None
@@ -251,6 +264,9 @@ class Branching(Published):
             publisher.continue_fit(self)
         self._mean = None
         self._set = self._made(trainer, pl_module)
+        if self.policy.needs_score:
+            refuse_without_score(self.title, trainer, pl_module, self.score)
+            self._set.scorer = self._measure
         self._fits(self._saved)
         if self._saved is not None:
             self._set.load(self._saved)
@@ -294,7 +310,7 @@ class Branching(Published):
             self._set.load_optimizers(self._saved)
         self._saved = None
         if self.policy.restarts and not self._good:
-            self._good = weights.copies(self.tensors)
+            self._good = weights.copies(self._trained_tensors)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds parameters that were replaced or unfrozen."""
@@ -450,7 +466,17 @@ class Branching(Published):
         self.merges += 1
         if self.policy.restarts:
             self._merged_at = self._trained
-            weights.copy_(self._good, self.tensors)
+            live = self._trained_tensors
+            weights.copy_({name: t for name, t in self._good.items() if name in live}, live)
+
+    def _measure(self, candidate: Weights) -> float:
+        """The score of any weights in the place of the branches, with BatchNorm statistics that fit them."""
+        assert self._publisher is not None
+        assert self._module is not None
+        fitted = weights.like(candidate, self.tensors)
+        fitted |= weights.like(self.statistics(candidate), self.tensors)
+        with self._publisher.swapped(self, fitted):
+            return measured(self._publisher.trainer, self._module, self.score)
 
     def _revive(self, diverged: set[int]) -> None:
         assert self._set is not None
@@ -461,9 +487,10 @@ class Branching(Published):
             " them. Lower the learning rate or clip gradients."
         )
         self._set.revive(diverged)
-        # Statistics that all branches share have seen what the diverged ones made of their batches.
-        broken = weights.nonfinite(self._shared_buffers)
-        weights.copy_({name: self._shared_buffers[name] for name in broken}, self._good)
+        # What all branches share has seen what the diverged ones made of their batches.
+        live = self._trained_tensors
+        broken = weights.nonfinite(live)
+        weights.copy_({name: live[name] for name in broken if name in self._good}, self._good)
 
     def _go_back(self, trainer: Any) -> None:
         assert self._set is not None
@@ -478,8 +505,8 @@ class Branching(Published):
             f" stops with the weights of merge {self.merges}, the last good one. Lower the learning rate or clip"
             " gradients."
         )
+        weights.copy_({name: t for name, t in self._trained_tensors.items() if name in self._good}, self._good)
         self._set.assign(self._good)
-        weights.copy_(self._shared_buffers, self._good)
         self._set.reset_optimizers(set(self._set.own))
         self._merged_at = self._trained
         trainer.should_stop = True

@@ -20,8 +20,9 @@ same in both placements; what it must remember it puts into ``state``, which is 
 
 from lightning_merge.branches._average import Average
 from lightning_merge.branches._base import Branches, Matrix, uniform
+from lightning_merge.branches._best_mix import BestMix
 from lightning_merge.branches._in_turn import InTurn
 from lightning_merge.branches._one_per_rank import OnePerRank, Placement
 from lightning_merge.branches._policy import Policy
 
-__all__ = ["Average", "Branches", "InTurn", "Matrix", "OnePerRank", "Placement", "Policy", "uniform"]
+__all__ = ["Average", "BestMix", "Branches", "InTurn", "Matrix", "OnePerRank", "Placement", "Policy", "uniform"]

@@ -57,6 +57,8 @@ class Branches(ABC):
         self.count = count
         self.selection = Selection(trainable=True) if selection is None else selection
         self.buffers: Buffers = buffers
+        self.scorer: Callable[[Weights], float] | None = None
+        """Measures weights in the place of the module's, higher is better; whoever trains the branches sets it."""
         self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(module))
         self._live_buffers = weights.named_buffers(module) if buffers == "average" else {}
         self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self.optimizers]
@@ -121,6 +123,16 @@ class Branches(ABC):
     @abstractmethod
     def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
         """What ``choose`` makes of the weights of every branch, in their order; shapes are the same for all."""
+
+    def score(self, candidate: Weights) -> float:
+        """How good weights are in the place of the module's; higher is better, NaN if that cannot be told.
+
+        Raises:
+            RuntimeError: If nobody has said how to measure (``scorer``).
+        """
+        if self.scorer is None:
+            raise RuntimeError("these branches cannot be measured: set `scorer`, or give `Branching` a `score`.")
+        return self.scorer(candidate)
 
     @abstractmethod
     def diverged(self) -> set[int]:

@@ -1,10 +1,13 @@
 """What a policy is: how branches mix."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
+from torch import Tensor
+
 from lightning_merge.branches._base import Branches
-from lightning_merge.weights import State
+from lightning_merge.weights import State, Weights
 
 
 class Policy(ABC):
@@ -20,6 +23,19 @@ class Policy(ABC):
     def init(self, branches: Branches) -> State:
         """What it remembers before the first merge: tensors, numbers, lists and dicts, which are saved with the run."""
         return {}
+
+    needs_score: ClassVar[bool] = False
+    """Whether it measures weights (``branches.score``)."""
+
+    def published(self, state: State, branches: Branches, active: Mapping[str, Tensor]) -> Weights:
+        """The weights that all branches stand for between merges: their mean.
+
+        Args:
+            state: What it remembers.
+            branches: The branches.
+            active: The tensors of the active branch, where others are in the module at the moment.
+        """
+        return branches.mean(active=active)
 
     @abstractmethod
     def merge(self, state: State, branches: Branches) -> None:
