@@ -10,13 +10,17 @@ from lightning_merge.callbacks._aswa import ASWA
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._continual_merging import ContinualMerging
+from lightning_merge.callbacks._dart import DART
+from lightning_merge.callbacks._diloco import DiLoCo
 from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
 from lightning_merge.callbacks._forkmerge import ForkMerge
 from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
+from lightning_merge.callbacks._local_sgd import LocalSGD
 from lightning_merge.callbacks._lookaround import Lookaround
 from lightning_merge.callbacks._online_merging import OnlineMerging
+from lightning_merge.callbacks._papa import PAPA
 from lightning_merge.callbacks._post_hoc_ema import PostHocEMA
 from lightning_merge.callbacks._published import Published
 from lightning_merge.callbacks._random_state import RandomState
@@ -25,25 +29,31 @@ from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
 from lightning_merge.callbacks._teacher import teacher
 from lightning_merge.callbacks._twa import TWA
+from lightning_merge.callbacks._wash import WASH
 from lightning_merge.callbacks._weight_merging import WeightMerging
 
 __all__ = [
     "ASWA",
+    "DART",
     "EMA",
     "LAWA",
+    "PAPA",
     "SMA",
     "SWA",
     "SWAD",
     "TWA",
+    "WASH",
     "AcceptIfBetter",
     "Anchor",
     "BranchStrategy",
     "Branching",
     "ContinualMerging",
+    "DiLoCo",
     "Doctor",
     "Extrapolate",
     "ForkMerge",
     "Interpolate",
+    "LocalSGD",
     "Lookaround",
     "OnlineMerging",
     "PostHocEMA",

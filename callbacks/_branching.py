@@ -270,6 +270,7 @@ class Branching(Published):
         self._fits(self._saved)
         if self._saved is not None:
             self._set.load(self._saved)
+            self._set.steps = list(self._saved.get("steps", self._set.steps))
         else:
             self._merged_at = self._trained
         if self._policy_state is None:
@@ -392,7 +393,9 @@ class Branching(Published):
                 progress.load_state_dict(counted)
             self._set.activate(branch)
             with self._own_gradients(branch, everyone and keep_gradients):
+                before = self.steps
                 output = original(self._own_batch(branch, kwargs))
+                self._set.steps[branch] += self.steps - before
             if self._recent is not None:
                 self._recent.keep()
             if everyone or ends():
@@ -464,6 +467,7 @@ class Branching(Published):
         elif self.optimizer_state == "reset":
             self._set.reset_optimizers(set(self._set.own))
         self.merges += 1
+        self._set.steps = [0] * self.branches
         if self.policy.restarts:
             self._merged_at = self._trained
             live = self._trained_tensors
@@ -530,6 +534,8 @@ class Branching(Published):
         branches = None if self._set is None or failed else self._set.save()
         if branches is not None and self.equal:
             branches["weights"] = {}  # all are the live one, which the file has
+        if branches is not None and self._set is not None:
+            branches["steps"] = self._set.work()
         return {
             **saved,
             "branches": branches,

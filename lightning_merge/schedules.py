@@ -94,6 +94,46 @@ class EveryNSteps(Schedule):
 
 @final
 @dataclass(frozen=True)
+class LocalSteps(Schedule):
+    """After every step up to ``start``, then after every ``n`` steps: ``1, 2, ..., start, start + n, start + 2n, ...``
+
+    For branches: they train as one up to ``start``, since plain SGD on the mean gradient is the mean of SGD steps, and
+    apart from then on.
+
+    Args:
+        n: Steps between merges after the start; at least 1.
+        start: Steps that are merged each; at least 0. A float in [0, 1) is a share of the run's steps, rounded up.
+
+    Raises:
+        ValueError: If ``n`` or ``start`` is out of range, or at ``resolve`` if a share is asked of a run of unknown
+            length.
+
+    Example:
+        >>> schedule = LocalSteps(n=3, start=2)
+        >>> [step for step in range(10) if schedule.due(Moment(step, epoch=0))]
+        [1, 2, 5, 8]
+    """
+
+    n: int = 1
+    start: int | float = 0
+
+    def __post_init__(self) -> None:
+        _check_interval(self.n)
+        _check_start("start", self.start)
+
+    def started(self, moment: Moment) -> bool:
+        return True
+
+    def due(self, moment: Moment) -> bool:
+        steps = moment.step - self.start
+        return not moment.epoch_end and moment.step > 0 and (steps <= 0 or steps % self.n == 0)
+
+    def resolve(self, run: RunLength) -> Self:
+        return replace(self, start=_resolve_start(self.start, run.steps, "steps"))
+
+
+@final
+@dataclass(frozen=True)
 class EveryNEpochs(Schedule):
     """At the end of an epoch, before it is validated: once ``start`` epochs are complete, then every ``n`` epochs.
 

@@ -21,8 +21,34 @@ same in both placements; what it must remember it puts into ``state``, which is 
 from lightning_merge.branches._average import Average
 from lightning_merge.branches._base import Branches, Matrix, uniform
 from lightning_merge.branches._best_mix import BestMix
+from lightning_merge.branches._combine import Combine
 from lightning_merge.branches._in_turn import InTurn
+from lightning_merge.branches._nova import Nova
 from lightning_merge.branches._one_per_rank import OnePerRank, Placement
+from lightning_merge.branches._outer_step import OuterStep
+from lightning_merge.branches._pairs import Pairs
 from lightning_merge.branches._policy import Policy
+from lightning_merge.branches._pull_to_mean import PullToMean
+from lightning_merge.branches._shuffle import Shuffle
+from lightning_merge.branches._softmax_of_scores import SoftmaxOfScores
+from lightning_merge.branches._weighted_average import WeightedAverage
 
-__all__ = ["Average", "BestMix", "Branches", "InTurn", "Matrix", "OnePerRank", "Placement", "Policy", "uniform"]
+__all__ = [
+    "Average",
+    "BestMix",
+    "Branches",
+    "Combine",
+    "InTurn",
+    "Matrix",
+    "Nova",
+    "OnePerRank",
+    "OuterStep",
+    "Pairs",
+    "Placement",
+    "Policy",
+    "PullToMean",
+    "Shuffle",
+    "SoftmaxOfScores",
+    "WeightedAverage",
+    "uniform",
+]

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeAlias, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -57,6 +58,8 @@ class Branches(ABC):
         self.count = count
         self.selection = Selection(trainable=True) if selection is None else selection
         self.buffers: Buffers = buffers
+        self.steps = [0] * count
+        """Steps of the own branches since the last merge, counted by whoever trains them."""
         self.scorer: Callable[[Weights], float] | None = None
         """Measures weights in the place of the module's, higher is better; whoever trains the branches sets it."""
         self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(module))
@@ -123,6 +126,12 @@ class Branches(ABC):
     @abstractmethod
     def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
         """What ``choose`` makes of the weights of every branch, in their order; shapes are the same for all."""
+
+    def work(self) -> list[int]:
+        """Steps of every branch since the last merge."""
+        own = iter([self.steps[branch] for branch in self.own])
+        device = next(iter(self.live.values())).device
+        return [int(each) for each in self.gather(lambda _: torch.tensor([next(own)], device=device))]
 
     def score(self, candidate: Weights) -> float:
         """How good weights are in the place of the module's; higher is better, NaN if that cannot be told.

@@ -1,0 +1,80 @@
+"""DiLoCo: local steps and an outer optimizer."""
+
+from collections.abc import Sequence
+
+from lightning_merge.branches import OuterStep
+from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks._branching import Augmentation, Batches, Branching, Buffers, OptimizerState
+from lightning_merge.callbacks._published import Validate
+from lightning_merge.schedules import EveryNSteps
+from lightning_merge.selections import Selection
+
+
+class DiLoCo(Branching):
+    """Branches train on data of their own; every H steps their way is the gradient of an outer Nesterov step.
+
+    ``g = anchor - mean``, ``v <- momentum * v + g``, ``anchor <- anchor - lr * (g + momentum * v)``, and all go on from
+    the anchor, which is kept in host memory. One branch is allowed: Lookahead with momentum.
+
+    Args:
+        branches: Number of branches; at least 1.
+        every_n_steps: Steps H that each branch takes between outer steps; at least 1. The authors take 500.
+        lr: Outer learning rate; more than 0.
+        momentum: Outer momentum, in [0, 1).
+        augmentations: One callable per branch that takes the batch, on its device, and returns what its branch trains
+            on.
+        batches: ``"same"`` batch for all branches, or ``"turns"``: successive batches go to successive branches, and
+            ``max_steps`` counts the steps of all; see ``Branching``.
+        optimizer_state: At a merge, ``"keep"`` each branch's, ``"average"`` or ``"reset"``.
+        buffers: ``"average"``: each branch has its own, which mix along. ``"recompute"``: BatchNorm statistics are
+            measured again under the mean whenever it is measured or saved. ``"shared"``: all update one set.
+        inactive: Where the branches that do not train at the moment are: ``"device"`` or ``"cpu"``.
+        selection: Which parameters are branched; by default all trainable ones.
+        validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files.
+        optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> DiLoCo(branches=2).policy
+        OuterStep(lr=0.7, momentum=0.9)
+
+    References:
+        Douillard et al., "DiLoCo: Distributed low-communication training of language models", 2023, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        branches: int = 2,
+        every_n_steps: int = 500,
+        lr: float = 0.7,
+        momentum: float = 0.9,
+        augmentations: Sequence[Augmentation] | None = None,
+        batches: Batches = "turns",
+        *,
+        optimizer_state: OptimizerState = "keep",
+        buffers: Buffers = "average",
+        inactive: Inactive = "device",
+        selection: Selection | None = None,
+        validate: Validate = "merged",
+        name: str = "diloco",
+        optimizer: int = 0,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        super().__init__(
+            OuterStep(lr, momentum),
+            EveryNSteps(every_n_steps),
+            branches,
+            augmentations=augmentations,
+            batches=batches,
+            optimizer_state=optimizer_state,
+            buffers=buffers,
+            inactive=inactive,
+            selection=selection,
+            validate=validate,
+            name=name,
+            optimizer=optimizer,
+        )

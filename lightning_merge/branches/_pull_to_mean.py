@@ -1,0 +1,58 @@
+"""All branches are pulled to their mean."""
+
+from dataclasses import dataclass
+from typing import final
+
+from lightning_merge.branches._base import Branches
+from lightning_merge.branches._policy import Policy
+from lightning_merge.weights import State
+
+
+@final
+@dataclass(frozen=True)
+class PullToMean(Policy):
+    """``branch j <- (1 - p) * branch j + p * mean``, ``p = pull * lr / lr_0``: the mean stays, the spread shrinks.
+
+    Args:
+        pull: Share of the way to the mean at the first learning rate, in [0, 1]. The authors take 0.01 every 10 steps
+            from scratch, and 0.0005 for fine-tuning.
+        with_rate: Whether the pull follows the learning rate of the first parameter group: ``lr_0`` is what it was
+            given (a schedule's ``initial_lr``). Otherwise ``p = pull``.
+
+    Raises:
+        ValueError: If ``pull`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_merge.branches import InTurn
+        >>> branches = InTurn(torch.nn.Linear(1, 1, bias=False), [], count=2)
+        >>> for branch in (0, 1):
+        ...     _ = branches.weights(branch)["weight"].fill_(float(branch))
+        >>> PullToMean(pull=0.5).merge({}, branches)
+        >>> branches.weights(0)["weight"].item(), branches.weights(1)["weight"].item()
+        (0.25, 0.75)
+
+    References:
+        Jolicoeur-Martineau et al., "PopulAtion Parameter Averaging (PAPA)", TMLR 2024, equation 2.
+    """
+
+    pull: float = 0.01
+    with_rate: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.pull <= 1.0:
+            raise ValueError(f"`pull` must be in [0, 1], got {self.pull}.")
+
+    def merge(self, state: State, branches: Branches) -> None:
+        pull = min(1.0, self.pull * (_relative_rate(branches) if self.with_rate else 1.0))
+        count = branches.count
+        branches.mix([[(1 - pull) * (i == j) + pull / count for i in range(count)] for j in range(count)])
+
+
+def _relative_rate(branches: Branches) -> float:
+    """The learning rate as a share of what it was given as."""
+    if not branches.optimizers:
+        return 1.0
+    group = branches.optimizers[0].param_groups[0]
+    first = float(group.get("initial_lr", group["lr"]))  # without a schedule the rate stays
+    return float(group["lr"]) / first if first else 1.0
