@@ -410,7 +410,8 @@ def mean_over_ranks_(weights: Weights) -> None:
     """Replaces floating-point tensors by their mean over all ranks; one all-reduce, none on a single process."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    floats = [t for t in weights.values() if t.is_floating_point()]
+    # In one order everywhere: that of a set of names differs between processes.
+    floats = [weights[name] for name in sorted(weights) if weights[name].is_floating_point()]
     if not floats:
         return
     flat = torch.cat([t.reshape(-1).float() for t in floats])
