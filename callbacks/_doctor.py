@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
 from lightning_merge.diagnostics import Examination, examine
+from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Doctor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a run in which it could not measure."""
         refuse_without_validation(type(self).__name__, trainer)
+        if sharded := sharded_tensors(pl_module):
+            raise ValueError(
+                f"Doctor measures distances of whole weights, and `{next(iter(sharded))}` is sharded. Leave it out, or"
+                " examine checkpoints after the run: lightning-merge doctor."
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a loss that is not logged as soon as that is known."""

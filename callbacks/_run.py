@@ -11,6 +11,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from lightning_merge._ranks import gathered
 from lightning_merge.calibration import recalibrated_statistics
 from lightning_merge.callbacks._patches import Patches
 from lightning_merge.callbacks._recent_batches import RecentBatches
@@ -91,8 +92,10 @@ def recalibrate(trainer: Any, module: LightningModule, name: str, recent: Recent
                 module.training_step(batch)
 
     bar = trainer.progress_bar_callback
+    # As many in every process: a sharded module, or SyncBatchNorm, communicates in each forward pass.
+    most = min(gathered(len(recent.batches)))
     shown = tqdm(
-        recent.batches,
+        list(recent.batches)[-most:],
         desc=f"{name}: measuring BatchNorm statistics",
         unit="batch",
         leave=False,

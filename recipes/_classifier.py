@@ -62,6 +62,18 @@ class Classifier(LightningModule):
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.accuracy_in_task = MulticlassAccuracy(num_classes, average="micro")
 
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy``: FSDP2 shards each child of the model by itself, the model what is left."""
+        mesh: Any = self.device_mesh
+        if mesh is None or any(hasattr(parameter, "to_local") for parameter in self.parameters()):
+            return  # another strategy, or a second fit
+        from torch.distributed.fsdp import fully_shard
+
+        for child in self.model.children():
+            if next(child.parameters(), None) is not None:
+                fully_shard(child, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.model(images)
         return logits

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_merge.weights import named_parameters
+from lightning_merge.weights import local, named_parameters
 
 _COORDINATES = 4096
 _MOST = 200  # points that are kept
@@ -27,7 +27,7 @@ class Trajectory:
         """Takes the live weights down, if it is time."""
         if step % self._interval:
             return
-        parameters = named_parameters(module)
+        parameters = local(named_parameters(module))  # of sharded ones what the first process holds
         if not self._chosen:
             self._choose(parameters)
         self.points[step] = self.sketch(parameters)

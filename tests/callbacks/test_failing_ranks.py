@@ -18,10 +18,12 @@ from tiny import differing, of, trainer
 from torch import Tensor, nn
 
 from lightning_merge._sharded_files import check_parts, is_sharded_checkpoint
-from lightning_merge.callbacks import EMA, LAWA, SWAD, WeightMerging
+from lightning_merge.branches import Average
+from lightning_merge.callbacks import EMA, LAWA, SWAD, Branching, Doctor, WeightMerging
 from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection
+from lightning_merge.weights import mean_over_ranks_
 
 pytestmark = pytest.mark.multiprocess
 
@@ -82,10 +84,15 @@ def mistakes(root: Path) -> dict[str, Any]:
         for strategy, (kind, how) in STRATEGIES.items()
         for field, (callbacks, _) in disagreements.items()
     }
+    names = ("a", "b") if first else ("b", "a")
+    found["mean"] = {name: torch.full((1,), 10.0 * (name == "a") + rank()) for name in names}
+    mean_over_ranks_(found["mean"])
     found["partial"] = error_of(root, [EMA()], of(PartialParts)(), fsdp2())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first process warns, which the settings of the tests make an error
         found["nan"] = error_of(root, [EMA(), NanInOneShard()], Sharded(), fsdp2())
+    found["doctor"] = error_of(root, [EMA(), Doctor()], Sharded(), fsdp2())
+    found["branches"] = error_of(root, [Branching(Average(), branches=2)], Sharded(), fsdp2())
     found["disk"] = error_of(root, [LAWA(k=2, store="disk", directory=str(root / "disk"))], Wide(), ddp())
     for name, (kind, how) in {"ddp": (UnsyncedParts, ddp), "fsdp2": (UnsyncedParts, fsdp2)}.items():
         swad = SWAD("val/loss", n_converge=1, n_tolerance=2, validate="both")
@@ -113,6 +120,11 @@ def test_processes_that_are_set_up_differently_are_told_the_field(
         assert "rank 1 has" in message
 
 
+def test_a_mean_over_processes_pairs_tensors_by_name(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert {name: t.item() for name, t in each["mean"].items()} == {"a": 10.5, "b": 0.5}
+
+
 def test_a_summand_is_refused_by_name(found: list[dict[str, Any]]) -> None:
     for each in found:
         assert "`summand` is placed as" in each["partial"]
@@ -123,6 +135,12 @@ def test_a_nan_in_the_shard_of_one_process_is_an_error_in_all(found: list[dict[s
     for each in found:
         assert "disagree on how often EMA 'ema' " in each["nan"]
         assert "Resume from an earlier checkpoint" in each["nan"]
+
+
+def test_what_needs_whole_parameters_is_refused_on_parts_of_them(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert "`net.0.weight` is sharded" in each["doctor"]
+        assert "ModelParallelStrategy shards parameters" in each["branches"]
 
 
 def test_a_window_on_disk_is_refused_with_several_processes(found: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import Even, Sharded, Wide, fit, fsdp2, launch, loaders, together, whole
+from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, launch, loaders, together, whole
 from tiny import differing, trainer
 from torch import Tensor
 
@@ -86,13 +86,17 @@ def swad() -> SWAD:
 
 def many_fits(root: Path, mesh: str) -> dict[str, Any]:
     """Everything that two processes do, in one start of them."""
-    tensor = {"fsdp": 1, "tensor": 2, "both": 2}[mesh]
-    kind = Sharded if mesh == "fsdp" else Even
+    tensor = 1 if mesh in ("ddp", "fsdp") else 2
+    kind = {"ddp": Wide, "fsdp": Sharded}.get(mesh, Even)
+
+    def strategy() -> Any:
+        return ddp() if mesh == "ddp" else fsdp2(tensor=tensor)
+
     averages = four_averages()
     witness, collectives = Witness(averages[0]), Collectives()
     files = ModelCheckpoint(root / "parts", "{epoch}", monitor="val/loss", save_top_k=-1)
     module = kind()
-    run = fit(root, [collectives, *averages, witness, files], module, fsdp2(tensor=tensor), max_epochs=2)
+    run = fit(root, [collectives, *averages, witness, files], module, strategy(), max_epochs=2)
     found: dict[str, Any] = {
         "path": witness.path,
         "validated": witness.validated,
@@ -105,14 +109,25 @@ def many_fits(root: Path, mesh: str) -> dict[str, Any]:
     }
     average = swad()
     witness = Witness(average)
-    fit(root, [average, witness], kind(), fsdp2(tensor=tensor), max_epochs=5, val_check_interval=0.5)
+    fit(root, [average, witness], kind(), strategy(), max_epochs=5, val_check_interval=0.5)
     found["swad"] = together(average, average.merged_weights())
     found["swad path"] = witness.path
     found["interval"] = average.rule.interval(average._state)
+
+    ema = EMA(decay=0.9, validate="both")
+    witness = Witness(ema)
+    fit(root, [ema, witness], kind(), strategy(), max_epochs=1, precision="bf16-true", val_check_interval=1)
+    found["half"] = together(ema, ema.merged_weights())
+    found["half path"] = witness.path
+    if mesh in ("ddp", "fsdp"):
+        module = kind(norm=True)
+        run = fit(root, [SWA(start_epoch=0, validate="both")], module, strategy(), max_epochs=2)
+        found["statistics"] = {name: t for name, t in whole(module).items() if "running" in name}
+        found["statistics metric"] = float(run.callback_metrics["val/loss"])
     return found
 
 
-@pytest.fixture(scope="module", params=["fsdp", "tensor", "both"])
+@pytest.fixture(scope="module", params=["ddp", "fsdp", "tensor", "both"])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.set_num_threads(1)
     world = 4 if request.param == "both" else 2
@@ -142,7 +157,7 @@ def test_averages_of_parts_are_the_averages_of_the_whole(found: dict[str, Any]) 
 def test_the_whole_run_is_that_of_one_process(found: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     averages = four_averages()
-    module = Wide() if found["mesh"] == "fsdp" else Even()
+    module = Wide() if found["mesh"] in ("ddp", "fsdp") else Even()
     run = trainer(tmp_path, averages, max_epochs=2)
     run.fit(module, *loaders())
     for average in averages:
@@ -158,6 +173,8 @@ def test_parts_are_uneven_and_the_root_owns_some(found: dict[str, Any]) -> None:
     if found["mesh"] == "fsdp":
         assert [shape["net.0.weight"] for shape in shapes] == [(4, 4), (3, 4)]
         assert [shape["net.2.bias"] for shape in shapes] == [(1,), (0,)]  # net.2 is the root's
+    elif found["mesh"] == "ddp":
+        assert shapes[0] == shapes[1]
     elif found["mesh"] == "tensor":
         assert [shape["net.2.weight"] for shape in shapes] == [(1, 4), (1, 4)]
     else:
@@ -178,7 +195,7 @@ def test_merged_weights_are_validated_and_published_and_raw_ones_come_back(found
         assert not differing(expected, seen)
     assert not differing(found["module"], found["merged"]["ema"])
     assert not differing(found["raw"], path[-1])
-    plain = Wide() if found["mesh"] == "fsdp" else Even()
+    plain = Wide() if found["mesh"] in ("ddp", "fsdp") else Even()
     plain.load_state_dict(found["merged"]["ema"])
     with torch.no_grad():
         expected = torch.stack([plain.loss(batch) for batch in loaders()[1]]).mean().item()
@@ -190,7 +207,7 @@ def test_updates_and_exchanges_communicate_nothing(found: dict[str, Any]) -> Non
         counts = result["collectives"]
         assert counts["updates"] == 8
         assert counts["update"] == counts["exchange"] == 0
-        assert counts["whole"] > 0  # the counter counts
+        assert counts["whole"] > 0 or found["mesh"] == "ddp"  # the counter counts
 
 
 def test_swad_decides_alike_and_averages_its_interval(found: dict[str, Any]) -> None:
@@ -202,3 +219,22 @@ def test_swad_decides_alike_and_averages_its_interval(found: dict[str, Any]) -> 
         Mean().update(state, weights)
     for name, tensor in Mean().result(state).items():
         torch.testing.assert_close(found["swad"][name], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_the_average_of_a_bfloat16_run_is_the_float32_average_of_its_weights(found: dict[str, Any]) -> None:
+    start, *path = found["half path"]
+    assert start["net.0.weight"].dtype is torch.bfloat16
+    state = ExponentialMean(0.9).init(start)
+    for weights in path:  # a validation after each
+        ExponentialMean(0.9).update(state, weights)
+    assert not differing(state["average"], found["half"])
+    assert found["half"]["net.0.weight"].dtype is torch.float32
+
+
+def test_statistics_that_are_measured_again_are_those_of_all_processes(found: dict[str, Any]) -> None:
+    if found["mesh"] not in ("ddp", "fsdp"):
+        return  # their module has no BatchNorm
+    first, second = found["ranks"]
+    assert first["statistics"].keys() == {"net.1.running_mean", "net.1.running_var"}
+    assert not differing(first["statistics"], second["statistics"])
+    assert first["statistics metric"] == second["statistics metric"]

@@ -6,18 +6,21 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import Sharded, Wide, fit, fsdp2, launch, loaders, together
+from ranks import Sharded, Wide, ddp, fit, fsdp2, launch, loaders, together
 from test_sharded import Witness, swad
 from tiny import differing, raw_of, read, trainer
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from lightning_merge._files import describe
+from lightning_merge._weight_sets import open_file
 from lightning_merge.callbacks import EMA, LAWA, SWA, WeightMerging
+from lightning_merge.cli import main
 
 pytestmark = pytest.mark.multiprocess
 
 WORLDS = (1, 2, 4)
-FORMS = ("parts", "whole")
+FORMS = ("parts", "whole", "ddp")
 
 
 def averages() -> list[WeightMerging]:
@@ -31,7 +34,7 @@ def averages() -> list[WeightMerging]:
 
 
 def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, save: bool = False) -> dict[str, Any]:
-    callbacks, module = averages(), Sharded()
+    callbacks, module = averages(), Wide() if form == "ddp" else Sharded()
     witness = Witness(callbacks[0])
     files = [
         # Its metric is of the raw weights, since SWAD decides by it; the others' files hold the EMA.
@@ -40,7 +43,7 @@ def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, sav
         ModelCheckpoint(root, f"{form}-weights", monitor="compensated/val/loss", save_weights_only=True),
     ]
     settings = {"max_epochs": epochs, "val_check_interval": 0.5}
-    strategy = fsdp2(whole_files=form == "whole")
+    strategy = ddp() if form == "ddp" else fsdp2(whole_files=form == "whole")
     run = fit(root, [*callbacks, witness, *files[: 3 * save]], module, strategy, ckpt_path=ckpt_path, **settings)
     return {
         "start": witness.path[0],
@@ -48,7 +51,9 @@ def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, sav
         "end": {average.name: together(average, average.merged_weights()) for average in callbacks if average.ready},
         "raw": together(callbacks[0], callbacks[0].raw_weights()),
         "momentum": [
-            t.full_tensor() for state in run.optimizers[0].state_dict()["state"].values() for t in state.values()
+            t.full_tensor() if hasattr(t, "full_tensor") else t
+            for state in run.optimizers[0].state_dict()["state"].values()
+            for t in state.values()
         ],
         "counters": [(a.updates, a.steps, a.update_window, a.evaluations) for a in callbacks],
         "steps": run.global_step,
@@ -57,11 +62,14 @@ def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, sav
 
 def write(root: Path) -> dict[str, Any]:
     found = {form: a_fit(root / form, form, epochs=1, save=True) for form in FORMS}
-    return {**found, "uninterrupted": a_fit(root / "uninterrupted", "parts", epochs=2)}
+    ends = {f"{form} end": a_fit(root / f"end-{form}", form, epochs=2) for form in ("parts", "ddp")}
+    return {**found, **ends, "whole end": ends["parts end"]}
 
 
 def resume(root: Path, paths: list[Path]) -> dict[str, Any]:
-    return {str(path): a_fit(root, "parts", epochs=2, ckpt_path=path) for path in paths}
+    return {
+        str(path): a_fit(root, "ddp" if path.stem == "ddp" else "parts", epochs=2, ckpt_path=path) for path in paths
+    }
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +96,10 @@ def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor, right[name], rtol=1e-5, atol=1e-6)
 
 
+def identical(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert not differing(left, right)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("by", WORLDS)
 @pytest.mark.parametrize("on", WORLDS)
@@ -95,13 +107,14 @@ def test_processes_go_on_from_each_others_files(
     on: int, by: int, form: str, written: dict[int, Any], resumed: dict[int, Any], root: Path
 ) -> None:
     saved, went_on = written[by][form], resumed[on][str(root / f"by{by}" / form / f"{form}.ckpt")]
-    expected = written[by]["uninterrupted"]
+    expected = written[by][f"{form} end"]
     assert not differing(went_on["start"], saved["raw"])
     assert went_on["started"].keys() == saved["end"].keys()
     for name, average in saved["end"].items():
         assert not differing(went_on["started"][name], average), name
     assert went_on["counters"] == expected["counters"]
-    compare = close if on != by else lambda left, right: None if not differing(left, right) else pytest.fail(f"{left}")
+    # DDP lays its buckets out anew after its first step, also that of a resumed run, and sums of four depend on that.
+    compare = close if on != by or (form == "ddp" and on > 2) else identical
     for name, average in expected["end"].items():
         compare(went_on["end"][name], average)
     compare(went_on["raw"], expected["raw"])
@@ -113,7 +126,7 @@ def test_a_checkpoint_that_holds_the_raw_weights_goes_on_as_well(
     written: dict[int, Any], resumed: dict[int, Any], root: Path
 ) -> None:
     went_on = resumed[2][str(root / "by2" / "parts" / "parts-raw.ckpt")]
-    assert went_on["steps"] == written[2]["uninterrupted"]["steps"]
+    assert went_on["steps"] == written[2]["parts end"]["steps"]
 
 
 @pytest.mark.parametrize("suffix", ["", "-weights"])
@@ -149,10 +162,26 @@ def test_one_device_goes_on_from_a_whole_file_and_the_other_way_round(
         run.fit(Wide(), *loaders(), ckpt_path=ckpt_path)
         return callbacks
 
-    expected = written[1]["uninterrupted"]["end"]
+    expected = written[1]["parts end"]["end"]
     for average in on_one_device(2, root / "by2" / "whole" / "whole.ckpt"):
         close(average.merged_weights(), expected[average.name])
     on_one_device(1, save=True)
     plain = tmp_path / "plain.ckpt"
     for name, average in launch(2, resume, tmp_path / "on2", [plain])[0][str(plain)]["end"].items():
         close(average, expected[name])
+
+
+def test_the_commands_read_a_folder_as_they_read_a_file(root: Path, written: dict[int, Any], tmp_path: Path) -> None:
+    folder, file = root / "by4" / "parts" / "parts.ckpt", root / "by4" / "whole" / "whole.ckpt"
+    text, of_file = describe(folder), describe(file)
+    assert "lightning-merge export" in text
+    for line in of_file.splitlines():
+        if "`state_dict` holds" in line or "score:" in line:
+            assert line in text
+    for name, stored in open_file(file).sets.items():
+        assert not differing(open_file(folder).sets[name].weights, stored.weights), name
+    for name in ("ema", "raw"):
+        assert main(["export", str(folder), str(tmp_path / f"{name}.pt"), "--set", name]) == 0
+        Wide().load_state_dict(torch.load(tmp_path / f"{name}.pt", weights_only=True))
+        expected = written[4]["parts"]["end"]["ema"] if name == "ema" else written[4]["parts"]["raw"]
+        assert not differing(torch.load(tmp_path / f"{name}.pt"), expected)

@@ -23,8 +23,8 @@ from lightning_merge.recipes._images import in_turn
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data"
 METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround"}
-# test_stream.py runs the streams.
-ELSEWHERE = ("digits/", "preference/", "continual/")
+# test_stream.py runs the streams, test_two_process_recipes.py those that start a second process.
+ELSEWHERE = ("digits/", "preference/", "continual/", "cifar10/ema-")
 OURS = [name for name in recipes() if not name.startswith(ELSEWHERE) or name in ("digits/lawa", "digits/swad")]
 
 
