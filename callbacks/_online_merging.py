@@ -13,7 +13,9 @@ from lightning_merge.selections import Selection
 from lightning_merge.weights import named_parameters
 
 _METHODS = {"ondare": OnDARE, "onties": OnTIES}
-_REFUSED = {"FSDPStrategy", "DeepSpeedStrategy"}
+# The first two have no single parameters. Checkpoints of the third start an optimizer's state by a step of their own,
+# which would be merged.
+_REFUSED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 _KEY = "lightning_merge.online"
 
 
@@ -111,11 +113,8 @@ class OnlineMerging(Callback):
         strategy = type(trainer.strategy)
         if name := next((cls.__name__ for cls in strategy.__mro__ if cls.__name__ in _REFUSED), None):
             raise ValueError(
-                f"OnlineMerging cannot tell parameters apart under {name}. Use ModelParallelStrategy or DDP."
-            )
-        if self.reference is None and "ModelParallelStrategy" in {cls.__name__ for cls in strategy.__mro__}:
-            raise ValueError(
-                "`reference` must be a checkpoint under ModelParallelStrategy, so that a run can be resumed."
+                f"OnlineMerging does not support {name}. Use one device or DDP; in a plain torch loop OnDARE and OnTIES"
+                " of lightning_merge.optim work on the shards of `fully_shard`."
             )
         chosen = self.selection.parameters(pl_module)
         left_out = [name for name in named_parameters(pl_module) if name not in chosen]
