@@ -79,7 +79,7 @@ def combine(options: argparse.Namespace) -> str:
         coefficients = _coefficients(options, len(trajectory))
         merged = trajectory.combine(coefficients)
     if bench is not None:
-        merged |= bench.statistics(merged)
+        merged = _measured(bench, merged, options.seed)
     provenance = {
         "rule": options.rule,
         "files": [os.fspath(checkpoint.path) for checkpoint in trajectory],
@@ -122,6 +122,15 @@ def _bench(config: Path) -> Any:
     return Bench(config)
 
 
+def _measured(bench: Any, merged: "Weights", seed: int) -> "Weights":
+    """The weights with BatchNorm statistics of their own, on the same batches whatever was asked before."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {**merged, **bench.statistics(merged)}
+
+
 def _coefficients(options: argparse.Namespace, count: int) -> list[float]:
     from lightning_merge import trajectory
 
@@ -152,7 +161,7 @@ def _search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, h
 
     def score(coefficients: tuple[float, ...]) -> float:
         merged = trajectory.combine(coefficients)
-        metrics = bench.metrics({**merged, **bench.statistics(merged)})
+        metrics = bench.metrics(_measured(bench, merged, options.seed))
         if options.monitor not in metrics:
             raise ValueError(
                 f"`--monitor` must be a metric that validation logs, got {options.monitor!r}; it logs:"

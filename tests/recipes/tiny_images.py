@@ -7,7 +7,16 @@ from PIL import Image
 
 CLASSES = 3
 
-_ONE_IS_ENOUGH = {"lawa": ["--trainer.callbacks.k=1"], "swad": ["--trainer.callbacks.n_converge=1"]}
+_ONE_IS_ENOUGH = {
+    "lawa": ["--trainer.callbacks.k=1"],
+    "swad": ["--trainer.callbacks.n_converge=1"],
+    # Two snapshots and a step of their coefficients take three steps, and images for them.
+    "twa": [
+        "--trainer.limit_train_batches=3",
+        *(f"--trainer.callbacks.{k}=1" for k in ("every", "stage")),
+        "--trainer.callbacks.start=0",
+    ],
+}
 _CIFAR = ["--data.batch_size=4", f"--data.val_images={CLASSES}", f"--model.num_classes={CLASSES}"]
 _IMAGENET = [
     "--data.batch_size=4",
@@ -37,7 +46,7 @@ def tiny_options(name: str, folder: Path) -> list[str]:
     dataset, _, method = name.partition("/")
     options = [*_ONE_IS_ENOUGH.get(method, []), "--trainer.accelerator=cpu"]
     if dataset in ("cifar10", "cifar100"):
-        options += [f"--data.root={write_images(folder / 'images', train=4, test=1)}", *_CIFAR]
+        options += [f"--data.root={write_images(folder / 'images', train=6, test=1)}", *_CIFAR]
     if dataset == "imagenet":
-        options += [f"--data.root={write_images(folder / 'images', size=40, train=4, val=2)}", *_IMAGENET]
+        options += [f"--data.root={write_images(folder / 'images', size=40, train=6, val=2)}", *_IMAGENET]
     return options
