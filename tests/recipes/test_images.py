@@ -22,19 +22,11 @@ from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes._images import in_turn
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data"
-<<<<<<< HEAD
-METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround"}
+METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround", "twa", "aswa"}
 # test_stream.py runs the streams, test_two_process_recipes.py those that start a second process.
 ELSEWHERE = ("digits/", "preference/", "continual/", "cifar10/ema-")
-OURS = [name for name in recipes() if not name.startswith(ELSEWHERE) or name in ("digits/lawa", "digits/swad")]
-=======
-METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround", "twa", "aswa"}
-# test_stream.py runs the streams.
-ELSEWHERE = ("digits/", "preference/", "continual/")
-OURS = [
-    name for name in recipes() if not name.startswith(ELSEWHERE) or name in ("digits/lawa", "digits/swad", "digits/twa")
-]
->>>>>>> edfe18f (feat(recipes): Add twa, aswa and a searched soup; cards of TWA, ASWA, SMA, post-hoc EMA and checkpoint soups)
+TINY_OPTIONS = ("digits/lawa", "digits/swad", "digits/twa")
+OURS = [name for name in recipes() if not name.startswith(ELSEWHERE) or name in TINY_OPTIONS]
 
 
 @pytest.fixture(autouse=True)
