@@ -71,6 +71,7 @@ def run_stream(
         if index >= len(record["rows"]):
             record["rows"].append(accuracies(tester, module, tasks, index))
             record["metrics"] = {kind: metrics_of(record, kind) for kind in _KINDS if kind in record["rows"][0]}
+            record["metrics_after_each"] = [*record["metrics_after_each"][:index], record["metrics"]]
             _write(folder, record)
             log(_line(record, index))
     return record
@@ -126,7 +127,7 @@ def _open(folder: Path, tasks: Sequence[TaskData], merging: ContinualMerging, se
     }
     path = folder / "stream.json"
     if not path.is_file():
-        return {"format": 1, **stream, "baseline": {}, "rows": [], "metrics": {}}
+        return {"format": 1, **stream, "baseline": {}, "rows": [], "metrics": {}, "metrics_after_each": []}
     record: dict[str, Any] = json.loads(path.read_text())
     for key, value in stream.items():
         if record.get(key) != value:

@@ -75,6 +75,19 @@ def test_a_new_process_goes_on_from_the_bank_alone(init_from: Any, tmp_path: Pat
     assert torch.equal(again.w, stream("third", fresh=False).w)
 
 
+def test_what_is_neither_merged_nor_the_head_goes_on_too_in_a_new_process(tmp_path: Path) -> None:
+    def stream(folder: str, fresh: bool) -> Any:
+        selection = Selection(include=("net.0.*",), trainable=True)
+        module, cl = Net(norm=True), ContinualMerging("average", tmp_path / folder, selection=selection)
+        for seed in range(2):
+            if fresh:
+                module, cl = Net(norm=True), ContinualMerging("average", tmp_path / folder, selection=selection)
+            trainer(tmp_path, [cl], max_epochs=1).fit(module, batches(seed=seed))
+        return module
+
+    assert not differing(stream("one", fresh=False), stream("new", fresh=True))
+
+
 def test_validation_measures_raw_weights_during_the_fit_and_merged_ones_after_it(tmp_path: Path) -> None:
     module, cl = Walk(), ContinualMerging(Sum(scale=0.5), tmp_path / "bank")
     run = trainer(tmp_path, [cl], max_epochs=1)
@@ -197,7 +210,9 @@ def test_half_precision_adds_no_rounding_of_its_own_to_a_vector(tmp_path: Path) 
 
 def classifier() -> Classifier:
     torch.manual_seed(0)
-    return Classifier(SmallConvNet(width=4), 10, optimizer=lambda p: torch.optim.SGD(p, 0.05, momentum=0.9))
+    return Classifier(
+        SmallConvNet(width=4), 10, optimizer=lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01)
+    )
 
 
 def digits(tasks: int = 5, **settings: Any) -> list[TaskData]:
@@ -210,6 +225,7 @@ QUICK = {"limit_train_batches": 3, "limit_val_batches": 1}
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_runs_a_stream_and_keeps_the_head_out_of_its_vectors(preset: str, tmp_path: Path) -> None:
     module, cl = classifier(), ContinualMerging(preset, tmp_path / "bank")
+    module.to(memory_format=torch.channels_last)  # makes weights of convolutions non-contiguous
     before = values(module)
     for task in digits()[:2]:
         trainer(tmp_path, [cl], max_epochs=1, **QUICK).fit(module, datamodule=task)

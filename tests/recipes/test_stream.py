@@ -38,6 +38,12 @@ def test_a_stream_ends_with_a_matrix_figures_and_a_bank(tmp_path: Path, capsys: 
     final = record["metrics"]["accuracy"]["final_average"]
     assert final == pytest.approx(sum(record["rows"][2]["accuracy"]) / 3, abs=1e-6)
     assert f"{final:.4f}" in capsys.readouterr().out
+    assert [after["accuracy"]["backward_transfer"] is None for after in record["metrics_after_each"]] == [
+        True,
+        False,
+        False,
+    ]
+    assert record["metrics_after_each"][2] == record["metrics"]
     assert (tmp_path / "matrix.png").stat().st_size > 5000
     assert (tmp_path / "curves.png").stat().st_size > 5000
     assert Bank(tmp_path / "bank").tasks == ["task0", "task1", "task2"]
