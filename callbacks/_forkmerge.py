@@ -39,7 +39,8 @@ class ForkMerge(Branching):
         score: ``score(module, batch)`` in the place of the module's ``score_step``.
         heads: Glob patterns of parameters that are no part of the merge, the heads of auxiliary tasks: there is one
             of each, which the branches that have its task train.
-        previous: Whether the last merge is a candidate, so that no merge scores less than the one before.
+        previous: Whether the last merge is a candidate. It is measured again: BatchNorm statistics come from newer
+            batches.
         budget: Most candidates that are measured at a merge; needed for search methods without an end.
         batches: ``"same"`` batch for all branches, or ``"turns"``; see ``Branching``.
         optimizer_state: At a merge, ``"keep"`` each branch's, as the authors do, ``"average"`` or ``"reset"``.

@@ -10,6 +10,7 @@ if __name__ != "lightning_merge.recipes":
 
 if TYPE_CHECKING:
     from lightning_merge.recipes._augmentations import Augmented
+    from lightning_merge.recipes._auxiliary import AuxiliaryClassifier
     from lightning_merge.recipes._classifier import Classifier
     from lightning_merge.recipes._digits import Digits, SmallConvNet
     from lightning_merge.recipes._dpo import DPO, PreferenceAccuracy, RewardMargin
@@ -28,6 +29,7 @@ __all__ = [
     "DPO",
     "RLOO",
     "Augmented",
+    "AuxiliaryClassifier",
     "CPUThreads",
     "Classifier",
     "Digits",
@@ -49,6 +51,7 @@ __all__ = [
 
 _HOMES = {
     "Augmented": "_augmentations",
+    "AuxiliaryClassifier": "_auxiliary",
     "CIFAR": "_images",
     "CPUThreads": "_threads",
     "Classifier": "_classifier",

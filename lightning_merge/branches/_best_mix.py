@@ -19,8 +19,8 @@ from lightning_merge.weights import State, Weights
 class BestMix(Policy):
     """Every branch goes on from ``sum over i of a_i * branch i``, with the shares ``a`` that score best.
 
-    Branches are taken as they are at the merge, never as they once were. The last merge is a candidate too, so the
-    score does not fall from merge to merge. Between merges the last one is what is published. Ties go to what was
+    Branches are taken as they are at the merge, never as they once were. The last merge is a candidate too, measured
+    again, so no merge is worse than to keep it. Between merges the last one is what is published. Ties go to what was
     tried last, so to new weights. ``BestMix(Greedy(), previous=False)`` is the greedy soup of the branches.
 
     The state's ``history`` has an entry per merge: ``shares``, one per branch, all 0 if the ``previous`` merge was

@@ -22,7 +22,7 @@ from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes._images import in_turn
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data"
-METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround", "twa", "aswa"}
+METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround", "twa", "aswa", "forkmerge"}
 # test_stream.py runs the streams, test_two_process_recipes.py those that start a second process.
 ELSEWHERE = ("digits/", "preference/", "continual/", "cifar10/ema-")
 TINY_OPTIONS = ("digits/lawa", "digits/swad", "digits/twa")
