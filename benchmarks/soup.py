@@ -1,0 +1,111 @@
+"""Time and peak memory of a uniform soup of full checkpoints, beside reading the files once and loading them all.
+
+    python benchmarks/soup.py --folder data/soup --output benchmarks/results/soup.json
+
+Writes checkpoints of ViT-B/16 (86 M parameters) once, plain ones or with the optimizer state of AdamW. Contestants take
+turns, each in a process of its own, with a warm page cache. "read" reads the bytes of the weights of each file once into
+one buffer; "read all" all bytes. Peak memory is what a process took beyond its imports.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CONTESTANTS = ("read", "read all", "ours", "load all")
+
+
+def write(folder: Path, count: int, full: bool) -> None:
+    import timm
+    import torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        path = folder / f"{index}.ckpt"
+        if not path.exists():
+            torch.manual_seed(index)
+            state = timm.create_model("vit_base_patch16_224").state_dict()
+            content: dict[str, Any] = {"state_dict": state, "global_step": index}
+            if full:
+                moments = {name: torch.rand_like(tensor) for name, tensor in state.items()}
+                content["optimizer_states"] = [
+                    {"exp_avg": moments, "exp_avg_sq": {n: t + 1 for n, t in moments.items()}}
+                ]
+            torch.save(content, path)
+
+
+def contestant(name: str, folder: Path) -> dict[str, float]:
+    """Seconds of the second of two rounds, and MiB beyond what was taken before."""
+    import torch
+
+    from lightning_merge.trajectory import Checkpoint, Trajectory
+
+    paths = sorted(folder.glob("*.ckpt"))
+    Checkpoint(paths[0])  # loads what torch loads at its first file
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def read(whole: bool) -> None:
+        buffer = bytearray(2**20)
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                size = sum(p.numbers * p.dtype.itemsize for p in Checkpoint(path).places.values())
+                left = path.stat().st_size if whole else size
+                while left > 0 and (count := file.readinto(buffer)):
+                    left -= count
+
+    def soup() -> None:
+        trajectory = Trajectory.of_run(folder, weights="published")
+        trajectory.combine([1 / len(trajectory)] * len(trajectory))
+
+    def load_all() -> None:
+        states = [torch.load(path, map_location="cpu", weights_only=True)["state_dict"] for path in paths]
+        _ = {key: torch.stack([state[key] for state in states]).mean(0) for key in states[0]}
+
+    work = {"read": lambda: read(False), "read all": lambda: read(True), "ours": soup, "load all": load_all}[name]
+    work()
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {"seconds": seconds, "MiB": peak / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoints: 7 GB plain, 21 GB full")
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--full", action="store_true", help="with optimizer state")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--skip", nargs="*", default=[], choices=CONTESTANTS, help="'load all' holds every model")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(contestant(arguments.child, arguments.folder)))
+        return
+    write(arguments.folder, arguments.count, arguments.full)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS if name not in arguments.skip}
+    for _ in range(arguments.rounds):
+        for name, found in runs.items():
+            command = [sys.executable, __file__, "--folder", str(arguments.folder), "--child", name]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found.append(json.loads(done.stdout.splitlines()[-1]))
+    import torch
+
+    table = {n: {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]} for n, rows in runs.items()}
+    for name, row in table.items():
+        row["over read"] = round(row["seconds"] / table["read"]["seconds"], 3) if "read" in table else 0.0
+        print(f"{name:9} {row['seconds']:8.3f} s  {row['over read']:6.2f} x read  {row['MiB']:9.1f} MiB")
+    if arguments.output:
+        versions = {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()}
+        result = {"command": " ".join(sys.argv), "versions": versions, "files": arguments.count, "median": table}
+        arguments.output.write_text(json.dumps(result | {"runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
