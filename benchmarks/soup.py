@@ -3,8 +3,8 @@
     python benchmarks/soup.py --folder data/soup --output benchmarks/results/soup.json
 
 Writes checkpoints of ViT-B/16 (86 M parameters), plain or with the optimizer state of AdamW. Contestants take
-turns, each in a process of its own, with a warm page cache. "read" reads as many bytes as the weights of each file have,
-once into one buffer; "read all" all bytes. Peak memory (Linux) is what a process took beyond its imports.
+turns, each in a process of its own, with a warm page cache. "read" reads as many bytes as the weights of each file
+have, once into one buffer; "read all" all bytes. Peak memory (Linux) is what a process took beyond its imports.
 """
 
 import argparse
