@@ -186,6 +186,7 @@ def test_candidates_are_measured_as_validation_does_and_training_notices_nothing
     run.fit(module, batches(4), validation())
     assert module.training
     assert "never" not in run.callback_metrics
+    assert module.helped == 8  # statistics are those of the first branch's tasks
     # Validation right after the merge finds what the search found.
     assert run.callback_metrics["val/loss"] == pytest.approx(-fork.history[-1]["score"], rel=1e-5)
     rows = (Path(logger.log_dir) / "metrics.csv").read_text()

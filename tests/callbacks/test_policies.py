@@ -118,6 +118,16 @@ def test_shuffle_keeps_mean_and_spread_of_every_coordinate(inactive: Any, tmp_pa
     assert 0.2 < moved < 0.6  # half are chosen, and a sixth of the permutations moves nothing
 
 
+def test_every_shuffle_draws_anew(tmp_path: Path) -> None:
+    ends = torch.arange(60.0).view(3, 20).tolist()
+    seen = []
+    for groups in (1, 2):  # every group leads to the same ends again
+        wash = WASH(3, share=0.5, augmentations=which(3))
+        run(Ends(*[ends] * groups, start=(0.0,) * 20), wash, tmp_path, groups)
+        seen.append(rows(wash))
+    assert seen[0] != seen[1]
+
+
 def test_places_are_drawn_with_their_probability() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(40)
