@@ -42,7 +42,10 @@ def read(path: Path) -> Any:
     if is_sharded_checkpoint(path):
         return read_folder(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and not a sharded checkpoint: it lacks meta.pt and .metadata.")
+        raise ValueError(
+            f"{path} is a folder, and not a sharded checkpoint: it lacks meta.pt and .metadata. Name a file, or a"
+            " folder that a run under ModelParallelStrategy wrote."
+        )
     if not path.is_file():
         near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         cure = f" In {path.parent} there are: {', '.join(file.name for file in near)}." if near else ""
