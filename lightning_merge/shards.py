@@ -5,6 +5,7 @@ own parts and nothing is communicated; only a file that holds whole tensors take
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,10 +21,16 @@ def reshard(module: Any, *, interrupted: bool = False) -> None:
     After an interrupted forward pass it keeps those of modules that it does not reshard after each, as of the root.
     """
     for child in module.modules():
-        if "FSDPModule" in {cls.__name__ for cls in type(child).__mro__}:
+        kind: Any = type(child)
+        if _is_fsdp(kind):
             if interrupted:
                 child.set_reshard_after_forward(True, recurse=False)
             child.reshard()
+
+
+@cache
+def _is_fsdp(cls: type) -> bool:
+    return "FSDPModule" in {base.__name__ for base in cls.__mro__}
 
 
 def sharded_tensors(module: nn.Module) -> dict[str, Tensor]:
