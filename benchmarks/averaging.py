@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,17 @@ MODELS = ("resnet18", "resnet50", "vit_base_patch16_224")
 TRAINED = {"resnet18": 8, "resnet50": 4, "vit_base_patch16_224": 2}  # batch sizes
 ROUNDS = 15
 DECAY = 0.999
+
+
+def alternating(contestants: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Milliseconds of each, the median over rounds in which all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(ROUNDS):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values[2:]) for name, values in times.items()}
 
 
 def contestants(module: Any) -> dict[str, Callable[[], Any]]:
@@ -78,14 +89,8 @@ def updates(name: str) -> dict[str, float]:
     torch.manual_seed(0)
     module = timm.create_model(name, pretrained=False)
     taking_turns = contestants(module)
-    times: dict[str, list[float]] = {contestant: [] for contestant in taking_turns}
     with torch.no_grad():
-        for _ in range(ROUNDS):
-            for contestant, update in taking_turns.items():
-                start = time.perf_counter()
-                update()
-                times[contestant].append(1e3 * (time.perf_counter() - start))
-    return {contestant: statistics.median(values[2:]) for contestant, values in times.items()}
+        return alternating(taking_turns)
 
 
 def exchanges(name: str) -> dict[str, float]:

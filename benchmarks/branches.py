@@ -15,22 +15,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROUNDS, BRANCHES, BATCH = 15, 3, 32
+from averaging import alternating
 
-
-def alternating(contestants: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Milliseconds of each, the median over rounds in which all take turns."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(ROUNDS):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
+BRANCHES, BATCH = 3, 32
 
 
 def averaging(model: str) -> dict[str, float]:

@@ -7,21 +7,15 @@ batch, a checkpoint that is half written, or a step of a write of the bank: befo
 name. Children are forked from this process, which has torch and Lightning imported.
 """
 
-import argparse
-import json
 import os
-import random
-import signal
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from resume import cut_writes, first_difference, in_child, kill_at
+from resume import cut_writes, main
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -105,57 +99,5 @@ def cut_bank_writes(on_event: Callable[[str], None]) -> None:
     Path.replace = rename  # type: ignore[method-assign,assignment]
 
 
-def sweep(method: str, points: int, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Kills and runs again once per point; returns a row per point."""
-    folder.mkdir(parents=True, exist_ok=True)
-    uninterrupted = folder / "uninterrupted"
-    uninterrupted.mkdir()
-    if in_child(lambda: stream(method, uninterrupted), uninterrupted / "log.txt"):
-        raise RuntimeError((uninterrupted / "log.txt").read_text())
-    expected = torch.load(uninterrupted / "end.pt", weights_only=True)
-    rows = []
-    counts = {kind: random.Random(f"{method}-{seed}").sample(range(1, n + 1), n) for kind, n in EVENTS.items()}
-    for index in range(points):
-        kind = list(EVENTS)[index % len(EVENTS)]
-        count = counts[kind][index // len(EVENTS) % EVENTS[kind]]
-        place = folder / f"{index}-{kind}-{count}"
-        place.mkdir()
-        status = in_child(lambda: stream(method, place, kill_at(kind, count)), place / "log.txt")  # noqa: B023
-        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        resumed = in_child(lambda: stream(method, place), place / "log.txt")  # noqa: B023
-        difference = "killed stream ended by itself" if not killed else None
-        if resumed:
-            difference = (place / "log.txt").read_text()[-2000:]
-        elif killed:
-            difference = first_difference(expected, torch.load(place / "end.pt", weights_only=True))
-        rows.append({"method": method, "killed_at": f"{kind} {count}", "equal": difference is None, "why": difference})
-    return rows
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--points", type=int, default=20, help="kills per method")
-    parser.add_argument("--seed", type=int, default=0, help="of the points")
-    parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)  # a fork must not inherit a pool of threads
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for method in arguments.methods:
-            rows += sweep(method, arguments.points, arguments.seed, Path(folder) / method)
-    for row in rows:
-        print(f"{row['method']:15} killed at {row['killed_at']:10} {'equal' if row['equal'] else row['why']}")
-    equal = sum(row["equal"] for row in rows)
-    print(f"{equal} of {len(rows)} resumed streams equal the uninterrupted one bit for bit")
-    if arguments.output:
-        versions = {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]}
-        result = {"command": " ".join(sys.argv), "seed": arguments.seed, "versions": versions, "rows": rows}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    return int(equal != len(rows))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, METHODS, stream, EVENTS, "streams"))

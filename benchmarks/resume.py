@@ -15,9 +15,9 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
@@ -45,6 +45,9 @@ METHODS: dict[str, Callable[[], Any]] = {
     "lookaround": lambda: Lookaround(2, 3, [noisy, noisy], validate="both"),
     "lookaround-turns": lambda: Lookaround(3, 2, batches="turns", buffers="average"),
 }
+Run: TypeAlias = Callable[..., None]
+"""Takes a method, a folder, and what is called at each event: ``train``."""
+
 EPOCHS, BATCHES = 3, 8
 EVENTS = {"train": EPOCHS * BATCHES, "validation": EPOCHS * 2 * 2, "write": EPOCHS * 3}
 
@@ -173,24 +176,35 @@ def first_difference(left: Any, right: Any, where: str = "end") -> str | None:
     return None if left == right else where
 
 
-def sweep(method: str, points: int, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """Kills and resumes once per point; returns a row per point."""
+def sweep(
+    run: Run, events: Mapping[str, int], method: str, points: int, seed: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Kills and resumes once per point; returns a row per point.
+
+    Args:
+        run: Runs a method in a folder, from where the folder is, and writes ``end.pt`` there.
+        events: How many there are of each kind of event.
+        method: Which.
+        points: Kills.
+        seed: Of the points.
+        folder: Where to work.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     uninterrupted = folder / "uninterrupted"
     uninterrupted.mkdir()
-    if in_child(lambda: train(method, uninterrupted), uninterrupted / "log.txt"):
+    if in_child(lambda: run(method, uninterrupted), uninterrupted / "log.txt"):
         raise RuntimeError((uninterrupted / "log.txt").read_text())
     expected = torch.load(uninterrupted / "end.pt", weights_only=True)
     rows = []
-    counts = {kind: random.Random(f"{method}-{seed}").sample(range(1, n + 1), n) for kind, n in EVENTS.items()}
+    counts = {kind: random.Random(f"{method}-{seed}").sample(range(1, n + 1), n) for kind, n in events.items()}
     for index in range(points):
-        kind = list(EVENTS)[index % len(EVENTS)]
-        count = counts[kind][index // len(EVENTS) % EVENTS[kind]]
+        kind = list(events)[index % len(events)]
+        count = counts[kind][index // len(events) % events[kind]]
         place = folder / f"{index}-{kind}-{count}"
         place.mkdir()
-        status = in_child(lambda: train(method, place, kill_at(kind, count)), place / "log.txt")  # noqa: B023
+        status = in_child(lambda: run(method, place, kill_at(kind, count)), place / "log.txt")  # noqa: B023
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-        resumed = in_child(lambda: train(method, place), place / "log.txt")  # noqa: B023
+        resumed = in_child(lambda: run(method, place), place / "log.txt")  # noqa: B023
         difference = "killed run ended by itself" if not killed else None
         if resumed:
             difference = (place / "log.txt").read_text()[-2000:]
@@ -200,9 +214,10 @@ def sweep(method: str, points: int, seed: int, folder: Path) -> list[dict[str, A
     return rows
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+def main(description: str | None, methods: Iterable[str], run: Run, events: Mapping[str, int], noun: str) -> int:
+    """The command line of a sweep over methods; ``noun`` is what lines call the runs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
     parser.add_argument("--points", type=int, default=20, help="kills per method")
     parser.add_argument("--seed", type=int, default=0, help="of the points")
     parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
@@ -212,11 +227,11 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for method in arguments.methods:
-            rows += sweep(method, arguments.points, arguments.seed, Path(folder) / method)
+            rows += sweep(run, events, method, arguments.points, arguments.seed, Path(folder) / method)
     for row in rows:
         print(f"{row['method']:16} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
     equal = sum(row["equal"] for row in rows)
-    print(f"{equal} of {len(rows)} resumed runs equal the uninterrupted one bit for bit")
+    print(f"{equal} of {len(rows)} resumed {noun} equal the uninterrupted one bit for bit")
     if arguments.output:
         versions = {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]}
         result = {"command": " ".join(sys.argv), "seed": arguments.seed, "versions": versions, "rows": rows}
@@ -226,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, METHODS, train, EVENTS, "runs"))
