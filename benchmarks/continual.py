@@ -101,7 +101,7 @@ def grid(name: str, buffers: str) -> list[Method]:
     if name in ("average", "magmax"):
         scales: list[float | None] = [None] if name == "average" else [0.5, 1.0]
         return [Method(name, name, scale, each) for scale in scales for each in ("recompute", "average")]
-    scaled = {"sum": [0.3, 0.6, 1.0], "ties": [1.0, 2.0], "dare": [0.3, 0.6, 1.0], "wise-ft": [0.5, 0.8]}
+    scaled = {"sum": [0.3, 0.6, 1.0], "ties": [1.0, 2.0], "wise-ft": [0.5, 0.8]}
     return [Method(name, name, scale, buffers) for scale in scaled.get(name, [None])]
 
 
