@@ -1,34 +1,33 @@
 """The one callback that trains several branches of a module. Named callbacks choose a policy and a schedule for it."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge.branches import Branches, InTurn, OnePerRank, Policy
+from lightning_merge.branches import Branches, Policy
 from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks import _branch_placement as placement
+from lightning_merge.callbacks._branch_progress import Progress
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
+from lightning_merge.callbacks._divergence import Divergence
 from lightning_merge.callbacks._published import Published, Validate
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import resolved
 from lightning_merge.callbacks._score import Score, measured, refuse_without_score
+from lightning_merge.callbacks._turns import Augmentation, Turns
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
 
-Augmentation = Callable[[Any], Any]
 Batches = Literal["same", "turns"]
 OptimizerState = Literal["keep", "average", "reset"]
 Buffers = Literal["shared", "average", "recompute"]
-
-_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
 class Branching(Published):
@@ -132,24 +131,31 @@ class Branching(Published):
         self.schedulers = schedulers
         self.selection = selection
 
-        self.groups = 0
-        self.merges = 0
-        self.revived = 0
-
         self._active_schedule = schedule
         self._set: Branches | None = None
         self._strategy: BranchStrategy | None = None  # one branch per process
         self._policy_state: State | None = None
         self._saved: State | None = None  # branches of a file or of an earlier fit, until there are live ones
-        self._trained = 0  # turns that weights have changed in, over all branches
-        self._turn = 0  # branches that are through with the group that is going on
-        self._merged_at = -1  # `_trained` when all branches were last made equal
-        self._good: Weights = {}  # the last weights that all went on from, to go back to if all diverge
+        self._progress = Progress()
+        self._divergence = Divergence(self.title, self._progress)
         self._mean: Weights | None = None  # of the weights as they are now
-        self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
-        self._last_epoch = 0
 
     # ---- what there is
+
+    @property
+    def groups(self) -> int:
+        """Groups completed so far."""
+        return self._progress.groups
+
+    @property
+    def merges(self) -> int:
+        """Merges so far."""
+        return self._progress.merges
+
+    @property
+    def revived(self) -> int:
+        """Times that a branch had diverged at a merge and went on from the mean of the others."""
+        return self._progress.revived
 
     @property
     def updates(self) -> int:
@@ -157,18 +163,18 @@ class Branching(Published):
 
     @property
     def version(self) -> tuple[int, int]:
-        return self._trained, self.merges
+        return self._progress.trained, self.merges
 
     @property
     def ready(self) -> bool:
         # The mean of several processes cannot be made any more when one of them has failed.
         failed = self._strategy is not None and self._publisher is not None and self._publisher.interrupted
-        return self._set is not None and self._trained > 0 and not (failed and self._mean is None)
+        return self._set is not None and self._progress.trained > 0 and not (failed and self._mean is None)
 
     @property
     def equal(self) -> bool:
         """Whether all branches are the same, since none has trained after the last merge."""
-        return self._merged_at == self._trained
+        return self._progress.equal
 
     def merged_weights(self) -> Weights | None:
         """The mean of all branches; of equal ones it is any, the live one at no cost."""
@@ -228,25 +234,10 @@ class Branching(Published):
         ]
         if others:
             raise ValueError(f"one Trainer trains one set of branches: remove {self.title} or {others[0].title}.")
-        if sharded := _SHARDED & {cls.__name__ for cls in type(trainer.strategy).__mro__}:
-            raise ValueError(
-                f"{min(sharded)} shards parameters, and {self.title} exchanges whole ones in turn. Use `strategy='ddp'`"
-                " or a single device, or `strategy=BranchStrategy()` for a branch in each process."
-            )
-        self._strategy = trainer.strategy if isinstance(trainer.strategy, BranchStrategy) else None
+        self._strategy = placement.strategy_of(self, trainer)
         if self._strategy is not None and stage == "fit":
             self._strategy.place(self.branches, same_batches=self.batches == "same")
-            self._check_ranks()
         super().setup(trainer, pl_module, stage)
-
-    def _check_ranks(self) -> None:
-        if self.buffers == "shared":
-            raise ValueError(
-                "`buffers='shared'` is one set for branches in turn, and branches in several processes have one each:"
-                " use 'recompute' or 'average'."
-            )
-        if self.inactive == "cpu":
-            raise ValueError("`inactive='cpu'` is for branches in turn; in a process of its own each is always active.")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the branches, or goes on with those of an earlier fit or a checkpoint."""
@@ -263,60 +254,45 @@ class Branching(Published):
             self._saved = kept if goes_on else None
             publisher.continue_fit(self)
         self._mean = None
-        self._set = self._made(trainer, pl_module)
+        self._set = placement.made(self, trainer, pl_module, apart=self._saved is not None)
         if self.policy.needs_score:
             refuse_without_score(self.title, trainer, pl_module, self.score)
             self._set.scorer = self._measure
-        self._fits(self._saved)
         if self._saved is not None:
+            placement.check_saved(self.title, self._set, self._saved)
             self._set.load(self._saved)
             self._set.steps = list(self._saved.get("steps", self._set.steps))
         else:
-            self._merged_at = self._trained
+            self._progress.merged_at = self._progress.trained
         if self._policy_state is None:
             self._policy_state = self.policy.init(self._set)
         if self.buffers == "recompute":
             self._keep_recent_batches()
-        loop = trainer.fit_loop.epoch_loop
-        publisher.patches.replace(loop.automatic_optimization, "run", self._automatic)
-        publisher.patches.replace(loop.manual_optimization, "run", self._manual)
-        if self.batches == "turns" and self.schedulers == "group":
-            publisher.patches.replace(pl_module, "lr_scheduler_step", self._step_scheduler)
+        turns = Turns(self, trainer, self._set, self._progress, self._recent, self._end_group)
+        turns.wrap(publisher.patches)
         publisher.begin(self, trainer.optimizers[self.optimizer])
-
-    def _made(self, trainer: Trainer, module: LightningModule) -> Branches:
-        optimizers, buffers = trainer.optimizers, self.buffers
-        kind: Any = "average" if buffers == "average" else "shared"
-        if self._strategy is not None:
-            placement = self._strategy.placement
-            return OnePerRank(
-                module,
-                optimizers,
-                self.branches,
-                selection=self.selection,
-                buffers=kind,
-                placement=placement,
-                broadcast=self._saved is None,
-            )
-        return InTurn(module, optimizers, self.branches, selection=self.selection, buffers=kind, inactive=self.inactive)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every branch starts with the optimizers as they are now, after everything was restored."""
         assert self._set is not None
         if not self._resumed:
-            self._last_epoch = trainer.current_epoch
+            self._progress.epochs = trainer.current_epoch
         if self._saved is None or not self._saved["optimizers"]:
             self._set.fork_optimizers()
         else:
             self._set.load_optimizers(self._saved)
         self._saved = None
-        if self.policy.restarts and not self._good:
-            self._good = weights.copies(self._trained_tensors)
+        if self.policy.restarts and not self._divergence.good:
+            self._divergence.remember(self._trained_tensors)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds parameters that were replaced or unfrozen."""
         assert self._set is not None
         self._set.refresh()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """What was the mean is not any more."""
+        self._mean = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -331,123 +307,16 @@ class Branching(Published):
 
     def _end_epoch(self, trainer: Trainer) -> None:
         completed = trainer.current_epoch + 1
-        if completed > self._last_epoch:
-            self._last_epoch = completed
+        if completed > self._progress.epochs:
+            self._progress.epochs = completed
             self._merge(trainer, Moment(self.groups, completed, epoch_end=True))
 
-    # ---- training
-
-    def _automatic(self, original: Callable[..., Any], optimizer: Any, batch_idx: int, kwargs: dict[str, Any]) -> Any:
-        assert self._publisher is not None
-        trainer = self._publisher.trainer
-        ends = not trainer.fit_loop._should_accumulate()
-        progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
-        keep = trainer.accumulate_grad_batches > 1
-        output = self._train(lambda own: original(optimizer, batch_idx, own), kwargs, progress, lambda: ends, keep)
-        if ends:
-            self._gradients = {}  # Lightning sets them to zero before the next
-        return output
-
-    def _manual(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        assert self._publisher is not None
-        trainer = self._publisher.trainer
-        progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        steps = self.steps
-
-        calls = progress.total.completed
-
-        def ends() -> bool:
-            # The module accumulates gradients as it likes: a turn is over when the optimizer has stepped. Processes
-            # have to agree on that also if a gradient scaler has skipped the step of one.
-            return self.steps > steps or (self._strategy is not None and bool(progress.total.completed > calls))
-
-        return self._train(original, kwargs, progress, ends, keep_gradients=True)
-
-    def _train(
-        self,
-        original: Callable[[dict[str, Any]], Any],
-        kwargs: dict[str, Any],
-        progress: Any,
-        ends: Callable[[], bool],
-        keep_gradients: bool,
-    ) -> Any:
-        """Takes a batch through the branches that it is for, then merges if that is due.
-
-        Args:
-            original: Lightning's training step, optimizer step included.
-            kwargs: Its arguments, the batch first.
-            progress: Lightning's count of optimizer steps. The branches of a group count as one.
-            ends: Whether the optimizer has stepped, so that the turn is over.
-            keep_gradients: Whether gradients are accumulated, so that each branch needs its own.
-        """
-        assert self._set is not None
-        assert self._publisher is not None
-        self._mean = None
-        ranks = self._strategy is not None
-        everyone = self.batches == "same" and not ranks
-        counted = progress.state_dict()
-        output = None
-        turns = range(self._turn, self.branches) if everyone else [self._set.active if ranks else self._turn]
-        for branch in turns:
-            if everyone:
-                progress.load_state_dict(counted)
-            self._set.activate(branch)
-            with self._own_gradients(branch, everyone and keep_gradients):
-                before = self.steps
-                output = original(self._own_batch(branch, kwargs))
-                self._set.steps[branch] += self.steps - before
-            if self._recent is not None:
-                self._recent.keep()
-            if everyone or ends():
-                self._turn = self.branches if ranks else branch + 1
-            if ends():
-                self._trained += 1
-        if self._turn == self.branches:
-            self._turn = 0
-            if ends():
-                self.groups += 1
-                self._merge(self._publisher.trainer, Moment(self.groups, self._publisher.trainer.current_epoch))
-        return output
-
-    def _own_batch(self, branch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of the training step with the batch as this branch sees it."""
-        if "batch" not in kwargs:
-            raise TypeError(
-                f"{self.title} hands a batch to each branch, so `training_step` must take a batch, not"
-                " `dataloader_iter`."
-            )
-        batch = kwargs["batch"]
-        if self.batches == "same" and self._strategy is None and branch < self.branches - 1:
-            batch = apply_to_collection(batch, Tensor, torch.clone)  # a step may write to its batch
-        if self.augmentations is not None:
-            with torch.no_grad():
-                batch = self.augmentations[branch](batch)
-        if self._recent is not None:
-            self._recent.hold(batch)
-        return OrderedDict(kwargs, batch=batch)
-
-    @contextmanager
-    def _own_gradients(self, branch: int, active: bool) -> Iterator[None]:
-        """Gradients that a branch has accumulated are in place for its turn."""
-        if not active:
-            yield
-            return
-        assert self._module is not None
-        parameters = list(self._module.parameters())
-        for parameter in parameters:
-            parameter.grad = self._gradients.get((branch, parameter))
-        yield
-        self._gradients |= {(branch, parameter): parameter.grad for parameter in parameters}
-
-    def _step_scheduler(self, original: Callable[..., Any], scheduler: Any, metric: Any) -> None:
-        """Schedules that count steps move when every branch of the group has trained at this rate."""
-        assert self._publisher is not None
-        configs = self._publisher.trainer.lr_scheduler_configs
-        by_step = any(config.scheduler is scheduler and config.interval == "step" for config in configs)
-        if self._turn == 0 or not by_step:
-            original(scheduler, metric)
-
     # ---- merging
+
+    def _end_group(self) -> None:
+        assert self._publisher is not None
+        trainer = self._publisher.trainer
+        self._merge(trainer, Moment(self.groups, trainer.current_epoch))
 
     def _merge(self, trainer: Any, moment: Moment) -> None:
         if not self._active_schedule.due(moment):
@@ -457,21 +326,21 @@ class Branching(Published):
         self._mean = None
         diverged = self._set.diverged()
         if len(diverged) == self.branches:
-            self._go_back(trainer)
+            self._divergence.go_back(self._set, self._trained_tensors)
+            trainer.should_stop = True
             return
         if diverged:
-            self._revive(diverged)
+            self._divergence.revive(self._set, diverged, self._trained_tensors)
         self.policy.merge(self._policy_state, self._set)
         if self.optimizer_state == "average":
             self._set.average_optimizers()
         elif self.optimizer_state == "reset":
             self._set.reset_optimizers(set(self._set.own))
-        self.merges += 1
+        self._progress.merges += 1
         self._set.steps = [0] * self.branches
         if self.policy.restarts:
-            self._merged_at = self._trained
-            live = self._trained_tensors
-            weights.copy_({name: t for name, t in self._good.items() if name in live}, live)
+            self._progress.merged_at = self._progress.trained
+            self._divergence.remember(self._trained_tensors)
 
     def _measure(self, candidate: Weights) -> float:
         """The score of any weights in the place of the branches, with BatchNorm statistics that fit them."""
@@ -481,39 +350,6 @@ class Branching(Published):
         fitted |= weights.like(self.statistics(candidate), self.tensors)
         with self._publisher.swapped(self, fitted):
             return measured(self._publisher.trainer, self._module, self.score)
-
-    def _revive(self, diverged: set[int]) -> None:
-        assert self._set is not None
-        self.revived += len(diverged)
-        rank_zero_warn(
-            f"{self.title}: branches {sorted(diverged)} hold a NaN or an infinity after group {self.groups}. They are"
-            " left out of this merge, and go on from the mean of the others with a reset optimizer; `revived` counts"
-            " them. Lower the learning rate or clip gradients."
-        )
-        self._set.revive(diverged)
-        # What all branches share has seen what the diverged ones made of their batches.
-        live = self._trained_tensors
-        broken = weights.nonfinite(live)
-        weights.copy_({name: live[name] for name in broken if name in self._good}, self._good)
-
-    def _go_back(self, trainer: Any) -> None:
-        assert self._set is not None
-        if not self._good:
-            raise RuntimeError(
-                f"{self.title}: all {self.branches} branches hold a NaN or an infinity after group {self.groups}, and"
-                f" {self.policy!r} keeps no weights to go back to. Resume from an earlier checkpoint with a lower"
-                " learning rate."
-            )
-        rank_zero_warn(
-            f"{self.title}: all {self.branches} branches hold a NaN or an infinity after group {self.groups}. Training"
-            f" stops with the weights of merge {self.merges}, the last good one. Lower the learning rate or clip"
-            " gradients."
-        )
-        weights.copy_({name: t for name, t in self._trained_tensors.items() if name in self._good}, self._good)
-        self._set.assign(self._good)
-        self._set.reset_optimizers(set(self._set.own))
-        self._merged_at = self._trained
-        trainer.should_stop = True
 
     # ---- for the publisher
 
@@ -528,7 +364,6 @@ class Branching(Published):
         return {"class": type(self).__name__, "rule": repr(self.policy), "steps": self.steps, "updates": self.merges}
 
     def save(self) -> dict[str, Any]:
-        saved = {field: getattr(self, field) for field in _SAVED}
         assert self._publisher is not None
         failed = self._strategy is not None and self._publisher.interrupted
         branches = None if self._set is None or failed else self._set.save()
@@ -537,9 +372,9 @@ class Branching(Published):
         if branches is not None and self._set is not None:
             branches["steps"] = self._set.work()
         return {
-            **saved,
+            "progress": asdict(self._progress),
             "branches": branches,
-            "good": {} if self.equal else self._good,
+            "good": {} if self.equal else self._divergence.good,
             "policy": self._policy_state,
             "recent": None if self._recent is None else list(self._recent.batches),
         }
@@ -547,11 +382,11 @@ class Branching(Published):
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         if label["rule"] != repr(self.policy):
             rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
-        for field in _SAVED:
-            setattr(self, field, saved[field])
+        for field, value in saved["progress"].items():
+            setattr(self._progress, field, value)
         self.steps = label["steps"]
         self._saved = saved["branches"]
-        self._good = saved["good"]
+        self._divergence.good = saved["good"]
         self._policy_state = saved["policy"]
         if saved["recent"] is not None:
             self._recent = RecentBatches()
@@ -561,37 +396,17 @@ class Branching(Published):
 
     def to_host(self) -> None:
         host = torch.device("cpu")
-        self._gradients = {}
         if self._set is not None:
             self._set.to_host()
         self._mean = weights.to_devices(self._mean, host)
         self._buffers = weights.to_devices(self._buffers, host)
-        self._good = weights.to_devices(self._good, host)
+        self._divergence.good = weights.to_devices(self._divergence.good, host)
         self._policy_state = weights.to_devices(self._policy_state, host)
 
     def note_the_end(self) -> None:
         if not self.merges:
             rank_zero_info(
                 f"{self.title} merged nothing: {self.schedule!r} was not due in {self.groups} groups and"
-                f" {self._last_epoch} epochs. What is published is the mean of branches that never met; merge earlier."
+                f" {self._progress.epochs} epochs. What is published is the mean of branches that never met; merge"
+                " earlier."
             )
-
-    def _fits(self, saved: State | None) -> None:
-        """Checks that branches from before belong to this model."""
-        if saved is None:
-            return
-        assert self._set is not None
-        for branch, found in saved["weights"].items():
-            if difference := weights.first_mismatch(self._set.live, found):
-                raise ValueError(
-                    f"{self.title} holds branch {branch} of another model: {difference}. Use a fresh callback, or the"
-                    " model and the selection that it was started with."
-                )
-        if len(saved["optimizers"]) not in (0, self.branches - 1):
-            raise ValueError(
-                f"{self.title} goes on with {len(saved['optimizers']) + 1} branches, and `branches` is {self.branches}."
-                " Keep the number."
-            )
-
-
-_SAVED = ("groups", "merges", "revived", "_trained", "_turn", "_merged_at", "_last_epoch")

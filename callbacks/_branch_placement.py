@@ -1,0 +1,82 @@
+"""Where the branches of a Trainer are: in turn in its one module, or one in each process."""
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule
+
+from lightning_merge import weights
+from lightning_merge.branches import Branches, InTurn, OnePerRank
+from lightning_merge.callbacks._branch_strategy import BranchStrategy
+from lightning_merge.weights import State
+
+if TYPE_CHECKING:
+    from lightning_merge.callbacks._branching import Branching
+
+_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+
+
+def strategy_of(owner: "Branching", trainer: Any) -> BranchStrategy | None:
+    """The strategy that has a branch in each process, if the Trainer has that.
+
+    Raises:
+        ValueError: If the strategy cannot exchange weights, or an argument of the callback does not go with it.
+    """
+    strategy = trainer.strategy
+    if sharded := _SHARDED & {cls.__name__ for cls in type(strategy).__mro__}:
+        raise ValueError(
+            f"{min(sharded)} shards parameters, and {owner.title} exchanges whole ones in turn. Use `strategy='ddp'`"
+            " or a single device, or `strategy=BranchStrategy()` for a branch in each process."
+        )
+    if not isinstance(strategy, BranchStrategy):
+        return None
+    if owner.buffers == "shared":
+        raise ValueError(
+            "`buffers='shared'` is one set for branches in turn, and branches in several processes have one each:"
+            " use 'recompute' or 'average'."
+        )
+    if owner.inactive == "cpu":
+        raise ValueError("`inactive='cpu'` is for branches in turn; in a process of its own each is always active.")
+    return strategy
+
+
+def made(owner: "Branching", trainer: Any, module: LightningModule, apart: bool) -> Branches:
+    """The branches of a fit, all as the module is.
+
+    Args:
+        owner: Says how many there are and what is branched.
+        trainer: Its strategy says where they are.
+        module: The module.
+        apart: Whether processes go on with the weights they have, instead of those of the first one.
+    """
+    buffers: Any = "average" if owner.buffers == "average" else "shared"
+    optimizers, selection = trainer.optimizers, owner.selection
+    if isinstance(trainer.strategy, BranchStrategy):
+        return OnePerRank(
+            module,
+            optimizers,
+            owner.branches,
+            selection=selection,
+            buffers=buffers,
+            placement=trainer.strategy.placement,
+            broadcast=not apart,
+        )
+    return InTurn(module, optimizers, owner.branches, selection=selection, buffers=buffers, inactive=owner.inactive)
+
+
+def check_saved(title: str, branches: Branches, saved: State) -> None:
+    """Checks that branches from before belong to this model.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    for branch, found in saved["weights"].items():
+        if difference := weights.first_mismatch(branches.live, found):
+            raise ValueError(
+                f"{title} holds branch {branch} of another model: {difference}. Use a fresh callback, or the model and"
+                " the selection that it was started with."
+            )
+    if len(saved["optimizers"]) not in (0, branches.count - 1):
+        raise ValueError(
+            f"{title} goes on with {len(saved['optimizers']) + 1} branches, and `branches` is {branches.count}. Keep"
+            " the number."
+        )

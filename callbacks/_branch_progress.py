@@ -1,0 +1,31 @@
+"""How far the branches of a run have come."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Progress:
+    """Counters of a run, which its files keep.
+
+    Attributes:
+        groups: Groups completed: one training step of every branch.
+        merges: Merges.
+        revived: Times that a branch had diverged at a merge.
+        epochs: Epochs whose end was looked at.
+        trained: Turns that weights have changed in, over all branches.
+        turn: Branches that are through with the group that is going on.
+        merged_at: ``trained`` when all branches were last made equal.
+    """
+
+    groups: int = 0
+    merges: int = 0
+    revived: int = 0
+    epochs: int = 0
+    trained: int = 0
+    turn: int = 0
+    merged_at: int = -1
+
+    @property
+    def equal(self) -> bool:
+        """Whether all branches are the same, since none has trained after the last merge."""
+        return self.merged_at == self.trained

@@ -1,0 +1,75 @@
+"""What happens to branches that hold a NaN or an infinity."""
+
+from collections.abc import Mapping
+from typing import final
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_merge import weights
+from lightning_merge.branches import Branches
+from lightning_merge.callbacks._branch_progress import Progress
+from lightning_merge.weights import Weights
+
+
+@final
+class Divergence:
+    """Remembers the last good weights, and brings branches that diverged back.
+
+    Args:
+        title: What messages call the branches.
+        progress: Where they have come to.
+    """
+
+    def __init__(self, title: str, progress: Progress) -> None:
+        self.good: Weights = {}
+        """The last weights that all branches went on from; empty under a policy that never makes them equal."""
+        self._title = title
+        self._progress = progress
+
+    def remember(self, live: Mapping[str, Tensor]) -> None:
+        """All branches go on from these weights."""
+        if self.good:
+            weights.copy_({name: t for name, t in self.good.items() if name in live}, live)
+        else:
+            self.good = weights.copies(live)
+
+    def revive(self, branches: Branches, diverged: set[int], live: Mapping[str, Tensor]) -> None:
+        """Leaves branches out of the merge that follows, and lets them go on from the mean of the others.
+
+        Args:
+            branches: All branches.
+            diverged: Some of them.
+            live: What is in the module, what all branches share included.
+        """
+        self._progress.revived += len(diverged)
+        rank_zero_warn(
+            f"{self._title}: branches {sorted(diverged)} hold a NaN or an infinity after group {self._progress.groups}."
+            " They are left out of this merge, and go on from the mean of the others with a reset optimizer; `revived`"
+            " counts them. Lower the learning rate or clip gradients."
+        )
+        branches.revive(diverged)
+        # What all branches share has seen what the diverged ones made of their batches.
+        broken = weights.nonfinite(dict(live))
+        weights.copy_({name: live[name] for name in broken if name in self.good}, self.good)
+
+    def go_back(self, branches: Branches, live: Mapping[str, Tensor]) -> None:
+        """Puts the last good weights into all branches.
+
+        Raises:
+            RuntimeError: If there are none.
+        """
+        what = f"all {branches.count} branches hold a NaN or an infinity after group {self._progress.groups}"
+        if not self.good:
+            raise RuntimeError(
+                f"{self._title}: {what}, and its policy keeps no weights to go back to. Resume from an earlier"
+                " checkpoint with a lower learning rate."
+            )
+        rank_zero_warn(
+            f"{self._title}: {what}. Training stops with the weights of merge {self._progress.merges}, the last good"
+            " one. Lower the learning rate or clip gradients."
+        )
+        weights.copy_({name: t for name, t in live.items() if name in self.good}, self.good)
+        branches.assign(self.good)
+        branches.reset_optimizers(set(branches.own))
+        self._progress.merged_at = self._progress.trained
