@@ -5,8 +5,9 @@
 All runs of a seed start from the same weights and see the same batches in the same order, batch t in augmentation t mod
 3 (none, AutoAugment, RandAugment, after the loader's shifts and mirroring), and take one gradient step per batch. Only
 "lookaround, same batch" takes three steps on each batch, one per augmentation, and sees a third of the batches; its
-gradient steps are as many. EMA, SWA and the statistics measured again are read off the run of plain SGD. Test accuracy
-is of the final weights, on images that nothing was chosen by.
+gradient steps are as many. PAPA trains three branches, and DiLoCo one, whose outer step is every 50th. EMA, SWA and the
+statistics measured again are read off the run of plain SGD. Test accuracy is of the final weights, on images that
+nothing was chosen by.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from timm.optim import Lookahead
 from torch import Tensor
 from torchvision.transforms import v2
 
-from lightning_merge.callbacks import EMA, Lookaround, Published, WeightMerging
+from lightning_merge.callbacks import EMA, PAPA, DiLoCo, Lookaround, Published, WeightMerging
 from lightning_merge.recipes import CIFAR, Augmented, Classifier, SmallResNet
 from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNSteps
@@ -63,7 +64,14 @@ class Mixed(Classifier):
 
 
 def fit(
-    arguments: argparse.Namespace, data: CIFAR, seed: int, callbacks: list[Published], mixed: bool, share: int, k: int
+    arguments: argparse.Namespace,
+    data: CIFAR,
+    seed: int,
+    callbacks: list[Published],
+    mixed: bool = True,
+    share: int = 1,
+    k: int = 0,
+    rate_moves_every: int = 1,
 ) -> Classifier:
     """A run of as many gradient steps as all take; ``share`` of them on each batch."""
     torch.set_num_threads(1)  # two threads take other sums, so the run would depend on the machine
@@ -76,7 +84,8 @@ def fit(
     steps = arguments.steps // share
 
     def cosine(optimizer: Any) -> Any:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda batch: 0.5 + 0.5 * math.cos(math.pi * batch / steps))
+        moves = steps // rate_moves_every
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda move: 0.5 + 0.5 * math.cos(math.pi * move / moves))
 
     network = SmallResNet(blocks=1, width=16).to(memory_format=torch.channels_last)
     module = Mixed(network, num_classes=10, optimizer=sgd, lr_scheduler=cosine, lr_interval="step")
@@ -106,23 +115,27 @@ def one_seed(arguments: argparse.Namespace, data: CIFAR, seed: int) -> dict[str,
     ema = EMA(half_life="5%")
     swa = WeightMerging(Mean(), EveryNSteps(100, start=0.75), again, name="swa")
     last = WeightMerging(Mean(), EveryNSteps(arguments.steps), again, name="last")
-    module = fit(arguments, data, seed, [ema, swa, last], mixed=True, share=1, k=0)
+    module = fit(arguments, data, seed, [ema, swa, last])
     raw = {**ema.raw_weights(), **swa.raw_weights()}
     found["sgd"] = accuracy(module, data, raw)
     for name, average in (("sgd, statistics again", last), ("ema", ema), ("swa", swa)):
         found[name] = accuracy(module, data, {**raw, **(average.merged_weights() or {})})
-    module = fit(arguments, data, seed, [], mixed=True, share=1, k=STEPS_AROUND)
+    module = fit(arguments, data, seed, [], k=STEPS_AROUND)
     found["lookahead"] = accuracy(module, data, {})
     for name, batches in (("lookaround", "turns"), ("lookaround, same batch", "same")):
         own = augmentations() if batches == "same" else None
         lookaround = Lookaround(BRANCHES, STEPS_AROUND, own, batches, schedulers="step")
-        module = fit(
-            arguments, data, seed, [lookaround], mixed=own is None, share=BRANCHES if own is not None else 1, k=0
-        )
+        module = fit(arguments, data, seed, [lookaround], mixed=own is None, share=1 if own is None else BRANCHES)
         merged, raw = lookaround.merged_weights() or {}, lookaround.raw_weights()
         shared = {key: tensor for key, tensor in raw.items() if "running" in key}
         found[f"{name}, statistics again"] = accuracy(module, data, merged)
         found[f"{name}, shared statistics"] = accuracy(module, data, {**merged, **shared})
+    papa = PAPA(BRANCHES, batches="turns", buffers="recompute")  # its rate moves once per group of branches
+    module = fit(arguments, data, seed, [papa], rate_moves_every=BRANCHES)
+    found["papa, statistics again"] = accuracy(module, data, papa.merged_weights() or {})
+    diloco = DiLoCo(1, every_n_steps=50, buffers="recompute")
+    module = fit(arguments, data, seed, [diloco])
+    found["diloco of one branch, statistics again"] = accuracy(module, data, diloco.merged_weights() or {})
     return {"seed": seed, "seconds": round(time.perf_counter() - start, 1), "test": found}
 
 
