@@ -1,14 +1,16 @@
 """A spring from the weights to an anchor: L2 and elastic weight consolidation."""
 
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_merge import weights
 from lightning_merge._isolation import isolated
@@ -25,14 +27,19 @@ _KEY = "lightning_merge_anchor"
 
 
 class Anchor(Callback):
-    """Adds ``strength / 2 * sum_i F_i (w_i - a_i)^2`` to the loss, as its gradient before each optimizer step.
+    """Pulls after each optimizer step: ``w <- (w + c F a) / (1 + c F)``, ``c = lr * strength / (1 - momentum)``.
+
+    That is the proximal (implicit) step of the penalty ``strength / 2 * sum_i F_i (w_i - a_i)^2``. To first order in
+    ``lr`` it is what its gradient in the loss would do, and it comes to rest where the loss and the penalty together
+    are least; but no strength makes it overshoot: the larger, the closer to ``a``. It passes neither through gradient
+    clipping nor, like AdamW's decay, through the scaling of an adaptive optimizer.
 
     Use one object for all tasks of a stream, after ``ContinualMerging`` in the list. ``F`` is 1, or the empirical
     Fisher information: the mean over samples of squared gradients of their loss, at the end of each task, summed over
     the tasks so far (so the first task is free).
 
     Args:
-        strength: At least 0, in units of the loss.
+        strength: At least 0, in units of the loss (with SGD; an adaptive optimizer scales the loss but not the pull).
         importance: ``"identity"`` or ``"fisher"``.
         at: Where ``a`` is: ``"base"``, the weights the first task started from, or ``"last"``, where the last task
             ended (the first task is then free).
@@ -82,6 +89,8 @@ class Anchor(Callback):
         self._anchor: Weights = {}
         self._fisher: Weights = {}
         self._recent: RecentBatches | None = None
+        self._pulled: dict[torch.nn.Parameter, str] = {}
+        self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Looks the parameters up, and takes the anchor from the file, or from the start of the first task."""
@@ -96,6 +105,20 @@ class Anchor(Callback):
             raise ValueError(f"the model is not the one that Anchor was started with: {difference}.")
         self._recent = RecentBatches() if self.importance == "fisher" else None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gets ready to pull after each applied step, before an average of the same run takes the weights in."""
+        self._pulled = {parameter: name for name, parameter in self._held(pl_module).items()}
+        for optimizer in trainer.optimizers:
+            handle = optimizer.register_step_post_hook(self._pull)
+            cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(handle.id, last=False)
+            self._hooks.append(handle)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the optimizers, also after an exception."""
+        self._pulled = {}
+        while self._hooks:
+            self._hooks.pop().remove()
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch for the Fisher information."""
         if self._recent is not None:
@@ -109,16 +132,19 @@ class Anchor(Callback):
             self._recent.keep()
 
     @torch.no_grad()
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Pulls: gradients are those of the batch, unscaled and reduced over processes, and not clipped yet."""
+    def _pull(self, optimizer: Optimizer, *_: Any) -> None:
         if not self._anchor or (self.importance == "fisher" and not self._fisher):
             return
-        for name, parameter in self._held(pl_module).items():
-            if parameter.grad is not None:
-                pull = parameter - self._anchor[name].to(parameter)
-                if self._fisher:
-                    pull *= self._fisher[name].to(parameter)
-                parameter.grad.add_(pull.to(parameter.grad), alpha=self.strength)
+        for group in optimizer.param_groups:
+            rate = group["lr"] * self.strength / (1 - group.get("momentum", 0.0))
+            for parameter in group["params"]:
+                name = self._pulled.get(parameter)
+                if name is None or parameter.grad is None:
+                    continue
+                anchor = self._anchor[name].to(parameter.device)
+                pull = rate * self._fisher[name].to(anchor) if self._fisher else torch.full_like(anchor, rate)
+                share = 1 / (1 + 1 / pull)  # of the way, p / (1 + p); neither p = 0 nor p = inf makes a NaN
+                parameter.copy_(torch.lerp(parameter.to(anchor), anchor, share))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the task's Fisher information, and moves the anchor if it follows the last task."""

@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import Net, Walk, batches, differing, read, steps, trainer, values
 from torch import Tensor, nn
 
-from lightning_merge.callbacks import EMA, Anchor, ContinualMerging, RandomState
+from lightning_merge.callbacks import EMA, Anchor, ContinualMerging, RandomState, WeightMerging
 from lightning_merge.combiners import Average, Combiner, ExponentialAverage, MagMax, Sum
 from lightning_merge.continual import PRESETS, Bank, Split, StreamState, grow_head
 from lightning_merge.recipes import Classifier, Digits, SmallConvNet, TaskData, jointly, split_by_class, split_by_domain
+from lightning_merge.rules import Mean
 from lightning_merge.selections import Selection
 
 
@@ -356,12 +357,55 @@ def test_a_domain_stream_trains_all_classes_on_changed_inputs(tmp_path: Path) ->
 
 
 def test_identity_anchor_pulls_towards_the_base(tmp_path: Path) -> None:
-    module = Walk(lr=0.1)  # gradient -1, and 2 (w - 0): w <- w + .1 - .2 w
-    anchor = Anchor(strength=2.0)
-    fit(tmp_path, module, anchor, n=2)
-    assert module.w.item() == pytest.approx(0.1 + 0.1 - 0.02, abs=1e-7)
+    module = Walk(lr=0.1)  # gradient -1, then the pull to 0: w <- (w + .1) / 1.2
+    anchor, average = Anchor(strength=2.0), WeightMerging(Mean(), name="mean")
+    run = fit(tmp_path, module, average, anchor, n=2)
+    assert average.raw_weights()["w"].item() == pytest.approx((0.1 / 1.2 + 0.1) / 1.2, abs=1e-7)
+    assert module.w.item() == pytest.approx((0.1 / 1.2 + (0.1 / 1.2 + 0.1) / 1.2) / 2, abs=1e-7)  # of pulled weights
+    assert len(run.optimizers[0]._optimizer_step_post_hooks) == 0
+    with torch.no_grad():
+        module.w.fill_(0.3)
     fit(tmp_path, module, anchor, n=1)
-    assert module.w.item() == pytest.approx(0.18 + 0.1 - 0.036, abs=1e-7)  # still to where the first task began
+    assert module.w.item() == pytest.approx(0.4 / 1.2, abs=1e-7)  # still to where the first task began
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_anchored_training_rests_where_loss_and_penalty_are_least(momentum: float, tmp_path: Path) -> None:
+    class Spring(Walk):  # 3/2 (w - 1)^2 + 2/2 w^2 is least at 3/5
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return 1.5 * (self.w - 1).square().sum()
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1, momentum=momentum)
+
+    module = Spring()
+    fit(tmp_path, module, Anchor(strength=2.0), n=200)
+    assert module.w.item() == pytest.approx(0.6, abs=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_no_strength_overshoots_and_a_huge_one_leaves_the_base(optimizer: Any, tmp_path: Path) -> None:
+    class Chosen(Net):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            momentum = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+            return optimizer(self.parameters(), 0.05, weight_decay=0.1, **momentum)
+
+    for strength in (10.0, 1e4, 1e30, 3e38):
+        module = Chosen()
+        base = values(module)
+        trainer(tmp_path, [Anchor(strength)], max_epochs=2).fit(module, batches(8))
+        for name in ("net.0.weight", "net.0.bias"):
+            away = (values(module)[name] - base[name]).abs().max().item()
+            assert away < 20 / strength, (name, strength)
+
+
+def test_weights_without_importance_are_free(tmp_path: Path) -> None:
+    anchor = Anchor(3e38, "fisher", at="last")
+    module = Walk(lr=0.1)
+    fit(tmp_path, module, anchor, n=1)
+    anchor._fisher = {"w": torch.zeros(1)}
+    fit(tmp_path, module, anchor, n=1)
+    assert module.w.item() == pytest.approx(0.2, abs=1e-7)
 
 
 def test_fisher_information_is_the_mean_of_squared_gradients_of_samples(tmp_path: Path) -> None:
