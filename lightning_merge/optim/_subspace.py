@@ -15,7 +15,7 @@ from lightning_merge.weights import State, Weights, average_dtype
 Form: TypeAlias = Literal["centred", "iclr", "journal"]
 Store: TypeAlias = Literal["device", "cpu"]
 
-_CHUNK = 2**16
+_CHUNK = 2**14
 """Columns whose inner products are taken at a time, in float64."""
 
 _RANK_TOLERANCE = 1e-10
