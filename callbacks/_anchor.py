@@ -169,7 +169,7 @@ class Anchor(Callback):
         if _KEY in checkpoint and trainer.training:
             self._restore(checkpoint[_KEY])
             if self._recent is not None:
-                self._recent.batches.extend(checkpoint[_KEY]["recent"])
+                self._recent = RecentBatches(checkpoint[_KEY]["recent"])
 
     def _held(self, module: LightningModule) -> dict[str, torch.nn.Parameter]:
         head = head_parameters(module, self.head)

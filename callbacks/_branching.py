@@ -389,8 +389,7 @@ class Branching(Published):
         self._divergence.good = saved["good"]
         self._policy_state = saved["policy"]
         if saved["recent"] is not None:
-            self._recent = RecentBatches()
-            self._recent.batches.extend(saved["recent"])
+            self._recent = RecentBatches(saved["recent"])
         self._set = None
         self._resumed = True
 

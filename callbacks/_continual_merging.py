@@ -354,8 +354,7 @@ class ContinualMerging(Callback):
             )
         self._resumed = True
         if section["recent"]:
-            self._recent = RecentBatches()
-            self._recent.batches.extend(section["recent"])
+            self._recent = RecentBatches(section["recent"])
 
     # ---- what is where
 

@@ -149,6 +149,8 @@ class Publisher:
                 if average.wants(moment):
                     wanting.append((average, moment))
                     taken |= average.tensors
+        if not wanting:
+            return
         nonfinite = weights.nonfinite(taken)  # all share one look
         for average, moment in wanting:
             average.take_in(moment, nonfinite)

@@ -1,6 +1,7 @@
 """The last training batches, kept for measuring BatchNorm statistics again."""
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ class RecentBatches:
     persistent workers, and cost an epoch.
 
     Args:
+        kept: Batches that are kept already, oldest first.
         batches: Batches to keep; at least 1.
         bytes: Most memory they may take. The newest batch is always kept, whatever its size.
     """
 
-    def __init__(self, batches: int = 32, bytes: int = 256 * 2**20) -> None:
-        self.batches: deque[Any] = deque(maxlen=batches)
+    def __init__(self, kept: Iterable[Any] = (), *, batches: int = 32, bytes: int = 256 * 2**20) -> None:
+        self.batches: deque[Any] = deque(kept, maxlen=batches)
         self.bytes = bytes
+        self._sizes = deque(map(_size, self.batches), maxlen=batches)
         self._held: Any = None
 
     def hold(self, batch: Any) -> None:
@@ -33,9 +36,11 @@ class RecentBatches:
         if self._held is None:
             return
         self.batches.append(self._held)
+        self._sizes.append(_size(self._held))
         self._held = None
-        while len(self.batches) > 1 and sum(map(_size, self.batches)) > self.bytes:
+        while len(self.batches) > 1 and sum(self._sizes) > self.bytes:
             self.batches.popleft()
+            self._sizes.popleft()
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

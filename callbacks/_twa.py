@@ -387,8 +387,7 @@ class TWA(Published):
         self._buffers = saved["buffers"]
         self._calibrated_at = saved["calibrated_at"]
         if saved["recent"] is not None:
-            self._recent = RecentBatches()
-            self._recent.batches.extend(saved["recent"])
+            self._recent = RecentBatches(saved["recent"])
         self.skipped_nonfinite = saved["skipped_nonfinite"]
         self.steps = label["steps"]
         self._resumed = True

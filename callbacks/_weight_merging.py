@@ -377,8 +377,7 @@ class WeightMerging(Published):
         self.evaluations = saved["evaluations"]
         self._calibrated_at = saved["calibrated_at"]
         if saved["recent"] is not None:
-            self._recent = RecentBatches()
-            self._recent.batches.extend(saved["recent"])
+            self._recent = RecentBatches(saved["recent"])
         self._last_epoch = saved["last_epoch"]
         self.update_window = None if saved["update_window"] is None else tuple(saved["update_window"])
         self.skipped_nonfinite = saved["skipped_nonfinite"]

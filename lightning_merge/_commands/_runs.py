@@ -68,8 +68,7 @@ class Bench:
             self.metrics(weights)  # sets up devices and data
         self.model.load_state_dict(weights)
         loader = self._training_loader()
-        recent = RecentBatches()
-        recent.batches.extend(islice(loader, batches))
+        recent = RecentBatches(islice(loader, batches))
         with quiet():
             fresh = recalibrate(self.trainer, self.model, "doctor", recent)
         keys = {canonical(key): key for key in weights}

@@ -144,4 +144,8 @@ def test_batches_kept_for_batch_statistics_stay_under_their_limit() -> None:
         recent.hold([torch.zeros(size)])
         recent.keep()
     assert [batch[0].numel() for batch in recent.batches] == [20, 30, 40, 50]
+    resumed = RecentBatches(recent.batches, batches=4, bytes=4 * 120)
+    resumed.hold([torch.zeros(30)])
+    resumed.keep()
+    assert [batch[0].numel() for batch in resumed.batches] == [40, 50, 30]
     assert RecentBatches().bytes <= 256 * 2**20
