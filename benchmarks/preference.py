@@ -5,7 +5,8 @@
 A small byte-level GPT-2 is trained on plain text, once; then, for each seed, on dialogues (SFT), and from there by DPO
 with each method at several strengths. Forgetting is the rise of the held-out language-model loss over that of the SFT
 model, in nats per byte: on dialogues, which SFT taught. Pairs and dialogues that are held out are the same for all
-seeds. Results are written after every seed. `--figure FILE` draws the curves of a result file.
+seeds. Results are written after every seed; started again with the same output, it goes on after the last one that is
+there. `--figure FILE` draws the curves of a result file.
 """
 
 import argparse
@@ -92,12 +93,10 @@ class Comparison:
     def prepare(self) -> None:
         """Trains the base and the SFT model."""
         if not self.base.exists():
-            self._language_model(self.text, None, "base")
-        self.sft = self._language_model(self.dialogues, self.base, "sft")
+            self._language_model(self.text, None, "base", seed=0)
+        self.sft = self._language_model(self.dialogues, self.base, "sft", self.seed)
         self.module = self._module(1.0, SETTING["dpo"]["beta"])
-        self.sft_weights = {
-            name: t.clone() for name, t in self.module.state_dict().items() if name.startswith("model.")
-        }
+        self.sft_weights = parameters(self.module)
         state = torch.load(self.base, weights_only=True)["state_dict"]
         self.base_weights = {name: state[name] for name in self.sft_weights}
 
@@ -130,9 +129,9 @@ class Comparison:
                 )
                 yield self._measure(name, share, self._tune(1.0, SETTING["dpo"]["beta"], [online]))
 
-    def _language_model(self, data: Preferences, start: Path | None, name: str) -> Path:
+    def _language_model(self, data: Preferences, start: Path | None, name: str, seed: int) -> Path:
         settings = SETTING["language_model"]
-        pl.seed_everything(self.seed, verbose=False)
+        pl.seed_everything(seed, verbose=False)
         module = LanguageModel(
             config=CONFIG, start=None if start is None else str(start), optimizer=adamw(settings["lr"])
         )
@@ -152,8 +151,7 @@ class Comparison:
         module = self._module(rate, beta)
         trainer = pl.Trainer(max_steps=SETTING["dpo"]["steps"], limit_val_batches=0, callbacks=list(callbacks), **QUIET)
         trainer.fit(module, self.pairs)
-        weights = {name: t.clone() for name, t in module.state_dict().items() if name.startswith("model.")}
-        return weights | (callbacks[0].raw_weights() if callbacks and isinstance(callbacks[0], EMA) else {})
+        return parameters(module) | (callbacks[0].raw_weights() if callbacks and isinstance(callbacks[0], EMA) else {})
 
     def _offline(self, method: str, tuned: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
         """Merges at the end: of ``weight`` parts SFT and the rest tuned."""
@@ -172,7 +170,9 @@ class Comparison:
         return {name: self.base_weights[name] + t for name, t in merged.items()}
 
     def _measure(self, method: str, strength: float, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-        self.module.load_state_dict({**self.module.state_dict(), **weights})
+        with torch.no_grad():
+            for name, parameter in self.module.named_parameters():
+                parameter.copy_(weights[name])
         found = pl.Trainer(limit_val_batches=15, **QUIET).validate(self.module, self.pairs, verbose=False)
         measured = {key: value for part in found for key, value in part.items()}
         self.start_loss = measured["val/lm_loss"] if method == "SFT" else self.start_loss
@@ -186,6 +186,11 @@ class Comparison:
             "lm_loss": measured["val/lm_loss"],
             "text_loss": plain[0]["val/lm_loss"],
         }
+
+
+def parameters(module: DPO) -> dict[str, Tensor]:
+    """Copies, tied ones under their first name only: a second one would be loaded over the first."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
 
 
 def adamw(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
@@ -252,32 +257,36 @@ def main() -> None:
         return
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    versions = {
+        "torch": torch.__version__,
+        "lightning": pl.__version__,
+        "transformers": transformers.__version__,
+        "python": sys.version.split()[0],
+    }
+    command = " ".join(Path(argument).name for argument in sys.argv)
+    result: dict[str, Any] = {"command": command, "setting": SETTING, "config": CONFIG, "versions": versions}
     runs: list[dict[str, Any]] = []
-    folder = tempfile.TemporaryDirectory()
-    for seed in range(arguments.seeds):
-        start = time.process_time()
-        comparison = Comparison(arguments.pairs, arguments.text, seed, Path(folder.name))
-        comparison.prepare()
-        points = []
-        for point in comparison.results():
-            points.append(point)
-            print(json.dumps({"seed": seed, **point}), flush=True)
-        runs.append({"seed": seed, "cpu_seconds": round(time.process_time() - start, 1), "points": points})
-        versions = {
-            "torch": torch.__version__,
-            "lightning": pl.__version__,
-            "transformers": transformers.__version__,
-            "python": sys.version.split()[0],
-        }
-        result = {
-            "command": " ".join(Path(argument).name for argument in sys.argv),
-            "setting": SETTING,
-            "config": CONFIG,
-            "versions": versions,
-            "runs": runs,
-            "summary": summary(runs),
-        }
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.output.exists():
+        before = json.loads(arguments.output.read_text())
+        if any(before[key] != result[key] for key in ("setting", "config", "versions")):
+            parser.error(f"{arguments.output} is of another setting or of other versions: name another file.")
+        runs = before["runs"]
+    done = {run["seed"] for run in runs}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(arguments.seeds):
+            if seed in done:
+                continue
+            start = time.process_time()
+            comparison = Comparison(arguments.pairs, arguments.text, seed, Path(folder))
+            comparison.prepare()
+            points = []
+            for point in comparison.results():
+                points.append(point)
+                print(json.dumps({"seed": seed, **point}), flush=True)
+            runs.append({"seed": seed, "cpu_seconds": round(time.process_time() - start, 1), "points": points})
+            whole = arguments.output.with_suffix(".part")
+            whole.write_text(json.dumps({**result, "runs": runs, "summary": summary(runs)}, indent=1) + "\n")
+            whole.replace(arguments.output)
     for row in summary(runs):
         print(json.dumps(row))
 
