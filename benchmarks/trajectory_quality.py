@@ -2,15 +2,18 @@
 
     python benchmarks/trajectory_quality.py --root data/cifar10 --output benchmarks/results/trajectory-quality.json
 
-ResNet-8 on 10,000 images of CIFAR-10 in bfloat16. The unit of cost is one gradient step on 64 images, which is three
+ResNet-8 on 45,000 images of CIFAR-10 in bfloat16. The unit of cost is one gradient step on 64 images, which is three
 forward passes of 64 images, and every method has the same number of them. SWA, ASWA, TWA, greedy and LCSC read the
 checkpoints of one run at a constant learning rate, as far as each can afford: what a method spends on its own steps or
 on scoring candidates (images to score on, and images to measure BatchNorm statistics on) it is behind in that run.
+``cost`` in the result says what each spent; a method that spends more than the plain run stops the benchmark.
 ``cosine`` is a second run whose learning rate falls to 0. BatchNorm statistics of everything but the two plain runs are
 measured again, which nobody is charged for at the end; ``plain, BatchNorm`` says what that alone does.
 
 Methods choose by 2,000 images that were not trained on. Accuracy is on the 10,000 test images, which nothing was chosen
 by. TWA's learning rate is chosen by the validation accuracy of one more seed, which is not reported.
+
+Results are written after every seed. Started again with the same output, it goes on after the last seed that is there.
 """
 
 import argparse
@@ -40,12 +43,11 @@ from lightning_merge.search import Evolutionary, Greedy, search
 from lightning_merge.trajectory import Trajectory, mean
 from lightning_merge.weights import Weights
 
-BATCH, IMAGES, SCORED = 64, 10_000, 2000
-PER_EPOCH = IMAGES // BATCH
+BATCH, IMAGES, SCORED = 64, 45_000, 2000
 STATISTICS = 20  # batches
 EVALUATION = math.ceil((SCORED + STATISTICS * BATCH) / (3 * BATCH))  # in gradient steps
-CADENCE = PER_EPOCH // 2
-RATES = (0.02, 0.1, 0.5, 2.0)
+CADENCE = 50  # steps between checkpoints
+RATES = (0.1, 0.5, 2.0, 8.0)
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_progress_bar": False,
@@ -60,28 +62,29 @@ QUIET: dict[str, Any] = {
 class Loaded(CIFAR):
     """Reads the images once, whatever number of fits it is used in."""
 
-    def setup(self, stage: str) -> None:
-        if not hasattr(self, "test" if stage == "test" else "train"):
+    def __init__(self, root: str) -> None:
+        super().__init__("cifar10", root=root, batch_size=BATCH, train_images=IMAGES, val_images=SCORED)
+        for stage in ("fit", "test"):
             super().setup(stage)
+
+    def setup(self, stage: str) -> None:
+        pass
 
 
 class Bench:
-    """Data and network of one seed, and what is measured with them."""
+    """Network of one seed, and what is measured with it."""
 
-    def __init__(self, root: str, seed: int) -> None:
+    def __init__(self, data: Loaded, seed: int) -> None:
         self.seed = seed
-        self.data = Loaded("cifar10", root=root, batch_size=BATCH, train_images=IMAGES, val_images=SCORED)
+        self.data = data
         self.module = self.network()
-        pl.Trainer(**QUIET, enable_checkpointing=False, max_steps=1).fit(self.module, self.data)
-        self.data.setup("test")
-        pl.seed_everything(seed, verbose=False)
-        batches = iter(self.data.train_dataloader())
+        batches = iter(data.train_dataloader())
         self.batches = [next(batches) for _ in range(STATISTICS)]
         self.evaluations = 0
 
     def network(self, cosine_over: int | None = None) -> Classifier:
         def sgd(parameters: Any) -> Optimizer:
-            return torch.optim.SGD(parameters, 0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
+            return torch.optim.SGD(parameters, 0.02, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
         pl.seed_everything(self.seed, verbose=False)
         module = Classifier(
@@ -145,7 +148,7 @@ class Bench:
 
 
 def gated(bench: Bench, files: Trajectory) -> tuple[Weights, float]:
-    """ASWA over the ends of epochs of the second half of the run, and the accuracy it decided by last."""
+    """ASWA over the given checkpoints, and the accuracy it decided by last."""
     rule = GatedMean()
     stream = files.stream()
     first = next(stream)
@@ -157,14 +160,20 @@ def gated(bench: Bench, files: Trajectory) -> tuple[Weights, float]:
     return {**first, **(rule.result(state) or {})}, state["score"]
 
 
-def one_seed(root: str, seed: int, steps: int, rates: tuple[float, ...]) -> dict[str, Any]:
-    """Test accuracy of every method; of TWA with each of the rates, with validation accuracy."""
-    torch.set_num_threads(1)
+def one_seed(data: Loaded, seed: int, steps: int, rates: tuple[float, ...]) -> dict[str, Any]:
+    """Test accuracy of every method; of TWA with each of the rates, with validation accuracy; and what each cost."""
     start = time.perf_counter()
-    bench = Bench(root, seed)
+    bench = Bench(data, seed)
     test: dict[str, float] = {}
-    cost: dict[str, int] = {}
-    stage = steps // 10
+    cost: dict[str, dict[str, int]] = {}
+
+    def charge(method: str, trained: int | None, stage: int = 0, evaluations: int = 0) -> None:
+        """Notes what a method spent: on the run until its last checkpoint, on steps of its own, and on scores."""
+        assert trained is not None
+        total = trained + stage + evaluations * EVALUATION
+        if total > steps:
+            raise RuntimeError(f"{method} spent {total} steps, the plain run {steps}")
+        cost[method] = {"trained": trained, "stage": stage, "evaluations": evaluations, "steps": total}
 
     def affordable(spent: int, last: int) -> Trajectory:
         return Trajectory.of_run(folder, end=steps - spent, last=last, weights="published")
@@ -175,23 +184,26 @@ def one_seed(root: str, seed: int, steps: int, rates: tuple[float, ...]) -> dict
         test["plain"], test["plain, BatchNorm"] = bench.test(plain), bench.test(bench.fitted(plain))
         cosine = bench.train(steps, Path(name) / "cosine", cosine=True)
         test["cosine"] = bench.test(cosine)
-        everything = Trajectory.of_run(folder, weights="published")
-        tail = [c for c in everything if c.step is not None and c.step >= 0.75 * steps and not c.step % (2 * CADENCE)]
-        test["SWA"] = bench.test(bench.fitted(Trajectory(tail).combine(mean(len(tail)))))
 
-        twa = {}
+        tail = Trajectory.of_run(folder, start=math.ceil(0.75 * steps), weights="published")
+        test["SWA"] = bench.test(bench.fitted(tail.combine(mean(len(tail)))))
+        charge("SWA", tail[-1].step)
+
+        twa, stage = {}, steps // 10
+        snapshots = affordable(stage, 12)
         for rate in rates:
-            weights = bench.fitted(bench.twa(affordable(stage, 12), stage, rate))
-            twa[rate] = {"val": bench.accuracy(weights, bench.data.val_dataloader()), "test": bench.test(weights)}
-        start_of_stage = affordable(stage, 12)
-        test["mean of TWA's snapshots"] = bench.test(bench.fitted(start_of_stage.combine(mean(len(start_of_stage)))))
+            weights = bench.fitted(bench.twa(snapshots, stage, rate))
+            twa[rate] = {"val": bench.accuracy(weights, data.val_dataloader()), "test": bench.test(weights)}
+        charge("TWA", snapshots[-1].step, stage)
+        test["mean of TWA's snapshots"] = bench.test(bench.fitted(snapshots.combine(mean(len(snapshots)))))
 
-        offers = steps // (2 * CADENCE) // 2
+        offers = 5
         ends = affordable(offers * EVALUATION, 4 * offers)
-        chosen = [c for c in ends if c.step is not None and c.step >= steps // 2 and not c.step % (2 * CADENCE)]
-        cost["ASWA"] = -bench.evaluations
-        test["ASWA"] = bench.test(bench.fitted(gated(bench, Trajectory(chosen))[0]))
-        cost["ASWA"] += bench.evaluations
+        offered = Trajectory(ends[i] for i in reversed(range(len(ends) - 1, -1, -4)))
+        before = bench.evaluations
+        weights, _ = gated(bench, offered)
+        charge("ASWA", offered[-1].step, evaluations=bench.evaluations - before)
+        test["ASWA"] = bench.test(bench.fitted(weights))
 
         for label, method, last, budget in (("greedy", Greedy(), 8, 15), ("LCSC", Evolutionary(8), 8, 24)):
             files = affordable(budget * EVALUATION, last)
@@ -204,15 +216,10 @@ def one_seed(root: str, seed: int, steps: int, rates: tuple[float, ...]) -> dict
                 budget=budget,
                 seed=seed,
             )
+            charge(label, files[-1].step, evaluations=bench.evaluations - before)
             test[label] = bench.test(bench.fitted(files.combine(found.coefficients)))
-            cost[label] = bench.evaluations - before
-    return {
-        "seed": seed,
-        "test": test,
-        "twa": twa,
-        "evaluations": cost,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
+    seconds = round(time.perf_counter() - start, 1)
+    return {"seed": seed, "test": test, "twa": twa, "cost": cost, "seconds": seconds}
 
 
 def interval(values: list[float]) -> dict[str, float]:
@@ -223,34 +230,56 @@ def interval(values: list[float]) -> dict[str, float]:
     return {"mean": round(statistics.fmean(values), 5), "half_width": round(float(half), 5), "n": len(values)}
 
 
+def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Test accuracy of every method, and its difference to plain, paired."""
+    tests = [run["test"] for run in runs]
+    return {
+        "test_accuracy": {name: interval([test[name] for test in tests]) for name in tests[0]},
+        "difference_to_plain": {
+            name: interval([test[name] - test["plain"] for test in tests]) for name in tests[0] if name != "plain"
+        },
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, help="folder of CIFAR-10")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--steps", type=int, default=2000, help="that every method has")
+    parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
-    steps = arguments.epochs * PER_EPOCH
-    tuning = one_seed(arguments.root, 1000, steps, RATES)
-    rate = max(RATES, key=lambda each: tuning["twa"][each]["val"])
-    print(json.dumps({"tuning": tuning, "rate": rate}), flush=True)
+    torch.set_num_threads(1)
     versions = {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]}
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions, "steps": steps}
-    result |= {"evaluation_costs_steps": EVALUATION, "twa_lr": rate, "tuning": tuning, "runs": []}
+    setting = {"steps": arguments.steps, "images": IMAGES, "cadence": CADENCE, "evaluation_costs_steps": EVALUATION}
+    result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions, "setting": setting, "runs": []}
+    if arguments.output.exists():
+        result = json.loads(arguments.output.read_text())
+        if (result["setting"], result["versions"]) != (setting, versions):
+            parser.error(f"{arguments.output} is of another setting or of other versions: name another file.")
+    data = Loaded(arguments.root)
+
+    def write() -> None:
+        whole = arguments.output.with_suffix(".part")
+        whole.write_text(json.dumps(result, indent=1) + "\n")
+        whole.replace(arguments.output)
+
+    if "tuning" not in result:
+        result["tuning"] = one_seed(data, 1000, arguments.steps, RATES)
+        result["twa_lr"] = max(RATES, key=lambda each: result["tuning"]["twa"][each]["val"])
+        write()
+        print(json.dumps({"tuning": result["tuning"], "rate": result["twa_lr"]}), flush=True)
+    done = {run["seed"] for run in result["runs"]}
     for seed in range(arguments.seeds):
-        run = one_seed(arguments.root, seed, steps, (rate,))
-        run["test"]["TWA"] = run["twa"][rate]["test"]
+        if seed in done:
+            continue
+        run = one_seed(data, seed, arguments.steps, (result["twa_lr"],))
+        run["test"]["TWA"] = run["twa"][result["twa_lr"]]["test"]
         result["runs"].append(run)
-        tests = [each["test"] for each in result["runs"]]
-        result["test_accuracy"] = {name: interval([test[name] for test in tests]) for name in run["test"]}
-        result["difference_to_plain"] = {
-            name: interval([test[name] - test["plain"] for test in tests]) for name in run["test"] if name != "plain"
-        }
+        result |= summary(result["runs"])
+        write()
         print(json.dumps(run), flush=True)
-        if arguments.output:  # at once, so that a run that is stopped is not lost
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: result[name] for name in ("test_accuracy", "difference_to_plain")}, indent=1))
+    print(json.dumps(summary(result["runs"]), indent=1))
 
 
 if __name__ == "__main__":
