@@ -16,6 +16,7 @@ from lightning_merge import weights
 from lightning_merge._isolation import isolated
 from lightning_merge.callbacks._patches import Patches
 from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.callbacks._strategies import refuse_sharding
 from lightning_merge.continual import head_parameters
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
@@ -50,7 +51,8 @@ class Anchor(Callback):
             where each fit has processes of its own (``ddp_spawn``, ``ddp_notebook``).
 
     Raises:
-        ValueError: If an argument is out of range, or at fit start if the module is not that of the first task.
+        ValueError: If an argument is out of range, or at fit start if the module is not that of the first task, or the
+            strategy shards parameters.
 
     Example:
         >>> Anchor(strength=100.0, importance="fisher", at="last").samples
@@ -96,6 +98,7 @@ class Anchor(Callback):
         """Looks the parameters up, and takes the anchor from the file, or from the start of the first task."""
         if stage != "fit":
             return
+        refuse_sharding(trainer.strategy, "Anchor")
         if not self._anchor and self.file is not None and zipfile.is_zipfile(self.file):
             self._restore(torch.load(self.file, weights_only=True))
         held = self._held(pl_module)

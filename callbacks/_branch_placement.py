@@ -7,12 +7,11 @@ from lightning.pytorch import LightningModule
 from lightning_merge import weights
 from lightning_merge.branches import Branches, InTurn, OnePerRank
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
+from lightning_merge.callbacks._strategies import refuse_sharding
 from lightning_merge.weights import State
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._branching import Branching
-
-_SHARDED = {"FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
 def strategy_of(owner: "Branching", trainer: Any) -> BranchStrategy | None:
@@ -22,11 +21,8 @@ def strategy_of(owner: "Branching", trainer: Any) -> BranchStrategy | None:
         ValueError: If the strategy cannot exchange weights, or an argument of the callback does not go with it.
     """
     strategy = trainer.strategy
-    if sharded := _SHARDED & {cls.__name__ for cls in type(strategy).__mro__}:
-        raise ValueError(
-            f"{min(sharded)} shards parameters, and {owner.title} exchanges whole ones in turn. Use `strategy='ddp'`"
-            " or a single device, or `strategy=BranchStrategy()` for a branch in each process."
-        )
+    alternative = "Use a single device, `strategy='ddp'`, or `BranchStrategy()` for a branch in each process."
+    refuse_sharding(strategy, owner.title, alternative)
     if not isinstance(strategy, BranchStrategy):
         return None
     if owner.buffers == "shared":

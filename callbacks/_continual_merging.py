@@ -14,6 +14,7 @@ from lightning_merge import calibration, weights
 from lightning_merge.callbacks._low_rank import LowRank
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import recalibrate
+from lightning_merge.callbacks._strategies import refuse_sharding
 from lightning_merge.combiners import Combiner, add_vector, task_vector
 from lightning_merge.continual import PRESETS, Bank, InitFrom, Preset, StreamState, head_parameters, join_head
 from lightning_merge.selections import Selection
@@ -167,6 +168,7 @@ class ContinualMerging(Callback):
         """Puts the weights that the task starts from in place, before the optimizer or a checkpoint sees them."""
         if stage != "fit":
             return
+        refuse_sharding(trainer.strategy, "ContinualMerging")
         _refuse_order(trainer, self)
         self._head_names = head_parameters(pl_module, self.head)
         merged = [name for name in self.selection.parameters(pl_module) if name not in self._head_names]

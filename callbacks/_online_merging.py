@@ -8,14 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_merge.callbacks._strategies import refuse_sharding
 from lightning_merge.optim import OnDARE, OnTIES
 from lightning_merge.selections import Selection
 from lightning_merge.weights import named_parameters
 
 _METHODS = {"ondare": OnDARE, "onties": OnTIES}
-# The first two have no single parameters. Checkpoints of the third start an optimizer's state by a step of their own,
-# which would be merged.
-_REFUSED = {"FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"}
 _KEY = "lightning_merge.online"
 
 
@@ -110,12 +108,13 @@ class OnlineMerging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wraps the optimizers, before their states are restored."""
-        strategy = type(trainer.strategy)
-        if name := next((cls.__name__ for cls in strategy.__mro__ if cls.__name__ in _REFUSED), None):
-            raise ValueError(
-                f"OnlineMerging does not support {name}. Use one device or DDP; in a plain torch loop OnDARE and OnTIES"
-                " of lightning_merge.optim work on the shards of `fully_shard`."
-            )
+        # Also ModelParallelStrategy: its checkpoints start an optimizer's state by a step, which would be merged.
+        refuse_sharding(
+            trainer.strategy,
+            "OnlineMerging",
+            "Use a single device or `strategy='ddp'`; in a plain torch loop OnDARE and OnTIES of lightning_merge.optim"
+            " work on the shards of `fully_shard`.",
+        )
         chosen = self.selection.parameters(pl_module)
         left_out = [name for name in named_parameters(pl_module) if name not in chosen]
         wrap: Any = _METHODS[self.method]

@@ -3,19 +3,20 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_merge import calibration, weights
-from lightning_merge._ranks import several
+from lightning_merge._ranks import settings_of, several
 from lightning_merge.callbacks._publisher import Ending, Publisher
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import recalibrate, restore_loader_position
 from lightning_merge.diagnostics import between
 from lightning_merge.schedules import Moment
+from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
 Validate = Literal["merged", "raw", "both"]
@@ -40,9 +41,6 @@ class Published(Callback, ABC):
     Raises:
         ValueError: If an argument is out of range.
     """
-
-    works_on_shards: ClassVar[bool] = False
-    """Whether it merges parts of tensors, each process its own."""
 
     def __init__(self, validate: Validate, name: str, optimizer: int) -> None:
         if validate not in get_args(Validate):
@@ -114,6 +112,11 @@ class Published(Callback, ABC):
         return self.tensors
 
     @property
+    def works_on_shards(self) -> bool:
+        """Whether it merges parts of tensors, each process its own."""
+        return False
+
+    @property
     def left_alone(self) -> list[str]:
         """Names of selected parameters that cannot be merged, since they are quantised, packed or integers."""
         return []
@@ -121,6 +124,7 @@ class Published(Callback, ABC):
     def configuration(self) -> dict[str, Any]:
         """What has to be the same in every process, each under words that an error can use."""
         fields = {f"`{field}` of {self.title}": getattr(self, field) for field in ("validate", "optimizer", "monitor")}
+        fields |= {f"{words} {self.name!r}": value for words, value in settings_of(self).items()}
         shapes = {f"`{name}`, which {self.title} merges": tuple(t.shape) for name, t in self.captured.items()}
         return {**fields, **shapes}
 
@@ -182,6 +186,11 @@ class Published(Callback, ABC):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Learns the module."""
         self._module = pl_module
+        if not self.works_on_shards and (sharded := sharded_tensors(pl_module)):
+            raise ValueError(
+                f"{self.title} needs whole parameters, and `{next(iter(sharded))}` is sharded. Use `strategy='ddp'`, or"
+                " an average (EMA, SWA, LAWA, SWAD), which works on parts."
+            )
         if not 0 <= self.optimizer < len(trainer.optimizers):
             raise ValueError(
                 f"`optimizer` of {self.title} must be the index of one of the {len(trainer.optimizers)} optimizers, got"

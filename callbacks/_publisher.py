@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_merge import weights
-from lightning_merge._ranks import check_agreement, gathered
+from lightning_merge._ranks import check_agreement, gathered, settings_of
 from lightning_merge.callbacks._checkpoints import Checkpoints
 from lightning_merge.callbacks._patches import Patches
+from lightning_merge.callbacks._strategies import refuse_unsupported
 from lightning_merge.callbacks._validation import Validation
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import reshard, sharded_tensors
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
     from lightning_merge.callbacks._published import Published
 
 _OTHER_MERGERS = {"WeightAveraging", "StochasticWeightAveraging", "EMACallback", "EMAHook"}
-
-_SUPPORTED = {"SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy"}
-_REFUSED = {
-    "FSDPStrategy": "flattens parameters into one (FSDP1), so that names and shapes are lost",
-    "DeepSpeedStrategy": "keeps weights of its own and writes checkpoints around Lightning, and nobody has tested it",
-    "XLAStrategy": "has not been tested",
-    "SingleDeviceXLAStrategy": "has not been tested",
-}
 
 _publishers: "WeakKeyDictionary[Any, Publisher]" = WeakKeyDictionary()
 
@@ -116,14 +109,11 @@ class Publisher:
     def check_configuration(self) -> None:
         """Raises in every process if they are not set up alike: each would wait for what another never does."""
         fields: dict[str, Any] = {"its averages": [average.title for average in self.averages]}
-        sharded = sharded_tensors(self.module)
+        sharded_tensors(self.module)  # raises if one cannot be averaged
         for average in self.averages:
-            if sharded and not average.works_on_shards:
-                raise ValueError(
-                    f"{average.title} needs whole parameters, and `{next(iter(sharded))}` is sharded. Use"
-                    " `strategy='ddp'`, or an average (EMA, SWA, LAWA, SWAD), which works on parts."
-                )
             fields |= average.configuration()
+        for callback in filter(_judges, self.trainer.callbacks):
+            fields |= settings_of(callback)
         check_agreement(fields, "Give every process the same callbacks and model.")
 
     def check_progress(self) -> None:
@@ -186,9 +176,8 @@ class Publisher:
         for average in self.averages:
             average.note_the_end()
         ready = [average for average in self.averages if average.ready]
-        for callback in self.trainer.callbacks:
-            if ready and hasattr(callback, "consider"):  # a doctor, or a judge of what is published
-                callback.consider(self)
+        for callback in filter(_judges, self.trainer.callbacks if ready else []):
+            callback.consider(self)
         self.validation.measure_final(ready)
         for average in ready:
             average.final_metrics = self.validation.metrics_of(average.name)
@@ -294,20 +283,9 @@ class Publisher:
             weights.put_back(live, merged)
 
 
-def refuse_unsupported(strategy: Any) -> None:
-    """Raises, with what to use instead.
-
-    Raises:
-        ValueError: If averages do not work under the strategy, or nobody knows whether they do.
-    """
-    names = [cls.__name__ for cls in type(strategy).__mro__]
-    reason = next((_REFUSED[name] for name in names if name in _REFUSED), "is not known to averages")
-    if _REFUSED.keys() & set(names) or not _SUPPORTED & set(names):
-        raise ValueError(
-            f"{names[0]} {reason}. Use a single device, `strategy='ddp'`, or `ModelParallelStrategy` with FSDP2"
-            " (`torch.distributed.fsdp.fully_shard` in `configure_model`), which shards weights, gradients and"
-            " optimizer states as FSDP1 and DeepSpeed do; see docs/strategies.md."
-        )
+def _judges(callback: Any) -> bool:
+    """Whether it looks at the averages at the end of a fit: a doctor, or a judge of what is published."""
+    return hasattr(callback, "consider")
 
 
 def averages_of(trainer: Any) -> "list[Published]":

@@ -1,6 +1,6 @@
 """The one callback that touches Lightning's hooks. Named callbacks choose a rule, a schedule and a selection for it."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -61,8 +61,6 @@ class WeightMerging(Published):
         'tail'
     """
 
-    works_on_shards: ClassVar[bool] = True
-
     def __init__(
         self,
         rule: Rule,
@@ -112,6 +110,11 @@ class WeightMerging(Published):
     def updates(self) -> int:
         """Times that weights were taken in."""
         return int(self._state["updates"]) if self._state else 0
+
+    @property
+    def works_on_shards(self) -> bool:
+        """Whether its rule does."""
+        return self.rule.works_on_shards
 
     @property
     def decides_on_score(self) -> bool:
@@ -190,8 +193,9 @@ class WeightMerging(Published):
         """Starts to count optimizer steps, or goes on with the average of an earlier fit or a checkpoint."""
         if self.rule.keeps_files and several():
             raise ValueError(
-                f"{self.title} keeps its window on disk, and only one process can go on from such files, got"
-                f" {trainer.world_size}. Use `store='cpu'`; of sharded parameters each process keeps its part."
+                f"{self.title} keeps weights in files, and only one process can go on from those, got"
+                f" {trainer.world_size}. Use host memory, where each process keeps its part of sharded parameters:"
+                " `store='cpu'`, or no `directory`."
             )
         super().on_fit_start(trainer, pl_module)
         assert self._publisher is not None

@@ -1,6 +1,7 @@
 """What all processes of a run have to agree on."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch.distributed as dist
@@ -18,6 +19,13 @@ def gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def settings_of(thing: Any) -> dict[str, str]:
+    """The arguments that something was made with, where it keeps them under their names and they can be compared."""
+    names = [name for name in signature(type(thing)).parameters if hasattr(thing, name)]
+    found = {f"`{name}` of {type(thing).__name__}": repr(getattr(thing, name)) for name in names}
+    return {name: value for name, value in found.items() if " at 0x" not in value}  # an address: no two are the same
 
 
 def check_agreement(fields: Mapping[str, Any], cure: str) -> None:

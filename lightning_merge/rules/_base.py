@@ -72,6 +72,11 @@ class Rule(ABC):
         """Whether a state names files that it writes and removes, so that several processes cannot go on from one."""
         return False
 
+    @property
+    def works_on_shards(self) -> bool:
+        """Whether it may be handed parts of tensors, in each process its own."""
+        return True
+
     def initial_share(self, state: State) -> float:
         """Share of the result that is still the weights of the start, in [0, 1]."""
         return 0.0

@@ -45,6 +45,10 @@ class Interpolation(Rule):
         if not 0.0 < self.alpha <= 10.0:
             raise ValueError(f"`alpha` must be in (0, 10], got {self.alpha}.")
 
+    @property
+    def works_on_shards(self) -> bool:
+        return self.anchor is None  # a file holds whole tensors
+
     def init(self, weights: Weights) -> State:
         anchor = weights if self.anchor is None else self._read(weights, self.anchor)
         return {"anchor": clone(anchor), "merged": clone(anchor), "updates": 0}

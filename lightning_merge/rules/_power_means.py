@@ -64,6 +64,10 @@ class PowerMeans(Rule):
         if self.directory is not None:
             object.__setattr__(self, "directory", os.fspath(self.directory))
 
+    @property
+    def keeps_files(self) -> bool:
+        return self.directory is not None
+
     def init(self, weights: Weights) -> State:
         return {"averages": [clone(weights) for _ in self.sigmas], "updates": 0, "kept": []}
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import Net, NetParts, batches, differing, of, raw_of, read, score, trainer, validation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -386,15 +385,6 @@ def test_when_all_branches_diverged_training_ends_with_the_last_good_merge(tmp_p
 def test_an_argument_out_of_range_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Lookaround(**arguments)
-
-
-def test_a_strategy_that_shards_parameters_is_refused_with_what_to_use(tmp_path: Path) -> None:
-    class FSDPStrategy(SingleDeviceStrategy):
-        """Goes by the name of Lightning's, which needs an accelerator."""
-
-    run = trainer(tmp_path, [Lookaround()], strategy=FSDPStrategy())
-    with pytest.raises(ValueError, match=r"FSDPStrategy shards parameters.*Use `strategy='ddp'`"):
-        run.fit(Net(), batches())
 
 
 def test_two_sets_of_branches_are_refused(tmp_path: Path) -> None:

@@ -19,7 +19,19 @@ from torch import Tensor, nn
 
 from lightning_merge._sharded_files import check_parts, is_sharded_checkpoint
 from lightning_merge.branches import Average
-from lightning_merge.callbacks import EMA, LAWA, SWAD, Branching, Doctor, WeightMerging
+from lightning_merge.callbacks import (
+    EMA,
+    LAWA,
+    SMA,
+    SWAD,
+    TWA,
+    AcceptIfBetter,
+    Branching,
+    Doctor,
+    Interpolate,
+    PostHocEMA,
+    WeightMerging,
+)
 from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection
@@ -73,16 +85,18 @@ class UnsyncedParts(ShardedParts):
 def mistakes(root: Path) -> dict[str, Any]:
     first = rank() == 0
     disagreements = {
-        "rule": ([EMA(decay=0.9 if first else 0.99)], ""),
-        "schedule": ([WeightMerging(Mean(), EveryNSteps(2 if first else 3))], ""),
-        "selection": ([EMA(selection=Selection(exclude=() if first else ("net.0.*",)))], ""),
-        "validate": ([EMA(validate="both" if first else "merged")], ""),
-        "its averages": ([EMA()] if first else [EMA(), LAWA(k=2)], ""),
+        "rule": [EMA(decay=0.9 if first else 0.99)],
+        "schedule": [WeightMerging(Mean(), EveryNSteps(2 if first else 3))],
+        "selection": [EMA(selection=Selection(exclude=() if first else ("net.0.*",)))],
+        "validate": [EMA(validate="both" if first else "merged")],
+        "mode": [SMA("val/loss", mode="min" if first else "max")],
+        "shares": [EMA(), AcceptIfBetter("val/loss", shares=(0.5,) if first else (0.0, 0.5))],
+        "its averages": [EMA()] if first else [EMA(), LAWA(k=2)],
     }
     found = {
         f"{strategy} {field}": error_of(root, callbacks, kind(), how())
         for strategy, (kind, how) in STRATEGIES.items()
-        for field, (callbacks, _) in disagreements.items()
+        for field, callbacks in disagreements.items()
     }
     names = ("a", "b") if first else ("b", "a")
     found["mean"] = {name: torch.full((1,), 10.0 * (name == "a") + rank()) for name in names}
@@ -91,9 +105,12 @@ def mistakes(root: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the first process warns, which the settings of the tests make an error
         found["nan"] = error_of(root, [EMA(), NanInOneShard()], Sharded(), fsdp2())
+    found["twa"] = error_of(root, [TWA()], Sharded(), fsdp2())
     found["doctor"] = error_of(root, [EMA(), Doctor()], Sharded(), fsdp2())
     found["branches"] = error_of(root, [Branching(Average(), branches=2)], Sharded(), fsdp2())
-    found["disk"] = error_of(root, [LAWA(k=2, store="disk", directory=str(root / "disk"))], Wide(), ddp())
+    found["anchor"] = error_of(root, [Interpolate(anchor=str(root / "anchor.pt"))], Sharded(), fsdp2())
+    windows = {"LAWA": LAWA(k=2, store="disk", directory=str(root)), "PostHocEMA": PostHocEMA(directory=root)}
+    found["disk"] = {name: error_of(root, [window], Wide(), ddp()) for name, window in windows.items()}
     for name, (kind, how) in {"ddp": (UnsyncedParts, ddp), "fsdp2": (UnsyncedParts, fsdp2)}.items():
         swad = SWAD("val/loss", n_converge=1, n_tolerance=2, validate="both")
         run = fit(root, [swad], of(kind)(), how(), max_epochs=6, val_check_interval=0.25)
@@ -109,7 +126,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("field", ["rule", "schedule", "selection", "validate", "its averages"])
+@pytest.mark.parametrize("field", ["rule", "schedule", "selection", "validate", "mode", "shares", "its averages"])
 def test_processes_that_are_set_up_differently_are_told_the_field(
     strategy: str, field: str, found: list[dict[str, Any]]
 ) -> None:
@@ -140,12 +157,16 @@ def test_a_nan_in_the_shard_of_one_process_is_an_error_in_all(found: list[dict[s
 def test_what_needs_whole_parameters_is_refused_on_parts_of_them(found: list[dict[str, Any]]) -> None:
     for each in found:
         assert "`net.0.weight` is sharded" in each["doctor"]
-        assert "ModelParallelStrategy shards parameters" in each["branches"]
+        assert "TWA 'twa' needs whole parameters, and `net.0.weight` is sharded" in each["twa"]
+        assert "needs whole parameters, and ModelParallelStrategy shards them" in each["branches"]
+        assert "Interpolate 'interpolated' needs whole parameters, and `net.0.weight` is sharded" in each["anchor"]
 
 
-def test_a_window_on_disk_is_refused_with_several_processes(found: list[dict[str, Any]]) -> None:
+def test_weights_kept_on_disk_are_refused_with_several_processes(found: list[dict[str, Any]]) -> None:
     for each in found:
-        assert "store='cpu'" in each["disk"]
+        for name, cure in (("LAWA", "store='cpu'"), ("PostHocEMA", "no `directory`")):
+            assert f"{name} " in each["disk"][name]
+            assert cure in each["disk"][name]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import Net, batches, trainer
 
-from lightning_merge.callbacks import EMA
-from lightning_merge.callbacks._publisher import refuse_unsupported
+from lightning_merge.callbacks import EMA, Anchor, ContinualMerging, Lookaround, OnlineMerging
+from lightning_merge.callbacks._strategies import refuse_unsupported
 from lightning_merge.rules import ExponentialMean
 
 
@@ -29,3 +30,20 @@ def test_a_strategy_under_which_averages_do_not_work_names_those_under_which_the
         run = trainer(tmp_path, [EMA()], strategy=strategy())
         with pytest.raises(ValueError, match=name):
             run.fit(Net(), batches())
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+@pytest.mark.parametrize("kind", [Lookaround, OnlineMerging, ContinualMerging, Anchor])
+def test_what_needs_whole_parameters_is_refused_under_a_strategy_that_shards(
+    kind: type, name: str, tmp_path: Path
+) -> None:
+    arguments: dict[str, dict[str, Any]] = {
+        "ContinualMerging": {"preset": "average", "bank": tmp_path / "bank"},
+        "Anchor": {"strength": 1.0},
+        "OnlineMerging": {"pretrained": "zero"},
+    }
+    callback = kind(**arguments.get(kind.__name__, {}))
+    run = trainer(tmp_path, [callback], strategy=type(name, (SingleDeviceStrategy,), {})())
+    with pytest.raises(ValueError, match=rf"{kind.__name__}.* needs whole .*{name} shards.*Use .*`strategy='ddp'`"):
+        run.fit(Net(), batches())
+    assert not (tmp_path / "bank").exists()

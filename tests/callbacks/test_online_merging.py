@@ -180,14 +180,3 @@ def test_bad_input_is_refused_at_construction(settings: dict[str, Any], message:
 def test_a_pretrained_model_without_difference_is_refused_at_fit_start(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is 0 everywhere, so merging would do nothing"):
         fit(tmp_path, OnlineMerging(pretrained=values(Net())))
-
-
-def test_strategies_that_shard_are_refused(tmp_path: Path) -> None:
-    run = trainer(tmp_path, [], max_epochs=1)
-
-    class FSDPStrategy(type(run.strategy)):  # type: ignore[misc]
-        """Known by its name, as the real one needs an accelerator."""
-
-    run.strategy.__class__ = FSDPStrategy
-    with pytest.raises(ValueError, match="OnlineMerging does not support FSDPStrategy"):
-        merging().on_fit_start(run, Net())
