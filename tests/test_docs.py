@@ -133,6 +133,16 @@ def test_the_table_of_methods_is_made_from_the_cards() -> None:
     assert maker.table().count("\n| [") == 2 * len(CARDS)
 
 
+def test_every_cell_of_the_strategies_names_a_test_that_is_there() -> None:
+    page = (ROOT / "docs" / "strategies.md").read_text()
+    rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("|") and "---" not in line]
+    cells = [cell for row in rows if "test_" in row[-1] for cell in (row[1:] if len(row) > 3 else row[-1:])]
+    assert len(cells) >= 28
+    for cell in cells:
+        assert (named := re.findall(r"`(test_\w+\.py)`", cell)), cell
+        assert all((ROOT / "tests" / "callbacks" / file).is_file() for file in named), cell
+
+
 def test_every_card_says_when_and_when_not_and_what_was_measured() -> None:
     table = (ROOT / "docs" / "methods" / "README.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| [")]

@@ -11,7 +11,18 @@ from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, launch, loaders, togethe
 from tiny import differing, trainer
 from torch import Tensor
 
-from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, WeightMerging
+from lightning_merge.callbacks import (
+    ASWA,
+    EMA,
+    LAWA,
+    SMA,
+    SWA,
+    SWAD,
+    Interpolate,
+    PostHocEMA,
+    WeightMerging,
+    teacher,
+)
 from lightning_merge.rules import ExponentialMean, Mean, WindowMean
 
 pytestmark = pytest.mark.multiprocess
@@ -71,6 +82,11 @@ class Collectives(Callback):
         self.counts["whole"] = mode.get_total_counts()
 
 
+def plain(mesh: str) -> type:
+    """The module that one process trains to compare with."""
+    return Wide if mesh in ("ddp", "fsdp") else Even
+
+
 def four_averages() -> list[WeightMerging]:
     return [
         EMA(decay=0.8, validate="both"),
@@ -78,6 +94,38 @@ def four_averages() -> list[WeightMerging]:
         SWA(start_epoch=0),
         LAWA(k=2, every_n_steps=1, store="cpu"),
     ]
+
+
+def other_averages() -> list[WeightMerging]:
+    """Those that are measured while they decide, and those that keep more than one set."""
+    return [
+        SMA("val/loss", start_step=0),
+        ASWA("val/loss", start_epoch=0, hard=True),
+        PostHocEMA(every=3, validate="raw"),
+        Interpolate(alpha=0.3, validate="raw"),
+    ]
+
+
+def sets_of(averages: list[WeightMerging]) -> dict[str, dict[str, Tensor]]:
+    """What they merged, and a width that nobody tracked."""
+    sets = {average.name: average.merged_weights() for average in averages}
+    post_hoc = next(average for average in averages if isinstance(average, PostHocEMA))
+    return {**sets, "another width": post_hoc.synthesise(0.07)}
+
+
+class Taught:
+    """Distils from its average, which takes its place while a graph of the student waits for its backward pass."""
+
+    def training_step(self: Any, batch: list[Tensor], batch_idx: int) -> Tensor:
+        before = self(batch[0])
+        with teacher(self, "ema"):
+            target = self(batch[0])
+        assert not target.requires_grad
+        return (before - target).square().mean() + self.loss(batch)
+
+
+def taught(kind: type) -> Any:
+    return type("Taught", (Taught, kind), {})()
 
 
 def swad() -> SWAD:
@@ -113,6 +161,16 @@ def many_fits(root: Path, mesh: str) -> dict[str, Any]:
     found["swad"] = together(average, average.merged_weights())
     found["swad path"] = witness.path
     found["interval"] = average.rule.interval(average._state)
+
+    for key, epochs, ckpt_path in (("first", 1, None), ("resumed", 2, root / "others.ckpt"), ("others", 2, None)):
+        averages = other_averages()
+        files = [ModelCheckpoint(root, "others")] if epochs == 1 else []
+        fit(root, [*averages, *files], kind(), strategy(), ckpt_path, max_epochs=epochs)
+        found[key] = {name: together(averages[0], tensors) for name, tensors in sets_of(averages).items()}
+
+    ema = EMA(decay=0.5)
+    fit(root, [ema], taught(kind), strategy(), max_epochs=2)
+    found["student"], found["teacher"] = together(ema, ema.raw_weights()), together(ema, ema.merged_weights())
 
     ema = EMA(decay=0.9, validate="both")
     witness = Witness(ema)
@@ -157,15 +215,39 @@ def test_averages_of_parts_are_the_averages_of_the_whole(found: dict[str, Any]) 
 def test_the_whole_run_is_that_of_one_process(found: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     averages = four_averages()
-    module = Wide() if found["mesh"] in ("ddp", "fsdp") else Even()
     run = trainer(tmp_path, averages, max_epochs=2)
-    run.fit(module, *loaders())
+    run.fit(plain(found["mesh"])(), *loaders())
     for average in averages:
         for name, tensor in average.merged_weights().items():
             torch.testing.assert_close(found["merged"][average.name][name], tensor, rtol=1e-6, atol=1e-6)
     for key, value in run.callback_metrics.items():
         if "val/" in key:
             assert found["metrics"][key] == pytest.approx(value.item(), rel=1e-5), key
+
+
+def test_other_averages_are_those_of_one_process(found: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    averages = other_averages()
+    trainer(tmp_path, averages, max_epochs=2).fit(plain(found["mesh"])(), *loaders())
+    expected = sets_of(averages)
+    assert expected.keys() == found["others"].keys()
+    for name, tensors in expected.items():
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(found["others"][name][key], tensor, rtol=1e-6, atol=1e-6)
+
+
+def test_other_averages_go_on_bit_for_bit(found: dict[str, Any]) -> None:
+    for name, tensors in found["others"].items():
+        assert not differing(found["resumed"][name], tensors), name
+    assert differing(found["first"]["posthoc-ema"], found["others"]["posthoc-ema"])
+
+
+def test_a_student_and_its_teacher_are_those_of_one_process(found: dict[str, Any], tmp_path: Path) -> None:
+    ema = EMA(decay=0.5)
+    trainer(tmp_path, [ema], max_epochs=2).fit(taught(plain(found["mesh"])), *loaders())
+    for expected, seen in ((ema.raw_weights(), found["student"]), (ema.merged_weights(), found["teacher"])):
+        for name, tensor in expected.items():
+            torch.testing.assert_close(seen[name], tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_parts_are_uneven_and_the_root_owns_some(found: dict[str, Any]) -> None:
@@ -195,10 +277,10 @@ def test_merged_weights_are_validated_and_published_and_raw_ones_come_back(found
         assert not differing(expected, seen)
     assert not differing(found["module"], found["merged"]["ema"])
     assert not differing(found["raw"], path[-1])
-    plain = Wide() if found["mesh"] in ("ddp", "fsdp") else Even()
-    plain.load_state_dict(found["merged"]["ema"])
+    module = plain(found["mesh"])()
+    module.load_state_dict(found["merged"]["ema"])
     with torch.no_grad():
-        expected = torch.stack([plain.loss(batch) for batch in loaders()[1]]).mean().item()
+        expected = torch.stack([module.loss(batch) for batch in loaders()[1]]).mean().item()
     assert found["metrics"]["val/loss"] == pytest.approx(expected, rel=1e-5)
 
 

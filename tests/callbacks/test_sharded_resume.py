@@ -1,12 +1,13 @@
 """Checkpoints of sharded runs, in parts and whole: what they hold, and that 1, 2 and 4 processes go on from any."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import Sharded, Wide, ddp, fit, fsdp2, launch, loaders, together
+from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, launch, loaders, together
 from test_sharded import Witness, swad
 from tiny import differing, raw_of, read, trainer
 from torch import Tensor
@@ -20,7 +21,8 @@ from lightning_merge.cli import main
 pytestmark = pytest.mark.multiprocess
 
 WORLDS = (1, 2, 4)
-FORMS = ("parts", "whole", "ddp")
+FORMS = ("parts", "whole", "ddp", "tensor-parts", "tensor-whole")
+"""FSDP2, DDP, and tensor parallelism: of two processes pure, of four with FSDP2 on a 2D mesh, of one FSDP2 alone."""
 
 
 def averages() -> list[WeightMerging]:
@@ -33,8 +35,17 @@ def averages() -> list[WeightMerging]:
     ]
 
 
+def a_run(form: str) -> tuple[Any, Any]:
+    """A module and its strategy."""
+    if form == "ddp":
+        return Wide(), ddp()
+    if form.startswith("tensor"):
+        return Even(), fsdp2(tensor=min(2, int(os.environ["WORLD_SIZE"])), whole_files=form == "tensor-whole")
+    return Sharded(), fsdp2(whole_files=form == "whole")
+
+
 def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, save: bool = False) -> dict[str, Any]:
-    callbacks, module = averages(), Wide() if form == "ddp" else Sharded()
+    callbacks, (module, strategy) = averages(), a_run(form)
     witness = Witness(callbacks[0])
     files = [
         # Its metric is of the raw weights, since SWAD decides by it; the others' files hold the EMA.
@@ -43,7 +54,6 @@ def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, sav
         ModelCheckpoint(root, f"{form}-weights", monitor="compensated/val/loss", save_weights_only=True),
     ]
     settings = {"max_epochs": epochs, "val_check_interval": 0.5}
-    strategy = ddp() if form == "ddp" else fsdp2(whole_files=form == "whole")
     run = fit(root, [*callbacks, witness, *files[: 3 * save]], module, strategy, ckpt_path=ckpt_path, **settings)
     return {
         "start": witness.path[0],
@@ -57,19 +67,19 @@ def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, sav
         ],
         "counters": [(a.updates, a.steps, a.update_window, a.evaluations) for a in callbacks],
         "steps": run.global_step,
+        "part": tuple(callbacks[0].tensors["net.0.weight"].shape),
     }
 
 
 def write(root: Path) -> dict[str, Any]:
     found = {form: a_fit(root / form, form, epochs=1, save=True) for form in FORMS}
-    ends = {f"{form} end": a_fit(root / f"end-{form}", form, epochs=2) for form in ("parts", "ddp")}
-    return {**found, **ends, "whole end": ends["parts end"]}
+    ends = {f"{form} end": a_fit(root / f"end-{form}", form, epochs=2) for form in ("parts", "ddp", "tensor-parts")}
+    return {**found, **ends, "whole end": ends["parts end"], "tensor-whole end": ends["tensor-parts end"]}
 
 
 def resume(root: Path, paths: list[Path]) -> dict[str, Any]:
-    return {
-        str(path): a_fit(root, "ddp" if path.stem == "ddp" else "parts", epochs=2, ckpt_path=path) for path in paths
-    }
+    forms = {"ddp": "ddp", "tensor-parts": "tensor-parts", "tensor-whole": "tensor-parts"}
+    return {str(path): a_fit(root, forms.get(path.stem, "parts"), epochs=2, ckpt_path=path) for path in paths}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +132,11 @@ def test_processes_go_on_from_each_others_files(
         compare({"": left}, {"": right})
 
 
+def test_parts_are_those_of_each_mesh(written: dict[int, Any]) -> None:
+    assert {by: written[by]["parts"]["part"] for by in WORLDS} == {1: (7, 4), 2: (4, 4), 4: (2, 4)}
+    assert {by: written[by]["tensor-parts"]["part"] for by in WORLDS} == {1: (8, 4), 2: (4, 4), 4: (2, 4)}
+
+
 def test_a_checkpoint_that_holds_the_raw_weights_goes_on_as_well(
     written: dict[int, Any], resumed: dict[int, Any], root: Path
 ) -> None:
@@ -131,48 +146,55 @@ def test_a_checkpoint_that_holds_the_raw_weights_goes_on_as_well(
 
 @pytest.mark.parametrize("suffix", ["", "-weights"])
 @pytest.mark.parametrize("by", WORLDS)
+@pytest.mark.parametrize("mesh", ["", "tensor-"], ids=["fsdp", "tensor"])
 def test_whole_files_and_parts_hold_what_was_measured(
-    by: int, suffix: str, written: dict[int, Any], root: Path, tmp_path: Path
+    mesh: str, by: int, suffix: str, written: dict[int, Any], root: Path, tmp_path: Path
 ) -> None:
-    file = read(root / f"by{by}" / "whole" / f"whole{suffix}.ckpt")
+    file = read(root / f"by{by}" / f"{mesh}whole" / f"{mesh}whole{suffix}.ckpt")
     assert file["lightning_merge"]["holds"] == ("compensated" if suffix else "ema")
-    plain = Wide()
+    plain = Even() if mesh else Wide()
     plain.load_state_dict(file["state_dict"])
     with torch.no_grad():
         loss = torch.stack([plain.loss(batch) for batch in loaders()[1]]).mean().item()
     assert file["lightning_merge"]["score"] == pytest.approx(loss, rel=1e-5)
 
-    folder = root / f"by{by}" / "parts" / f"parts{suffix}.ckpt"
+    folder = root / f"by{by}" / f"{mesh}parts" / f"{mesh}parts{suffix}.ckpt"
     dcp_to_torch_save(folder, tmp_path / "together.pt")
     together = torch.load(tmp_path / "together.pt")["state_dict"]
     ours = {name for name in together if name.startswith("lightning_merge/")}
     assert bool(ours) is (suffix == "")
     assert not differing({name: t for name, t in together.items() if name not in ours}, file["state_dict"])
     if not suffix:
-        assert not differing(raw_of(file), written[by]["whole"]["raw"])
+        assert not differing(raw_of(file), written[by][f"{mesh}whole"]["raw"])
 
 
 def test_one_device_goes_on_from_a_whole_file_and_the_other_way_round(
     written: dict[int, Any], root: Path, tmp_path: Path
 ) -> None:
-    def on_one_device(epochs: int, ckpt_path: Path | None = None, save: bool = False) -> list[WeightMerging]:
+    def on_one_device(mesh: str, epochs: int, ckpt_path: Path | None = None) -> list[WeightMerging]:
         callbacks = averages()
-        files = [ModelCheckpoint(tmp_path, "plain", monitor="ema/val/loss")] if save else []
+        files = [] if ckpt_path else [ModelCheckpoint(tmp_path, f"{mesh}parts", monitor="ema/val/loss")]
         run = trainer(tmp_path, [*callbacks, *files], max_epochs=epochs, val_check_interval=0.5)
-        run.fit(Wide(), *loaders(), ckpt_path=ckpt_path)
+        run.fit(Even() if mesh else Wide(), *loaders(), ckpt_path=ckpt_path)
         return callbacks
 
-    expected = written[1]["parts end"]["end"]
-    for average in on_one_device(2, root / "by2" / "whole" / "whole.ckpt"):
-        close(average.merged_weights(), expected[average.name])
-    on_one_device(1, save=True)
-    plain = tmp_path / "plain.ckpt"
-    for name, average in launch(2, resume, tmp_path / "on2", [plain])[0][str(plain)]["end"].items():
-        close(average, expected[name])
+    by = {"": 2, "tensor-": 4}
+    paths = {mesh: tmp_path / f"{mesh}parts.ckpt" for mesh in by}
+    for mesh, world in by.items():
+        for average in on_one_device(mesh, 2, root / f"by{world}" / f"{mesh}whole" / f"{mesh}whole.ckpt"):
+            close(average.merged_weights(), written[1][f"{mesh}parts end"]["end"][average.name])
+        on_one_device(mesh, 1)
+    went_on = launch(2, resume, tmp_path / "on2", list(paths.values()))[0]
+    for mesh, path in paths.items():
+        for name, average in went_on[str(path)]["end"].items():
+            close(average, written[1][f"{mesh}parts end"]["end"][name])
 
 
-def test_the_commands_read_a_folder_as_they_read_a_file(root: Path, written: dict[int, Any], tmp_path: Path) -> None:
-    folder, file = root / "by4" / "parts" / "parts.ckpt", root / "by4" / "whole" / "whole.ckpt"
+@pytest.mark.parametrize("mesh", ["", "tensor-"], ids=["fsdp", "both"])
+def test_the_commands_read_a_folder_as_they_read_a_file(
+    mesh: str, root: Path, written: dict[int, Any], tmp_path: Path
+) -> None:
+    folder, file = (root / "by4" / f"{mesh}{form}" / f"{mesh}{form}.ckpt" for form in ("parts", "whole"))
     text, of_file = describe(folder), describe(file)
     assert "lightning-merge export" in text
     for line in of_file.splitlines():
@@ -182,6 +204,7 @@ def test_the_commands_read_a_folder_as_they_read_a_file(root: Path, written: dic
         assert not differing(open_file(folder).sets[name].weights, stored.weights), name
     for name in ("ema", "raw"):
         assert main(["export", str(folder), str(tmp_path / f"{name}.pt"), "--set", name]) == 0
-        Wide().load_state_dict(torch.load(tmp_path / f"{name}.pt", weights_only=True))
-        expected = written[4]["parts"]["end"]["ema"] if name == "ema" else written[4]["parts"]["raw"]
+        (Even() if mesh else Wide()).load_state_dict(torch.load(tmp_path / f"{name}.pt", weights_only=True))
+        of_run = written[4][f"{mesh}parts"]
+        expected = of_run["end"]["ema"] if name == "ema" else of_run["raw"]
         assert not differing(torch.load(tmp_path / f"{name}.pt"), expected)
