@@ -13,17 +13,19 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_merge._files import read
-from lightning_merge.callbacks import Doctor, Published
+from lightning_merge.callbacks import Doctor, ForkMerge, Published
 from lightning_merge.recipes import _page
 from lightning_merge.recipes._page import COLOURS, GREY
+from lightning_merge.recipes._shares import shares_figure
 from lightning_merge.recipes._trajectory import Trajectory
 
 
 class RunReport(Callback):
     """Compares raw and merged weights at the end of a fit: prints a table, and leaves two files in the run's folder.
 
-    ``curves.png`` has the accuracy of each set over the run. ``report.html`` has that, the table, what a ``Doctor``
-    among the callbacks found, and the way of the weights with the averages on it. It needs nothing but a browser.
+    ``curves.png`` has the accuracy of each set over the run. ``report.html`` has that, the table, the branches that
+    took part in each merge of a ``ForkMerge``, what a ``Doctor`` among the callbacks found, and the way of the weights
+    with the averages on it. It needs nothing but a browser.
 
     Args:
         accuracy: Metric the sentence and the figure are about, a share in [0, 1].
@@ -98,7 +100,8 @@ class RunReport(Callback):
             _figure(curves, windows, self.accuracy, trainer.global_step).savefig(path)
             console.print(f"Figure:     {path}", soft_wrap=True)
             report = folder / "report.html"
-            sections = [(self.accuracy, _page.picture(path, "curves")), *self._examined(trainer), *self._way(averages)]
+            curves_drawn = (self.accuracy, _page.picture(path, "curves"))
+            sections = [curves_drawn, *_shares(averages), *self._examined(trainer), *self._way(averages)]
             columns = ("weights", *self.metrics, "file, in the run folder")
             report.write_text(_page.page(str(folder), columns, rows, sentences, sections), encoding="utf-8")
             console.print(f"Report:     {report}", soft_wrap=True)
@@ -122,6 +125,15 @@ class RunReport(Callback):
 def _averages(trainer: Trainer) -> list[Published]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
     return [callback for callback in callbacks if isinstance(callback, Published)]
+
+
+def _shares(averages: list[Published]) -> list[tuple[str, str]]:
+    """What each merge was made of, where that was searched."""
+    forks = [average for average in averages if isinstance(average, ForkMerge) and average.history]
+    return [
+        (f"What {fork.name} merged", _page.image(shares_figure(fork.history), "share of each branch in each merge"))
+        for fork in forks
+    ]
 
 
 def _end_progress_bar(trainer: Trainer, module: LightningModule) -> None:

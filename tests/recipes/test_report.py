@@ -15,15 +15,21 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_merge._files import read
-from lightning_merge.callbacks import EMA, SWA, Doctor
-from lightning_merge.recipes import Classifier, Digits, RunReport, SmallConvNet
+from lightning_merge.callbacks import EMA, SWA, Doctor, ForkMerge
+from lightning_merge.recipes import AuxiliaryClassifier, Classifier, Digits, RunReport, SmallConvNet
 from lightning_merge.recipes._page import page
 from lightning_merge.recipes._report import _figure, _limits
+from lightning_merge.recipes._shares import shares_figure
 from lightning_merge.recipes._trajectory import Trajectory
 
 
 def fit(
-    folder: Path, *callbacks: Callback, epochs: int = 3, checkpoint: ModelCheckpoint | None = None, **options: Any
+    folder: Path,
+    *callbacks: Callback,
+    epochs: int = 3,
+    checkpoint: ModelCheckpoint | None = None,
+    kind: type[Classifier] = Classifier,
+    **options: Any,
 ) -> RunReport:
     """Trains for two steps an epoch and returns the report."""
     seed_everything(0)
@@ -37,7 +43,7 @@ def fit(
         enable_model_summary=False,
         **{"enable_progress_bar": False} | options,
     )
-    trainer.fit(Classifier(SmallConvNet(width=4), num_classes=10), Digits())
+    trainer.fit(kind(SmallConvNet(width=4), num_classes=10), Digits())
     return report
 
 
@@ -279,6 +285,39 @@ def test_a_run_without_doctor_or_average_has_a_page_all_the_same(tmp_path: Path)
     text = (tmp_path / "report.html").read_text()
     assert "sound?" not in text
     assert text.count("<img ") == 2
+
+
+def test_figure_shows_the_shares_of_every_merge_and_what_they_scored() -> None:
+    history = [
+        {"shares": {"alone": 0.75, "joint": 0.25}, "previous": False, "score": 0.5},
+        {"shares": {"alone": 0.0, "joint": 0.0}, "previous": True, "score": 0.5},
+        {"shares": {"alone": 0.0, "joint": 1.0}, "previous": False, "score": 0.75},
+    ]
+    above, below = shares_figure(history).axes
+    drawn = {
+        str(bars.get_label()): [
+            (round(bar.get_x() + bar.get_width() / 2), bar.get_y(), bar.get_height()) for bar in bars
+        ]
+        for bars in above.containers
+    }
+    assert drawn == {
+        "alone": [(1, 0, 0.75), (2, 0, 0), (3, 0, 0)],
+        "joint": [(1, 0.75, 0.25), (2, 0, 0), (3, 0, 1)],
+        "the last merge was kept": [(2, 0, 1)],
+    }
+    (line,) = below.lines
+    assert line.get_xydata().tolist() == [[1, 0.5], [2, 0.5], [3, 0.75]]  # type: ignore[union-attr]
+    assert len(shares_figure(history[:1]).axes[0].containers) == 2
+
+
+def test_page_shows_what_forkmerge_merged(tmp_path: Path) -> None:
+    branches = {"alone": {"target": 1.0}, "joint": {"target": 1.0, "rotation": 1.0}}
+    fork = ForkMerge(branches, every_n_steps=2, heads=["rotation.*", "noise.*"])
+    fit(tmp_path, fork, kind=AuxiliaryClassifier, epochs=2, limit_val_batches=1)
+    assert len(fork.history) == 2
+    text = (tmp_path / "report.html").read_text()
+    assert "<h2>What forkmerge merged</h2>" in text
+    assert 'alt="share of each branch in each merge"' in text
 
 
 def test_a_validation_that_only_looks_is_not_taken_down(tmp_path: Path) -> None:
