@@ -1,15 +1,14 @@
 """Uniform mean of task vectors."""
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
-from lightning_merge.combiners._elementwise import Elementwise
-from lightning_merge.weights import State, Weights, add_, zero_
+from lightning_merge.combiners._additive import Additive
 
 
 @final
 @dataclass(frozen=True)
-class Average(Elementwise):
+class Average(Additive):
     """Uniform mean of the task vectors seen so far: ``(v_1 + ... + v_t) / t``.
 
     Example:
@@ -21,18 +20,5 @@ class Average(Elementwise):
         Wortsman et al., "Model soups", ICML 2022, section 2.
     """
 
-    @property
-    def removable(self) -> bool:
-        return True
-
-    def _step(self, kept: Any, new: Any, count: int) -> None:
-        kept += new
-
     def _factor(self, count: int) -> float:
         return 1 / count
-
-    def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
-        if state["updates"] == 1:
-            zero_(state["kept"])
-        else:
-            add_(state["kept"], vector, -1.0)

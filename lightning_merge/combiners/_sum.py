@@ -1,16 +1,15 @@
 """Scaled sum of task vectors."""
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
-from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._additive import Additive
 from lightning_merge.combiners._scale import Scale, check_scale, scale_of
-from lightning_merge.weights import State, Weights, add_, zero_
 
 
 @final
 @dataclass(frozen=True)
-class Sum(Elementwise):
+class Sum(Additive):
     """Task arithmetic: ``scale * (v_1 + ... + v_t)``.
 
     Args:
@@ -34,18 +33,5 @@ class Sum(Elementwise):
     def __post_init__(self) -> None:
         check_scale(self.scale)
 
-    @property
-    def removable(self) -> bool:
-        return True
-
-    def _step(self, kept: Any, new: Any, count: int) -> None:
-        kept += new
-
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)
-
-    def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
-        if state["updates"] == 1:
-            zero_(state["kept"])
-        else:
-            add_(state["kept"], vector, -1.0)
