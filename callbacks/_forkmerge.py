@@ -38,7 +38,7 @@ class ForkMerge(Branching):
             for more.
         score: ``score(module, batch)`` in the place of the module's ``score_step``.
         heads: Glob patterns of parameters that are no part of the merge, the heads of auxiliary tasks: there is one
-            of each, which the branches that have its task train.
+            of each, which the branches that have its task train. Not with a branch per process, which share nothing.
         previous: Whether the last merge is a candidate. It is measured again: BatchNorm statistics come from newer
             batches.
         budget: Most candidates that are measured at a merge; needed for search methods without an end.

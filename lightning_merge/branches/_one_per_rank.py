@@ -29,13 +29,14 @@ class OnePerRank(Branches):
         module: As in ``Branches``; not wrapped by DDP across branches.
         optimizers: As in ``Branches``.
         count: As in ``Branches``; divides the number of processes.
-        selection: As in ``Branches``.
+        selection: As in ``Branches``. What it leaves out must be frozen: processes share nothing that they train.
         buffers: As in ``Branches``. ``"shared"`` leaves every branch its own, unmixed.
         placement: Who trains what, if that has been settled.
         broadcast: Whether all start from the weights and buffers of the first process. Else they go on apart.
 
     Raises:
-        ValueError: If the number of processes is not a multiple of ``count``, or another argument is out of range.
+        ValueError: If the number of processes is not a multiple of ``count``, a parameter trains outside of
+            ``selection``, or another argument is out of range.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class OnePerRank(Branches):
         broadcast: bool = True,
     ) -> None:
         super().__init__(module, optimizers, count, selection=selection, buffers=buffers)
+        self._refuse_shared()
         self.placement = placement or Placement(count)
         if broadcast:
             self._broadcast()
@@ -74,6 +76,7 @@ class OnePerRank(Branches):
 
     def refresh(self) -> None:
         self._look_up()
+        self._refuse_shared()
 
     # ---- merging
 
@@ -165,6 +168,17 @@ class OnePerRank(Branches):
         """The module does."""
 
     # ---- between processes
+
+    def _refuse_shared(self) -> None:
+        """What is not branched belongs to all branches, and in processes of their own each would train it."""
+        parameters = weights.named_parameters(self.module)
+        shared = [name for name, p in parameters.items() if p.requires_grad and name not in self._live_parameters]
+        if shared and self.count > 1:
+            raise ValueError(
+                f"`{shared[0]}` trains and is not selected, so all branches share it, which branches in several"
+                " processes cannot. Select or freeze it (as a head of ForkMerge, take it out of `heads`), or train the"
+                " branches in turn."
+            )
 
     def _broadcast(self) -> None:
         """All start from the weights and buffers of the first process."""

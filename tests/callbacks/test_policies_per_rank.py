@@ -1,0 +1,108 @@
+"""Every policy with a branch in each of two processes: what the same branches do in turn."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import launch
+from tiny import NetParts, batches, of, trainer, validation, values
+from torch import Tensor, nn
+
+from lightning_merge.branches import Combine, Nova, Pairs, SoftmaxOfScores, WeightedAverage
+from lightning_merge.callbacks import DART, PAPA, WASH, Branching, BranchStrategy, DiLoCo, ForkMerge, LocalSGD
+from lightning_merge.combiners import SLERP, ModelStock
+from lightning_merge.schedules import EveryNSteps
+from lightning_merge.search import Greedy
+
+pytestmark = pytest.mark.multiprocess
+
+BENDS = [lambda batch: batch, lambda batch: [batch[0] + 0.3 * batch[0].square(), batch[1]]]
+OWN: dict[str, Any] = {"augmentations": BENDS, "batches": "same"}
+
+
+def mixed(policy: Any) -> Branching:
+    return Branching(policy, EveryNSteps(3), 2, **OWN)
+
+
+CALLBACKS: dict[str, Callable[[], Branching]] = {
+    "papa": lambda: PAPA(2, 2, pull=0.2, **OWN),
+    "wash": lambda: WASH(2, share=0.5, **OWN),
+    "dart": lambda: DART(2, 3, start=2, **OWN),
+    "local sgd": lambda: LocalSGD(2, 3, start=2, **OWN),
+    "diloco": lambda: DiLoCo(2, 3, **OWN),
+    "forkmerge": lambda: ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, 3),
+    "pairs": lambda: mixed(Pairs()),
+    "warp": lambda: mixed(Combine(SLERP(scale=0.3))),
+    "model stock": lambda: mixed(Combine(ModelStock(), base="start")),
+    "lm-cocktail": lambda: mixed(SoftmaxOfScores(temperature=0.1)),
+    "fedavg": lambda: mixed(WeightedAverage((1, 3))),
+    "fednova": lambda: mixed(Nova((1, 3))),
+    "greedy": lambda: ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, 3, Greedy()),
+}
+
+
+class TasksParts(NetParts):
+    """A task, another one that shrinks the outputs, and a score."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return {"loss": loss, "losses": {"fit": loss, "shrink": lambda: self(batch[0]).square().mean()}}
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.loss(batch), batch_size=len(batch[0]), sync_dist=True)
+
+    def score_step(self, batch: list[Tensor]) -> tuple[Tensor, int]:
+        return -nn.functional.mse_loss(self(batch[0]), batch[1], reduction="sum"), len(batch[0])
+
+
+def fit(root: Path, name: str, **settings: Any) -> dict[str, Any]:
+    """A run; what it published, the branches that are here, and what was measured."""
+    module, branching = of(TasksParts)(norm=True, lr=0.05), CALLBACKS[name]()
+    run = trainer(root / name, [branching], max_epochs=1, use_distributed_sampler=False, **settings)
+    run.fit(module, batches(8), validation())
+    assert branching.merges >= 2
+    raw, own = branching.raw_weights(), branching._set
+    here = {j: {name: raw[name] for name in own.live} if j == own.active else values(own.weights(j)) for j in own.own}
+    return {"end": values(module), "branches": here, "loss": run.callback_metrics["val/loss"].item()}
+
+
+def every_policy(root: Path) -> dict[str, Any]:
+    """In each of two processes."""
+    return {
+        name: fit(root, name, strategy=BranchStrategy(process_group_backend="gloo"), devices=2) for name in CALLBACKS
+    } | {"refused": refusal(root)}
+
+
+def refusal(root: Path) -> str:
+    fork = ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, heads=["net.2.*"])
+    run = trainer(root, [fork], strategy=BranchStrategy(process_group_backend="gloo"), devices=2, max_epochs=1)
+    with pytest.raises(ValueError, match="is not selected") as caught:
+        run.fit(of(TasksParts)(), batches(2), validation())
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def in_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch(2, every_policy, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_processes_do_what_branches_in_turn_do(name: str, in_processes: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone = fit(tmp_path, name)
+    for branch, each in enumerate(in_processes):
+        found = each[name]
+        assert found["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+        for expected, tensors in ((alone["end"], found["end"]), (alone["branches"][branch], found["branches"][branch])):
+            assert expected
+            assert expected.keys() == tensors.keys()
+            for key, tensor in expected.items():
+                if tensor.is_floating_point():  # branches in turn that share buffers count all batches
+                    torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_head_that_branches_share_is_refused(in_processes: list[dict[str, Any]]) -> None:
+    for each in in_processes:
+        assert "`net.2.weight` trains and is not selected" in each["refused"]
+        assert "take it out of `heads`" in each["refused"]
