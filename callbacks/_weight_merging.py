@@ -288,7 +288,7 @@ class WeightMerging(Published):
 
     def _start(self, nonfinite: set[str]) -> bool:
         """Whether there is an average, and weights fit for it."""
-        if culprits := nonfinite & self.tensors.keys():
+        if culprits := nonfinite & self.captured.keys():
             self._skip(min(culprits))
             return False
         if self._state is None:

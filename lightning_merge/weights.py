@@ -116,6 +116,7 @@ def is_sharded(tensor: Tensor) -> bool:
     )  # not by its class: importing that takes a second, which most runs need not spend
 
 
+@torch.no_grad()
 def local(weights: Mapping[str, Tensor]) -> Weights:
     """What is here of each tensor, sharing its memory; of one that is not sharded that is the tensor."""
     return {name: _part(t) if is_sharded(t) else t for name, t in weights.items()}
@@ -504,13 +505,12 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether its numbers are in its storage as its dtype says, here or in parts."""
     if type(tensor) in (Tensor, nn.Parameter):
         return True
-    part = _part(tensor) if is_sharded(tensor) else tensor
+    (part,) = local({"": tensor}).values()
     return type(part.data) is Tensor
 
 
 def _part(tensor: Any) -> Tensor:
-    with torch.no_grad():  # to_local() is differentiable
-        part: Tensor = tensor.to_local()
+    part: Tensor = tensor.to_local()  # differentiable, and fast without gradients: callers turn them off, once for all
     return part
 
 
