@@ -1,6 +1,8 @@
 """Kills a run at random points, resumes it from its last file, and compares the end with the uninterrupted run.
 
     python benchmarks/resume.py --points 20 --seed 0 --output benchmarks/results/resume.json
+    python benchmarks/resume.py --methods twa aswa aswa-hard sma posthoc-ema posthoc-ema-folder --points 12 \\
+        --output benchmarks/results/resume-trajectory.json
 
 Bit for bit: weights, averages, optimizer state, metrics and files. A point is a training batch, a validation batch, or
 a write of a checkpoint that is cut in half. Children are forked from this process, which has torch and Lightning
@@ -27,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, TWA, Lookaround, RandomState
+from lightning_merge.callbacks import ASWA, EMA, LAWA, SMA, SWA, SWAD, TWA, Lookaround, PostHocEMA, RandomState
 
 
 def noisy(batch: list[Tensor]) -> list[Tensor]:
@@ -42,6 +44,11 @@ METHODS: dict[str, Callable[[], Any]] = {
     "lawa": lambda: LAWA(k=2, every_n_steps=3),
     "swad": lambda: SWAD("val/loss", n_converge=2, n_tolerance=2, stop=False, validate="both"),
     "twa": lambda: TWA(every=2, stage="50%", lr=0.05, inner="adamw"),
+    "aswa": lambda: ASWA("val/loss", start_epoch=0, validate="both"),
+    "aswa-hard": lambda: ASWA("val/loss", start_epoch=0, hard=True),
+    "sma": lambda: SMA("val/loss", start_step=5),
+    "posthoc-ema": lambda: PostHocEMA(every=4),
+    "posthoc-ema-folder": lambda: PostHocEMA(every=4, directory="copies"),
     "lookaround": lambda: Lookaround(2, 3, [noisy, noisy], validate="both"),
     "lookaround-turns": lambda: Lookaround(3, 2, batches="turns", buffers="average"),
 }
@@ -84,6 +91,7 @@ def loaders() -> tuple[StatefulDataLoader[Any], StatefulDataLoader[Any]]:
 
 def train(method: str, folder: Path, on_event: Callable[[str], None] | None = None) -> None:
     """One run, from the last file in the folder if there is one; writes ``end.pt``."""
+    os.chdir(folder)  # where relative folders of a method are
     pl.seed_everything(7, verbose=False)
     average = METHODS[method]()
     network = Network()
@@ -113,6 +121,7 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
         "metrics": average.final_metrics,
         "updates": average.updates,
         "window": getattr(average, "update_window", None),
+        "synthesised": average.synthesise(0.07) if isinstance(average, PostHocEMA) else None,
         "final_file": torch.load(str(average.final_path), weights_only=True)["state_dict"],
     }
     torch.save(end, folder / "end.pt")

@@ -3,6 +3,9 @@
 import json
 import math
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from lightning_merge.search import (
     Simplex,
     search,
 )
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "search_resume.py"
 
 # Three checkpoints and a quadratic loss whose best affine combination is known in closed form.
 POINTS = ((2.0, 0.0, 0.0, 1.0), (0.0, 2.0, 0.0, 1.0), (1.0, 1.0, 1.0, 1.0))
@@ -334,3 +339,11 @@ def test_without_optuna_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setattr("lightning_merge.search._bayesian.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "lightning-merge\[search\]"'):
         search(loss, 3, Bayesian(), budget=5)
+
+
+def test_killed_searches_go_on_to_the_same_end_and_score_nothing_again() -> None:
+    """One point of each kind; the whole sweep is the benchmark's own command."""
+    options = ["--methods", "evolutionary", "--points", "3", "--seed", "1"]
+    done = subprocess.run([sys.executable, str(BENCHMARK), *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "3 of 3 resumed searches equal the uninterrupted one bit for bit" in done.stdout
