@@ -1,6 +1,6 @@
 """Publishing what measures best: the merged weights, the raw ones, or a point between."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -41,8 +41,7 @@ class AcceptIfBetter(Callback):
     def __init__(
         self, monitor: str, mode: Literal["min", "max"] = "min", shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+        refuse_other_mode(mode)
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"`shares` must be numbers in [0, 1], at least one, got {shares!r}.")
         self.monitor = monitor
@@ -93,12 +92,33 @@ def refuse_without_validation(owner: str, trainer: Any) -> None:
         raise ValueError(f"{owner} measures by validation: give the Trainer a validation loader, or leave it out.")
 
 
+def refuse_other_mode(mode: str) -> None:
+    """For callbacks that choose by a metric."""
+    if mode not in ("min", "max"):
+        raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+
+
 def refuse_unlogged(owner: str, monitor: str, trainer: Any) -> None:
     """A metric that is not there after a validation will not be there at the end."""
     # An average may own the plain names in a later pass of the same validation.
     known = any(key == monitor or key.endswith(f"/{monitor}") for key in trainer.callback_metrics)
     if not trainer.sanity_checking and not known:
-        raise ValueError(
-            f"`monitor` of {owner} must be a metric that validation logs, got {monitor!r}; it logs:"
-            f" {', '.join(sorted(trainer.callback_metrics)) or 'none'}."
-        )
+        raise _unlogged(owner, monitor, trainer.callback_metrics)
+
+
+def logged(owner: str, monitor: str, metrics: Mapping[str, float]) -> float:
+    """The metric among those of one validation.
+
+    Raises:
+        ValueError: If it is not among them.
+    """
+    if monitor not in metrics:
+        raise _unlogged(owner, monitor, metrics)
+    return metrics[monitor]
+
+
+def _unlogged(owner: str, monitor: str, metrics: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"`monitor` of {owner} must be a metric that validation logs, got {monitor!r}; it logs:"
+        f" {', '.join(sorted(metrics)) or 'none'}."
+    )

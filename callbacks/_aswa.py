@@ -5,7 +5,7 @@ from typing import Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge import weights
-from lightning_merge.callbacks._accept_if_better import refuse_without_validation
+from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import GatedMean
 from lightning_merge.schedules import EveryNEpochs
@@ -58,8 +58,7 @@ class ASWA(WeightMerging):
         selection: Selection | None = None,
         optimizer: int = 0,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+        refuse_other_mode(mode)
         super().__init__(
             GatedMean(hard),
             schedule=EveryNEpochs(every_n_epochs, start=start_epoch),
@@ -96,10 +95,5 @@ class ASWA(WeightMerging):
         assert self._publisher is not None
         fitted = weights.like({**candidate, **weights.copies(self._live_buffers)}, self.tensors)
         fitted |= weights.like(self.statistics(fitted), self.tensors)
-        metrics = self._publisher.validation.probe(self, fitted)
-        if self.decides_by not in metrics:
-            raise ValueError(
-                f"`monitor` of {self.title} must be a metric that validation logs, got {self.decides_by!r}; it logs:"
-                f" {', '.join(sorted(metrics)) or 'none'}."
-            )
-        return metrics[self.decides_by] if self.mode == "max" else -metrics[self.decides_by]
+        score = logged(self.title, self.decides_by, self._publisher.validation.probe(self, fitted))
+        return score if self.mode == "max" else -score

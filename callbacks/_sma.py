@@ -4,7 +4,7 @@ from typing import Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_merge.callbacks._accept_if_better import refuse_without_validation
+from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import SelectedMean
 from lightning_merge.schedules import EveryNSteps
@@ -50,8 +50,7 @@ class SMA(WeightMerging):
         selection: Selection | None = None,
         optimizer: int = 0,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+        refuse_other_mode(mode)
         if validate == "raw":
             raise ValueError(
                 "`validate` must be 'merged' or 'both' for SMA, which is chosen by how it does, got 'raw'."
@@ -83,12 +82,7 @@ class SMA(WeightMerging):
         if self._publisher is None or not self._publisher.validation.is_judging(self):
             return
         metrics = self._publisher.validation.metrics_of(self.name)
-        if self.decides_by not in metrics:
-            raise ValueError(
-                f"`monitor` of {self.title} must be a metric that validation logs, got {self.decides_by!r}; it logs:"
-                f" {', '.join(sorted(metrics)) or 'none'}."
-            )
-        score = trainer.strategy.broadcast(metrics[self.decides_by])
+        score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
         assert self._state is not None
         assert isinstance(self._active_rule, SelectedMean)
         self._active_rule.select(self._state, score if self.mode == "max" else -score)
