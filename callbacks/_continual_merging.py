@@ -139,15 +139,17 @@ class ContinualMerging(Callback):
             without: A task to leave out; the bank stays as it is. The bank must have kept every vector.
 
         Raises:
-            ValueError: If the bank is empty, or of another model, or has no such task or vector.
+            ValueError: If the bank is empty, or of another model or base, or has no such task or vector.
         """
         bank, stream, live = self._bank(), self._stream(), weights.named_tensors(module)
         if not bank.added:
             raise ValueError(f"the bank {self.folder} holds no task yet.")
         state = stream.load(bank.added)
-        vector = (bank.result() if without is None else _result_without(bank, without)) or {}
-        base = stream.base()
-        merged = add_vector({name: base[name] for name in bank.result() or {}}, vector)
+        every = bank.result() or {}
+        vector = every if without is None else _result_without(bank, without) or {}
+        base = {name: tensor for name, tensor in stream.base().items() if name in every}
+        self._bank(base)  # refuses a file of another base
+        merged = add_vector(base, vector)
         merged |= {
             name: tensor for part in ("buffers", "other", "head") for name, tensor in state.get(part, {}).items()
         }
@@ -257,7 +259,7 @@ class ContinualMerging(Callback):
 
         title, task = self._title, self._task
         before: dict[str, Weights] = {}
-        bank = Bank(self.folder, self.combiner, base=self._base, keep_vectors=self.keep_vectors)
+        bank = self._bank(self._base)
 
         def merge() -> Weights:
             before.update(self._stream().load(task) if task else {})
@@ -360,8 +362,8 @@ class ContinualMerging(Callback):
 
     # ---- what is where
 
-    def _bank(self) -> Bank:
-        return Bank(self.folder, self.combiner, keep_vectors=self.keep_vectors)
+    def _bank(self, base: Weights | None = None) -> Bank:
+        return Bank(self.folder, self.combiner, base=base, keep_vectors=self.keep_vectors)
 
     def _stream(self) -> StreamState:
         return StreamState(self.folder)
@@ -370,11 +372,12 @@ class ContinualMerging(Callback):
         """Where the stream is, its base, and the tensors that the next task starts from."""
         bank, stream, live = self._bank(), self._stream(), weights.named_tensors(module)
         done = bank.added
-        if not stream.has_base:
+        if not done and not stream.has_base:
             stream.save_base(live)
         base = stream.base()
         _refuse_other_model({name: live[name] for name in self._names}, base, self._head_names)
         self._base = {name: base[name] for name in self._names}
+        bank = self._bank(self._base)  # refuses a file of another base before anything is trained
         if not self._left_off:
             self._refuse_other_base(live, self._base, add_vector(self._base, bank.result() or {}))
         state = stream.load(done) if done else {}

@@ -484,6 +484,22 @@ def test_a_bank_of_another_base_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, Walk(start=0.5), ContinualMerging(bank=tmp_path / "bank"))
 
 
+def test_a_file_of_another_base_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    for name, start in (("bank", 0.0), ("other", 0.5)):
+        fit(tmp_path, Walk(start=start), ContinualMerging(bank=tmp_path / name))
+    (file,) = (tmp_path / "bank").glob("base-*")
+    file.unlink()
+    cl, module = ContinualMerging(bank=tmp_path / "bank"), Walk(start=0.5)
+    with pytest.raises(ValueError, match=r"has no file base-\*.safetensors: it was removed"):
+        fit(tmp_path, module, cl)
+    (other,) = (tmp_path / "other").glob("base-*")
+    (tmp_path / "bank" / other.name).write_bytes(other.read_bytes())
+    for use in (lambda: fit(tmp_path, module, cl), lambda: cl.load_merged(module)):
+        with pytest.raises(ValueError, match=r"bank .* is of another base: `w` has hash"):
+            use()
+    assert module.w.item() == 0.5
+
+
 def test_another_backbone_and_a_merged_head_that_grew_are_refused(tmp_path: Path) -> None:
     cl = ContinualMerging("average", tmp_path / "bank", head="net.0.*")  # the wrong layer
     module = Net()
