@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from signal import SIGTERM
 
 from lightning_merge import __version__
 from lightning_merge._commands._combine import add_average, add_soup, combine
@@ -42,7 +43,7 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. The exit code: 0, 2 for a mistake of the user (a line or two say which), 130 for Ctrl-C."""
+    """Runs one command. Gives 0, 2 for a user's mistake (a line or two say which), 130 for Ctrl-C, 143 for SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Lightning turns Ctrl-C into exit code 1, after it has shut down.
         if isinstance(error.__context__, KeyboardInterrupt):
             return 130
+        if type(error).__name__ == "SIGTERMException":  # Lightning's own, and without a code
+            return _terminated(arguments)
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
         return _fail(str(error.code))
@@ -239,6 +242,13 @@ def _raised_in(error: BaseException, *packages: str) -> bool:
     while trace.tb_next is not None:
         trace = trace.tb_next
     return str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] in packages
+
+
+def _terminated(arguments: list[str]) -> int:
+    stream = arguments[:1] == ["run"] and arguments[1].startswith("continual/")
+    cure = "Run the same command again" if stream else "Add `--ckpt_path FILE` with a checkpoint of the run"
+    print(f"lightning-merge: stopped by SIGTERM. {cure} to go on from where it was saved.", file=sys.stderr)
+    return 128 + SIGTERM
 
 
 def _fail(*lines: str) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from lightning_merge.callbacks import ContinualMerging, RandomState
@@ -68,6 +69,7 @@ def run_stream(
             latest = ModelCheckpoint(place, filename="{epoch}", save_top_k=1)
             fit = make_trainer([*callbacks(index), merging, RandomState(), latest])
             fit.fit(module, datamodule=task, ckpt_path=newest_checkpoint(place))
+            _stop_if_told(fit)
         if index >= len(record["rows"]):
             record["rows"].append(accuracies(tester, module, tasks, index))
             record["metrics"] = {kind: metrics_of(record, kind) for kind in _KINDS if kind in record["rows"][0]}
@@ -110,6 +112,7 @@ def accuracies(
         if by_class:
             task.choices = tasks[max(after, index)].choices
         found = tester.test(module, datamodule=task, verbose=False)[0]
+        _stop_if_told(tester)
         task.choices = own
         for kind, metric in _KINDS.items():
             if metric in found:
@@ -117,6 +120,12 @@ def accuracies(
     if "accuracy" not in row:
         raise ValueError("a test must log `test/acc`, the share of samples that the module gets right.")
     return row
+
+
+def _stop_if_told(trainer: Trainer) -> None:
+    """Lightning hears SIGTERM between batches, and forgets one that comes in the last batch of a fit or a test."""
+    if trainer.received_sigterm:
+        raise SIGTERMException
 
 
 def _open(folder: Path, tasks: Sequence[TaskData], merging: ContinualMerging, seed: int) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """A whole stream from the command line: it runs, goes on, refuses what does not fit, and unlearns."""
 
+import itertools
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from tiny_images import write_images
 
 from lightning_merge.cli import main
 from lightning_merge.continual import Bank
-from lightning_merge.recipes import Digits
+from lightning_merge.recipes import Classifier, Digits
 from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes._stream_cli import Stream
 from lightning_merge.recipes._stream_run import matrix_of
@@ -60,6 +63,27 @@ def test_a_stream_whose_row_is_missing_measures_it_again(tmp_path: Path) -> None
     (tmp_path / "stream.json").write_text(json.dumps(whole | {"rows": whole["rows"][:-1]}))
     run(tmp_path, "--merge.preset=average")
     assert record_of(tmp_path) == whole
+
+
+@pytest.mark.parametrize("step", ["training_step", "test_step"])
+def test_sigterm_ends_with_its_own_code_and_says_how_to_go_on(
+    step: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole")
+    original, calls = getattr(Classifier, step), itertools.count()
+
+    def terminated(*args: Any) -> Any:  # in the last batch of a test, or the second but last of training
+        if next(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classifier, step, terminated)
+        assert run(tmp_path / "told") == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM. Run the same command again to go on" in capsys.readouterr().err
+    assert not (tmp_path / "told" / "matrix.png").exists()
+    assert run(tmp_path / "told") == 0
+    assert record_of(tmp_path / "told") == record_of(tmp_path / "whole")
 
 
 def test_another_stream_in_the_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
