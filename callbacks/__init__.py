@@ -29,6 +29,7 @@ from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
 from lightning_merge.callbacks._teacher import teacher
 from lightning_merge.callbacks._twa import TWA
+from lightning_merge.callbacks._warp import WARP
 from lightning_merge.callbacks._wash import WASH
 from lightning_merge.callbacks._weight_merging import WeightMerging
 
@@ -42,6 +43,7 @@ __all__ = [
     "SWA",
     "SWAD",
     "TWA",
+    "WARP",
     "WASH",
     "AcceptIfBetter",
     "Anchor",

@@ -11,7 +11,7 @@ from tiny import NetParts, batches, of, trainer, validation, values
 from torch import Tensor, nn
 
 from lightning_merge.branches import Combine, Nova, Pairs, SoftmaxOfScores, WeightedAverage
-from lightning_merge.callbacks import DART, PAPA, WASH, Branching, BranchStrategy, DiLoCo, ForkMerge, LocalSGD
+from lightning_merge.callbacks import DART, PAPA, WARP, WASH, Branching, BranchStrategy, DiLoCo, ForkMerge, LocalSGD
 from lightning_merge.combiners import SLERP, ModelStock
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.search import Greedy
@@ -72,13 +72,16 @@ def every_policy(root: Path) -> dict[str, Any]:
     """In each of two processes."""
     return {
         name: fit(root, name, strategy=BranchStrategy(process_group_backend="gloo"), devices=2) for name in CALLBACKS
-    } | {"refused": refusal(root)}
+    } | {"refused": [refusal(root, callback) for callback in (WITH_HEAD, WARP(every_n_steps=2))]}
 
 
-def refusal(root: Path) -> str:
-    fork = ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, heads=["net.2.*"])
-    run = trainer(root, [fork], strategy=BranchStrategy(process_group_backend="gloo"), devices=2, max_epochs=1)
-    with pytest.raises(ValueError, match="is not selected") as caught:
+WITH_HEAD = ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, heads=["net.2.*"])
+
+
+def refusal(root: Path, callback: Branching) -> str:
+    strategy = BranchStrategy(process_group_backend="gloo")
+    run = trainer(root, [callback], strategy=strategy, devices=2, max_epochs=1)
+    with pytest.raises(ValueError, match=r"is not selected|in one process") as caught:
         run.fit(of(TasksParts)(), batches(2), validation())
     return str(caught.value)
 
@@ -102,7 +105,9 @@ def test_processes_do_what_branches_in_turn_do(name: str, in_processes: list[dic
                     torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=1e-6)
 
 
-def test_a_head_that_branches_share_is_refused(in_processes: list[dict[str, Any]]) -> None:
+def test_what_processes_cannot_share_is_refused_with_what_to_do(in_processes: list[dict[str, Any]]) -> None:
     for each in in_processes:
-        assert "`net.2.weight` trains and is not selected" in each["refused"]
-        assert "take it out of `heads`" in each["refused"]
+        head, anchors = each["refused"]
+        assert "`net.2.weight` trains and is not selected" in head
+        assert "take it out of `heads`" in head
+        assert "WARP 'warp' keeps the anchors of all branches in one process. Use a single device" in anchors

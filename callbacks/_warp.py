@@ -1,0 +1,166 @@
+"""WARP: branches held by moving averages of their own, merged on the sphere, and a step back to the start."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_merge import weights
+from lightning_merge.branches import Combine
+from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
+from lightning_merge.callbacks._published import Validate
+from lightning_merge.callbacks._turns import Augmentation
+from lightning_merge.combiners import SLERP
+from lightning_merge.schedules import EveryNSteps, Moment
+from lightning_merge.selections import Selection
+from lightning_merge.weights import Weights
+
+
+class WARP(Branching):
+    """Rounds of training from one start; all branches go on a part of the way to the spherical mean of their ends.
+
+    ``anchor_j <- decay * anchor_j + (1 - decay) * w_j`` after every step of branch ``j``; ``w_j, anchor_j <- base +
+    scale * slerp(w_1 - base, w_2 - base)`` at the end of a round, which is the next base. A training step is held near
+    the anchor of its branch by a penalty of the module's own: within ``teacher(self, "warp")`` the module holds that
+    anchor. Branches take turns in one process: ``BranchStrategy`` is refused.
+
+    Args:
+        branches: Number of branches; at least 1. The authors take 2; more are folded in their order.
+        every_n_steps: Steps that each branch takes in a round; at least 1.
+        scale: Share of the way that is gone, in (0, 1].
+        decay: Share of the old anchor kept at each step, in [0, 1).
+        augmentations: One callable per branch that takes the batch, on its device, and returns what its branch trains
+            on.
+        batches: ``"same"`` batch for all branches, or ``"turns"``: successive batches go to successive branches, and
+            ``max_steps`` counts the steps of all; see ``Branching``.
+        optimizer_state: At a merge, ``"reset"`` each branch's, since a round is a training of its own, ``"keep"`` or
+            ``"average"`` it.
+        buffers: ``"average"``: each branch has its own, which mix along. ``"shared"``: all update one set. Under the
+            anchor those of the branch are used. ``"recompute"``: BatchNorm statistics are measured again under the mean
+            whenever it is measured or saved; not for a module with BatchNorm that asks for its anchor.
+        inactive: Where the branches that do not train at the moment are: ``"device"`` or ``"cpu"``.
+        selection: Which parameters are branched; by default all trainable ones.
+        validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
+        name: Prefix of its metrics when it is not the first average, and of its files.
+        optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+
+    Raises:
+        ValueError: If an argument is out of its range, or at fit start with a branch in each process.
+
+    Example:
+        >>> WARP(every_n_steps=100).policy
+        Combine(combiner=SLERP(t=0.5, scale=0.3), base='last')
+
+    References:
+        Ramé et al., "WARP: on the benefits of weight averaged rewarded policies", 2024, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        branches: int = 2,
+        every_n_steps: int = 100,
+        scale: float = 0.3,
+        decay: float = 0.99,
+        augmentations: Sequence[Augmentation] | None = None,
+        batches: Batches = "turns",
+        *,
+        optimizer_state: OptimizerState = "reset",
+        buffers: Buffers = "average",
+        inactive: Inactive = "device",
+        selection: Selection | None = None,
+        validate: Validate = "merged",
+        name: str = "warp",
+        optimizer: int = 0,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        if not 0.0 < scale <= 1.0:
+            raise ValueError(f"`scale` must be in (0, 1], got {scale}.")
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
+        super().__init__(
+            Combine(SLERP(scale=scale)),
+            EveryNSteps(every_n_steps),
+            branches,
+            augmentations=augmentations,
+            batches=batches,
+            optimizer_state=optimizer_state,
+            buffers=buffers,
+            inactive=inactive,
+            selection=selection,
+            validate=validate,
+            name=name,
+            optimizer=optimizer,
+        )
+        self.decay = decay
+        self._anchors: dict[int, Weights] = {}  # of each branch, in the precision of averages
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a branch in each process, whose anchors no file would hold."""
+        super().setup(trainer, pl_module, stage)
+        if self._strategy is not None:
+            raise ValueError(
+                f"{self.title} keeps the anchors of all branches in one process. Use a single device, or"
+                " `Branching(Combine(SLERP(scale=0.3)))` for WARP's merges without anchors under BranchStrategy."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Every branch has its anchor where it is, unless it is in the middle of a round."""
+        super().on_train_start(trainer, pl_module)
+        if self.equal:
+            self._anchors = {}
+        self._complete_anchors()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What was unfrozen is held from here on."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._complete_anchors()
+
+    def wants(self, moment: Moment) -> bool:
+        """After every step, for the anchor of the branch that took it."""
+        return True
+
+    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+        """Anchors follow; one that a diverged branch has spoiled begins anew with the next round."""
+        assert self._set is not None
+        weights.lerp_(self._anchors[self._set.active], self._set.live, 1 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The anchor of the branch that trains in place of its weights, for the length of a block."""
+        assert self._set is not None
+        assert self._publisher is not None
+        with self._publisher.swapped(self, weights.like(self._anchors[self._set.active], self._set.live)):
+            yield
+
+    def save(self) -> dict[str, Any]:
+        return {**super().save(), "anchors": {} if self.equal else self._anchors}
+
+    def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
+        super().load(saved, label)
+        self._anchors = saved["anchors"]
+
+    def to_host(self) -> None:
+        super().to_host()
+        self._anchors = weights.to_devices(self._anchors, torch.device("cpu"))
+
+    def _merge(self, trainer: Any, moment: Moment) -> None:
+        super()._merge(trainer, moment)
+        if self.equal:
+            self._anchors = {}
+            self._complete_anchors()
+
+    def _complete_anchors(self) -> None:
+        assert self._set is not None
+        live = self._set.live
+        devices = {name: t.device for name, t in live.items()}
+        for branch in self._set.own:
+            held = weights.to_devices(self._anchors.get(branch, {}), devices)
+            own = self._set.weights(branch)
+            new = {
+                name: own[name] for name, t in live.items() if isinstance(t, torch.nn.Parameter) and name not in held
+            }
+            self._anchors[branch] = held | weights.to_devices(weights.clone(new), devices)
