@@ -48,7 +48,8 @@ class OnDARE(OnlineMerging):
             that the optimizer was given.
         tau_dtype: How the difference is stored; by default in float32, or wider if the parameter is.
         tau: What ``tau_state()`` of an earlier optimizer gave, instead of ``reference`` and ``pretrained``.
-        chunk_size: Elements per call of ``base_optimizer``; ``None`` for one that couples tensors.
+        chunk_size: Elements per call of ``base_optimizer``, at least a whole tensor; ``None``: one call on everything,
+            for one that couples tensors.
 
     Raises:
         ValueError: If an argument is out of range, ``reference`` and ``pretrained`` do not fit the parameters or do

@@ -33,6 +33,15 @@ _EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0
 
 
 @dataclass(frozen=True)
+class Share:
+    """What of one group is stepped in a call of the wrapped optimizer, and what of that is merged then."""
+
+    group: Group
+    parameters: list[Tensor]
+    merged: list[Tensor]
+
+
+@dataclass(frozen=True)
 class Turn:
     """One tensor at one merge: what the rule needs to know.
 
@@ -85,7 +94,7 @@ class OnlineMerging(Optimizer):
         tau: Mapping[str, Mapping[str, Any]] | None,
         chunk_size: int | None,
     ) -> None:
-        _check_optimizer(base_optimizer)
+        _check_optimizer(base_optimizer, chunk_size)
         if not 0.0 < density <= 1.0:
             raise ValueError(f"`density` must be in (0, 1], got {density}.")
         if not 0.0 <= alpha <= 1.0:
@@ -173,11 +182,8 @@ class OnlineMerging(Optimizer):
                 loss = closure()
         for pre_hook in list(self.base._optimizer_step_pre_hooks.values()):
             pre_hook(self.base, (), {})
-        for group, parameters, merged in list(self._chunks()):
-            if merged:
-                self._merge(group, parameters)
-            else:
-                self._step_base(group, parameters)
+        for shares in list(self._calls()):
+            self._step_and_merge(shares)
         for group in self.param_groups:
             if self._due(group):
                 applied = self._applies(group)
@@ -202,26 +208,27 @@ class OnlineMerging(Optimizer):
     def _merges_nothing(self, group: Group) -> bool:
         return not group["merge"] or (group["merge_alpha"] == 0 and self.density == 1)
 
-    def _merge(self, group: Group, parameters: list[Tensor]) -> None:
-        """Steps some parameters of a group and merges what came of it."""
-        due = self._due(group)
-        before = self._starts(parameters)
-        memory = [local(p).data_ptr() for p in parameters]
-        known = None if self._checked else _settings(group)
-        decay = self._step_base(group, parameters, separate_decay=self.merge_every == 1)
+    def _step_and_merge(self, shares: list[Share]) -> None:
+        """Steps these parameters by one call and merges what came of it."""
+        before = [self._starts(share.merged) for share in shares]
+        memory = [local(p).data_ptr() for share in shares for p in share.merged]
+        known = None if self._checked else self._traces(shares)
+        decays = self._step_base(shares)
         if known is not None:
-            self._refuse_coupled(known, _settings(group))
-        if memory != [local(p).data_ptr() for p in parameters]:
+            self._refuse_coupled(known, self._traces(shares))
+        if memory != [local(p).data_ptr() for share in shares for p in share.merged]:
             raise RuntimeError(
                 f"{type(self.base).__name__} replaces parameters instead of writing to them, so its update is not seen."
                 " Use an optimizer that updates in place."
             )
-        for parameter, start in zip(parameters, before, strict=True):
-            if due:
-                self.state[parameter].pop("merge_anchor", None)
-                self._merge_one(group, parameter, local(start), decay)
-            else:  # after the wrapped step, since an optimizer starts its state where it finds none
-                self.state[parameter]["merge_anchor"] = start
+        for share, starts, decay in zip(shares, before, decays, strict=True):
+            due = self._due(share.group)
+            for parameter, start in zip(share.merged, starts, strict=True):
+                if due:
+                    self.state[parameter].pop("merge_anchor", None)
+                    self._merge_one(share.group, parameter, local(start), decay)
+                else:  # after the wrapped step, since an optimizer starts its state where it finds none
+                    self.state[parameter]["merge_anchor"] = start
 
     def _merge_one(self, group: Group, parameter: Tensor, before: Tensor, decay: float) -> None:
         name = self._names[parameter]
@@ -259,54 +266,93 @@ class OnlineMerging(Optimizer):
 
     # ---- the wrapped optimizer
 
-    def _chunks(self) -> Iterator[tuple[Group, list[Tensor], bool]]:
-        """Parameters with gradients in groups of a few, and whether they are merged."""
+    def _calls(self) -> Iterator[list[Share]]:
+        """What is stepped together: parameters with gradients in groups of a few, or all at once."""
+        shares = []
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
-            plain = [p for p in given if p in self._exempt or self._merges_nothing(group)]
-            if plain:
-                yield group, plain, False
-            held: list[Tensor] = []
-            size = 0
-            for parameter in [p for p in given if p not in set(plain)]:
-                numel = local(parameter).numel()
-                like = not held or (held[0].dtype, held[0].device) == (parameter.dtype, parameter.device)
-                if held and (not like or (self.chunk_size is not None and size + numel > self.chunk_size)):
-                    yield group, held, True
-                    held, size = [], 0
-                held, size = [*held, parameter], size + numel
-            if held:
-                yield group, held, True
+            plain = {p for p in given if p in self._exempt or self._merges_nothing(group)}
+            shares.append(Share(group, given, [p for p in given if p not in plain]))
+        if self.chunk_size is None:
+            yield shares
+            return
+        for share in shares:
+            if plain_ones := [p for p in share.parameters if p not in set(share.merged)]:
+                yield [Share(share.group, plain_ones, [])]
+            yield from ([Share(share.group, few, few)] for few in self._few(share.merged, self.chunk_size))
 
-    def _step_base(self, group: Group, parameters: list[Tensor], separate_decay: bool = False) -> float:
-        """Steps these parameters only; returns learning rate times the weight decay that was left out."""
+    @staticmethod
+    def _few(parameters: list[Tensor], most: int) -> Iterator[list[Tensor]]:
+        """Parameters of one dtype and device with at most so many elements, or one parameter."""
+        held: list[Tensor] = []
+        size = 0
+        for parameter in parameters:
+            numel = local(parameter).numel()
+            like = not held or (held[0].dtype, held[0].device) == (parameter.dtype, parameter.device)
+            if held and (not like or size + numel > most):
+                yield held
+                held, size = [], 0
+            held, size = [*held, parameter], size + numel
+        if held:
+            yield held
+
+    def _step_base(self, shares: list[Share]) -> list[float]:
+        """Steps these parameters only; returns learning rate times the weight decay that was left out, of each."""
         base = self.base
-        every, groups = group["params"], base.param_groups
-        pre, post = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
-        # The published update is Adam's without its decoupled decay, which is applied to the result.
-        separate = separate_decay and bool(group.get("decoupled_weight_decay")) and group["weight_decay"] != 0
-        decay = group.get("weight_decay", 0.0)
+        groups, pre, post = base.param_groups, base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+        before = [(share.group["params"], share.group.get("weight_decay")) for share in shares]
+        decays = [self._separate_decay(share) for share in shares]
         try:
-            group["params"] = parameters
-            base.param_groups = [group]
+            base.param_groups = [share.group for share in shares]
             base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-            if separate:
-                group["weight_decay"] = 0.0
+            for share, decay in zip(shares, decays, strict=True):
+                share.group["params"] = share.parameters
+                if decay:
+                    share.group["weight_decay"] = 0.0
             base.step()
         finally:
-            group["params"] = every
             base.param_groups = groups
             base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = pre, post
-            if separate:
-                group["weight_decay"] = decay
-        return float(group["lr"]) * float(decay) if separate else 0.0
+            for share, decay, (parameters, weight_decay) in zip(shares, decays, before, strict=True):
+                share.group["params"] = parameters
+                if decay:
+                    share.group["weight_decay"] = weight_decay
+        return decays
+
+    def _separate_decay(self, share: Share) -> float:
+        """Learning rate times the decoupled weight decay that the step leaves out, as the published update does.
+
+        It is applied to the result; to what is not merged here, before the step, as optimizers do.
+        """
+        group = share.group
+        if not share.merged or self.merge_every > 1 or not group.get("decoupled_weight_decay"):
+            return 0.0
+        decay = float(group["lr"]) * float(group["weight_decay"])
+        merged = set(share.merged)
+        for parameter in share.parameters:
+            if parameter not in merged:
+                parameter.mul_(1.0 - decay)
+        return decay
+
+    def _traces(self, shares: list[Share]) -> dict[str, Any]:
+        """What an optimizer keeps that belongs to no single tensor."""
+        base = self.base
+        kept: dict[str, Any] = {key: value for key, value in vars(base).items() if isinstance(value, (int, float))}
+        kept |= {str(key): repr(value) for key, value in base.state.items() if not isinstance(key, Tensor)}
+        for share in shares:
+            for key, value in share.group.items():
+                if isinstance(value, Tensor) and value.numel() == 1:
+                    kept[key] = float(value)
+                elif not isinstance(value, (Tensor, list)):
+                    kept[key] = value
+        return {key: value for key, value in kept.items() if key not in ("_opt_called", "_step_count")}
 
     def _refuse_coupled(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         self._checked = True
         changed = [key for key in after if after[key] != before.get(key)]
         if changed:
             raise ValueError(
-                f"{type(self.base).__name__} keeps `{changed[0]}` of its steps in its parameter group, so it cannot be"
+                f"{type(self.base).__name__} keeps `{changed[0]}` of its steps, not of a tensor, so it cannot be"
                 " stepped a few tensors at a time. Give `chunk_size=None`, which takes a copy of the parameters during"
                 " the step."
             )
@@ -318,7 +364,7 @@ class OnlineMerging(Optimizer):
             return [p.detach().clone() if a is None else a for p, a in zip(parameters, anchors, strict=True)]
         held = [local(p) for p in parameters]
         size = sum(t.numel() for t in held)
-        if self.chunk_size is None or size > self.chunk_size:
+        if not held or self.chunk_size is None or size > self.chunk_size:
             return [t.clone() for t in held]
         # Memory of its own, as new memory costs more than the copy.
         key = (held[0].dtype, held[0].device)
@@ -496,14 +542,17 @@ def _names(optimizer: Optimizer, module: nn.Module | None, reference: Source | N
     return known
 
 
-def _settings(group: Group) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if not isinstance(value, (Tensor, list))}
-
-
-def _check_optimizer(optimizer: Optimizer) -> None:
+def _check_optimizer(optimizer: Optimizer, chunk_size: int | None) -> None:
     if isinstance(optimizer, OnlineMerging):
         raise ValueError(f"`base_optimizer` merges already, got {type(optimizer).__name__}.")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"`base_optimizer` must be a torch optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, LBFGS):
         raise ValueError("`base_optimizer` must update once per step, got LBFGS, which searches along a line.")
+    clips = any(settings.get("max_grad_norm") for settings in (optimizer.defaults, *optimizer.param_groups))
+    if clips and chunk_size is not None:
+        raise ValueError(
+            f"`chunk_size` must be None, got {chunk_size}: {type(optimizer).__name__} limits the norm of all gradients"
+            " together (`max_grad_norm`), and would see those of a few tensors at a time. Or switch that off, and clip"
+            " by the Trainer's `gradient_clip_val`."
+        )

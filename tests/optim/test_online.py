@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from torch import Tensor, nn
 
@@ -196,6 +197,95 @@ def test_an_optimizer_that_couples_tensors_is_stepped_at_once_or_refused() -> No
     optimizer = wrap(net, base=Coupled, chunk_size=None)
     train(net, optimizer, 0, 3)
     assert optimizer.param_groups[0]["k"] == 3
+
+
+class CountsInState(torch.optim.SGD):
+    """Keeps the number of its steps in its state, as MADGRAD does, or in itself."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.calls = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.state["k"] = torch.tensor([1.0]) + self.state.get("k", 0)  # type: ignore[index, call-overload]
+        super().step()
+
+
+class CountsItself(CountsInState):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.calls += 1
+        torch.optim.SGD.step(self)
+
+
+class Clipped(torch.optim.Adam):
+    """Divides by the norm of all gradients of all groups, of which it keeps nothing."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        given = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in given]).norm()
+        for gradient in given:
+            gradient.div_(norm)
+        super().step()
+
+
+@pytest.mark.parametrize(("base", "what"), [(CountsInState, "k"), (CountsItself, "calls")])
+def test_counters_of_an_optimizer_outside_its_groups_are_seen(base: Any, what: str) -> None:
+    net = fresh()
+    with pytest.raises(ValueError, match=rf"keeps `{what}` of its steps.*`chunk_size=None`"):
+        train(net, wrap(net, base=base), 0, 1)
+    train(net, wrap(net, base=base, chunk_size=None), 0, 2)
+
+
+@pytest.mark.parametrize("base", [Clipped, lambda p, lr: timm.optim.Lamb(p, lr, weight_decay=0.1)], ids=["own", "timm"])
+def test_an_optimizer_that_looks_at_all_gradients_is_stepped_once_across_groups_and_exempt_tensors(base: Any) -> None:
+    def groups(net: nn.Module) -> list[dict[str, Any]]:
+        first, *others = net.parameters()
+        return [{"params": [first]}, {"params": others, "weight_decay": 0.01}]
+
+    plain, merging = fresh().double(), fresh().double()
+    without = train(plain, base(groups(plain), 1e-2), 0, 5)
+    # Almost no merge, so that it is the wrapped optimizer's own path, through the code that merges.
+    settings: dict[str, Any] = {"alpha": 1e-30, "density": 1.0, "exempt": ["*bias"], "chunk_size": None}
+    optimizer = OnDARE(base(groups(merging), 1e-2), named(), named(1), module=merging, **settings)
+    for left, right in zip(without, train(merging, optimizer, 0, 5), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+    assert [group["weight_decay"] for group in optimizer.param_groups][1] == 0.01
+
+
+def test_exempt_tensors_keep_their_decay_in_a_call_with_others() -> None:
+    found = []
+    for chunk_size in (None, 1):
+        net = fresh()
+        settings: dict[str, Any] = {"exempt": ["*bias", "1.*"], "chunk_size": chunk_size}
+        optimizer = wrap(net, base=lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=0.5), **settings)
+        found.append(train(net, optimizer, 0, 5))
+    assert same(*found)
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB without moments: the length of a tensor's step is that of the tensor."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                trust = parameter.norm() / parameter.grad.norm()
+                parameter.sub_(group["lr"] * trust * parameter.grad)
+
+
+def test_an_optimizer_with_norms_of_tensors_is_stepped_a_tensor_at_a_time() -> None:
+    """A tensor is never cut; what keeps anything else is refused."""
+    whole, tensorwise = fresh(), fresh()
+    at_once = train(whole, wrap(whole, base=Lamb, chunk_size=None), 0, 10)
+    assert same(at_once, train(tensorwise, wrap(tensorwise, base=Lamb, chunk_size=1), 0, 10))
+    unclipped = wrap(whole, base=lambda p, lr: timm.optim.Lamb(p, lr, max_grad_norm=None))
+    with pytest.raises(ValueError, match="Lamb keeps `step` of its steps"):
+        train(whole, unclipped, 0, 1)
+    with pytest.raises(ValueError, match=r"`chunk_size` must be None.*Lamb limits the norm of all gradients"):
+        wrap(fresh(), base=timm.optim.Lamb)
 
 
 def test_an_optimizer_that_replaces_parameters_is_refused() -> None:
