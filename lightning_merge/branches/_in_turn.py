@@ -243,7 +243,3 @@ def _moved(state: Mapping[Any, Any], device: Callable[[Any, Any], torch.device])
         parameter: {key: v.to(device(parameter, key)) if isinstance(v, Tensor) else v for key, v in own.items()}
         for parameter, own in state.items()
     }
-
-
-def _devices(tensors: Mapping[str, Tensor]) -> dict[str, torch.device]:
-    return {name: tensor.device for name, tensor in tensors.items()}
