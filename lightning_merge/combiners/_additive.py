@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._elementwise import Elementwise, library_of
 from lightning_merge.weights import State, Weights, add_, zero_
 
 
@@ -13,8 +13,8 @@ class Additive(Elementwise):
     def removable(self) -> bool:
         return True
 
-    def _step(self, kept: Any, new: Any, count: int) -> None:
-        kept += new
+    def _step(self, out: Any, kept: Any, new: Any) -> None:
+        library_of(out).add(kept, new, out=out)
 
     def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
         if state["updates"] == 1:

@@ -1,13 +1,17 @@
 """Combiners that keep one number per parameter."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from math import isfinite
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_merge.combiners._base import Combiner
 from lightning_merge.combiners._vectors import check_finite, check_vector
-from lightning_merge.weights import State, Weights, array, empty, in_threads, nonfinite, part, parts, scaled, zeros
+from lightning_merge.weights import State, Weights, array, empty, in_threads, part, parts, scaled, zeros
 
 
 class Elementwise(Combiner):
@@ -17,12 +21,17 @@ class Elementwise(Combiner):
     shared out to the threads; they are arrays of NumPy on the CPU and tensors elsewhere.
     """
 
-    shows_nan: ClassVar[bool] = True
-    """Whether a NaN in any vector is one in what is kept."""
-
     @abstractmethod
-    def _step(self, kept: Any, new: Any, count: int) -> None:
-        """Takes one more vector into what is kept, in place; ``count``, at least 1, is how many came before."""
+    def _step(self, out: Any, kept: Any, new: Any) -> None:
+        """Writes to ``out`` what is kept once a further vector is taken in; ``out`` may be ``kept``."""
+
+    def _merge(self, out: Any, values: Sequence[Any]) -> Any:
+        """The same to ``out`` of all vectors, at least two, at once, where any NaN must show; returns it."""
+        kept = values[0]
+        for new in values[1:]:
+            self._step(out, kept, new)
+            kept = out
+        return out
 
     @abstractmethod
     def _factor(self, count: int) -> float:
@@ -40,7 +49,7 @@ class Elementwise(Combiner):
         for name, tensor in kept.items():
             old, new = array(tensor), array(vector[name].to(tensor))
             if count:
-                self._step(old, new, count)
+                self._step(old, old, new)
             else:
                 old[...] = new
 
@@ -54,19 +63,27 @@ class Elementwise(Combiner):
         factor = self._factor(len(vectors))
 
         def combine(where: dict[str, slice]) -> None:
-            target = part(merged, where)
-            for count, (task, vector) in enumerate(vectors):
-                piece = part(vector, where)
-                if not self.shows_nan:
-                    check_finite(piece, task)
-                self._fold(target, piece, count)
-            if self.shows_nan and nonfinite(target):  # or too large for its type, which is no error of a vector
-                for task, vector in vectors:
-                    check_finite(part(vector, where), task)
-            if factor != 1:
-                for tensor in target.values():
-                    values = array(tensor)
-                    values *= factor
+            pieces = [part(vector, where) for _, vector in vectors]
+            for name, tensor in part(merged, where).items():
+                out = array(tensor)
+                values = [array(piece[name].detach().to(tensor)) for piece in pieces]
+                kept = self._merge(out, values) if len(values) > 1 else values[0]
+                if kept is not out or factor != 1:
+                    library_of(out).multiply(kept, factor, out=out)
+                if not _is_finite(out):  # or too large for its type, which is no error of a vector
+                    for piece, (task, _) in zip(pieces, vectors, strict=True):
+                        check_finite(piece, task)
 
         in_threads(combine, parts(merged))
         return merged
+
+
+def library_of(values: Any) -> Any:
+    """NumPy or torch, whichever it is an array of: both have ``add(x, y, out=z)`` and ``multiply``."""
+    return torch if isinstance(values, Tensor) else np
+
+
+def _is_finite(values: Any) -> bool:
+    """False if any is NaN or infinite; a sum too large for its type also makes it False."""
+    with np.errstate(all="ignore"):
+        return isfinite(values.sum())

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, final
 
-from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._elementwise import Elementwise, library_of
 from lightning_merge.combiners._scale import Scale, check_scale, scale_of
 
 
@@ -38,8 +38,10 @@ class ExponentialAverage(Elementwise):
             raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}.")
         check_scale(self.scale)
 
-    def _step(self, kept: Any, new: Any, count: int) -> None:
-        kept += (new - kept) * self.alpha
+    def _step(self, out: Any, kept: Any, new: Any) -> None:
+        step = new - kept
+        step *= self.alpha
+        library_of(out).add(kept, step, out=out)
 
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)

@@ -1,13 +1,14 @@
 """Largest magnitude per parameter."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._elementwise import Elementwise, library_of
 from lightning_merge.combiners._scale import Scale, check_scale, scale_of
 
 
@@ -34,8 +35,6 @@ class MagMax(Elementwise):
         Marczak et al., "MagMax: leveraging model merging for seamless continual learning", ECCV 2024, section 4.
     """
 
-    shows_nan: ClassVar[bool] = False
-
     scale: Scale = 0.5
     magmax_tie: Literal["last", "first"] = "last"
 
@@ -44,12 +43,35 @@ class MagMax(Elementwise):
         if self.magmax_tie not in ("last", "first"):
             raise ValueError(f'`magmax_tie` must be "last" or "first", got {self.magmax_tie!r}.')
 
-    def _step(self, kept: Any, new: Any, count: int) -> None:
+    def _step(self, out: Any, kept: Any, new: Any) -> None:
         wins = abs(new) >= abs(kept) if self.magmax_tie == "last" else abs(new) > abs(kept)
-        if isinstance(kept, Tensor):
-            kept.copy_(torch.where(wins, new, kept))
-        else:
-            np.copyto(kept, new, where=wins)
+        _choose(out, kept, new, wins)
+
+    def _merge(self, out: Any, values: Sequence[Any]) -> Any:
+        # The value that is furthest from zero is the largest or the smallest, unless these are equally far.
+        library = library_of(out)
+        largest, smallest = library.maximum(*values[:2], out=out), library.minimum(*values[:2])
+        for new in values[2:]:
+            library.maximum(largest, new, out=largest)
+            library.minimum(smallest, new, out=smallest)
+        distance = -smallest
+        wins, ties = distance > largest, distance == largest
+        _choose(out, largest, smallest, wins)
+        if ties.any():
+            tied = [new[ties] for new in values]
+            out[ties] = super()._merge(library.empty_like(tied[0]), tied)
+        return out
 
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)
+
+
+def _choose(out: Any, kept: Any, new: Any, wins: Any) -> None:
+    """``out <- new`` where it wins, else ``kept``: bit by bit, several times as fast as one number at a time."""
+    if isinstance(out, Tensor):
+        torch.where(wins, new, kept, out=out)
+        return
+    kept_bits, new_bits, out_bits = (values.view(f"i{values.itemsize}") for values in (kept, new, out))
+    change = kept_bits ^ new_bits
+    change &= -wins.astype(change.dtype)  # ones where it wins
+    np.bitwise_xor(kept_bits, change, out=out_bits)

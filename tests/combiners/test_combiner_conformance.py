@@ -271,3 +271,17 @@ def test_scale_counts_the_tasks_seen_so_far():
             combiner.update(state, ones)
             found.append(combiner.result(state)["w"].item())
         assert found == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("arrays", [True, False], ids=["NumPy", "torch"])
+@pytest.mark.parametrize("combiner", [Sum(), Average(), ExponentialAverage(), MagMax(), MagMax(magmax_tie="first")])
+def test_ties_and_signs_of_zero_are_the_same_at_once_as_in_turn(combiner, arrays, monkeypatch):
+    if not arrays:  # as on an accelerator
+        monkeypatch.setattr("lightning_merge.combiners._elementwise.array", lambda tensor: tensor)
+    generator = torch.Generator().manual_seed(0)
+    choices = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, -2.0])
+    stream = [{"w": choices[torch.randint(6, (50, 7), generator=generator)]} for _ in range(4)]
+    assert bits(combiner.combine(stream)) == bits(combiner.result(updated(combiner, stream)))
+    stream[1]["w"][3, 3] = float("nan")
+    with pytest.raises(ValueError, match="`w` in the vector of task 1 holds a NaN"):
+        combiner.combine(stream)
