@@ -49,7 +49,8 @@ class Combiner(ABC):
             task: Which task it is, for messages and for rules that draw random numbers (``DARE``).
 
         Raises:
-            ValueError: If the vector has other names or shapes than the state, or holds integers, a NaN or an infinity.
+            ValueError: If the vector has other names or shapes than the state, is sharded, or holds integers, a NaN or
+                an infinity.
         """
         check_vector(vector, _tensors(state), task)
         check_finite(vector, task)

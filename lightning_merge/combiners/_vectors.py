@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_merge.weights import Weights, average_dtype, first_mismatch, nonfinite
+from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_sharded, nonfinite
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def analogy(a: Mapping[str, Tensor], b: Mapping[str, Tensor], c: Mapping[str, Te
 
 
 def check_vector(vector: Weights, expected: Mapping[str, Tensor], task: int | str) -> None:
-    """Refuses a vector of other names or shapes than expected, or with something else than real numbers in it."""
+    """Refuses a vector of other names or shapes than expected, or of anything but whole tensors of real numbers."""
     if (difference := first_mismatch(expected, vector)) is not None:
         raise ValueError(f"the vector of task {task} does not fit the others: {difference}.")
     for name, tensor in vector.items():
@@ -112,6 +112,11 @@ def check_vector(vector: Weights, expected: Mapping[str, Tensor], task: int | st
             raise ValueError(
                 f"`{name}` in the vector of task {task} is {tensor.dtype}; task vectors hold real floating-point"
                 " numbers: leave it out (`task_vector` does)."
+            )
+        if is_sharded(tensor):
+            raise ValueError(
+                f"`{name}` in the vector of task {task} is sharded (a DTensor), and combiners need whole tensors, to"
+                " rank entries and take norms: use `tensor.full_tensor()`."
             )
 
 

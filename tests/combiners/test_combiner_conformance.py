@@ -5,7 +5,10 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 import lightning_merge.combiners
 from lightning_merge.combiners import (
@@ -209,6 +212,27 @@ def test_names_shapes_and_types_that_do_not_fit_are_named(combiner):
         with pytest.raises(ValueError, match=message.replace("task 3", "task 1")):
             combiner.combine([first, wrong])
     assert bits(state) == before
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@every_combiner
+def test_sharded_vectors_are_refused_by_name(combiner, one_process):
+    mesh = init_device_mesh("cpu", (1,))
+    first, second = vectors(2)
+    sharded = {name: distribute_tensor(tensor, mesh, [Replicate()]) for name, tensor in second.items()}
+    for attempt in (
+        lambda: combiner.update(updated(combiner, [first]), sharded, task="pets"),
+        lambda: combiner.combine([first, sharded], ["cars", "pets"]),
+        lambda: combiner.combine(iter([first, sharded]), ["cars", "pets"]),
+    ):
+        with pytest.raises(ValueError, match=r"`layer.weight` in the vector of task pets is sharded .*full_tensor"):
+            attempt()
 
 
 @every_combiner
