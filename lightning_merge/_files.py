@@ -5,7 +5,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ _PLAIN_DATA: list[Any] = [
 ]
 
 
-def read(path: Path) -> Any:
-    """The content of a file that torch wrote, on the CPU; tensors stay on disk until they are used.
+def read(path: Path, location: Literal["cpu", "meta"] = "cpu") -> Any:
+    """The content of a file that torch wrote, on the CPU; tensors stay on disk until they are used, on "meta" for good.
 
     Raises:
         ValueError: If there is no such file, or it is cut short, not torch's, or holds more than plain data.
@@ -53,11 +53,11 @@ def read(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_PLAIN_DATA):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(path, map_location=location, weights_only=True, mmap=True)
             except RuntimeError as error:
                 if "mmap can only be used" not in str(error):
                     raise
-                return torch.load(path, map_location="cpu", weights_only=True)  # torch's format before 1.6
+                return torch.load(path, map_location=location, weights_only=True)  # torch's format before 1.6
     except pickle.UnpicklingError as error:
         if "Unsupported global" not in str(error) and "GLOBAL" not in str(error):
             raise ValueError(_unreadable(path)) from error

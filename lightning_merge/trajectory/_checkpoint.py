@@ -134,28 +134,33 @@ class Checkpoint:
     # ---- opening
 
     def _torch(self, weights: WhichWeights) -> dict[str, Place]:
-        with FakeTensorMode():  # reads where tensors are instead of reading them
-            content = read(self.path)
-            if not zipfile.is_zipfile(self.path):
-                raise ValueError(
-                    f"{self.path} was written by torch before 1.6, in a format that is read as a whole. Load it with"
-                    " `torch.load(..., weights_only=True)` and save it again."
-                )
-            if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-                self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
-                places = _places(content["state_dict"])
-                if weights == "raw" and "lightning_merge" in content:
-                    places = self._raw(places, content["lightning_merge"])
-            elif isinstance(content, Mapping):
-                places = _places(content) if all(isinstance(each, Tensor) for each in content.values()) else {}
-            else:
-                places = {}
+        try:
+            places = self._layout(read(self.path, "meta"), weights)  # where tensors are, without reading them
+        except AttributeError:
+            with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
+                places = self._layout(read(self.path), weights)
         if not places:
             raise ValueError(
                 f"{self.path} holds no weights that could be found: no `state_dict`, and no tensors by name."
                 " `lightning-merge inspect` says what is in it."
             )
         return places
+
+    def _layout(self, content: Any, weights: WhichWeights) -> dict[str, Place]:
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(
+                f"{self.path} was written by torch before 1.6, in a format that is read as a whole. Load it with"
+                " `torch.load(..., weights_only=True)` and save it again."
+            )
+        if not isinstance(content, Mapping):
+            return {}
+        if isinstance(content.get("state_dict"), Mapping):
+            self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
+            places = _places(content["state_dict"])
+            if weights == "raw" and "lightning_merge" in content:
+                places = self._raw(places, content["lightning_merge"])
+            return places
+        return _places(content) if all(isinstance(each, Tensor) for each in content.values()) else {}
 
     def _raw(self, saved: dict[str, Place], label: Mapping[str, Any]) -> dict[str, Place]:
         if "raw" not in label:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -137,9 +138,17 @@ class Trajectory(Sequence[Checkpoint]):
         names: dict[tuple[Place, ...], str] = {}  # of tied tensors the first
         for name in self._checkpoints[0].places:
             names.setdefault(self._places(name, taking_part), name)
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            tensors = threads.map(lambda name: self._combine(name, taking_part), names.values())
-            done = dict(zip(names, tensors, strict=True))
+        scratch = threading.local()  # new memory for every tensor would cost more than what is read into it
+
+        def one(name: str) -> Tensor:
+            return self._combine(name, taking_part, vars(scratch))
+
+        if torch.get_num_threads() == 1:  # handing over to one thread costs as much as the reading
+            tensors = [one(name) for name in names.values()]
+        else:
+            with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+                tensors = list(threads.map(one, names.values()))
+        done = dict(zip(names, tensors, strict=True))
         return {name: done[self._places(name, taking_part)] for name in self._checkpoints[0].places}
 
     @staticmethod
@@ -147,13 +156,13 @@ class Trajectory(Sequence[Checkpoint]):
         return tuple(checkpoint.places[name] for checkpoint, _ in taking_part)
 
     @torch.no_grad()
-    def _combine(self, name: str, taking_part: list[tuple[Checkpoint, float]]) -> Tensor:
+    def _combine(self, name: str, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, Tensor]) -> Tensor:
         at = self._checkpoints[0].places[name]
         if not at.dtype.is_floating_point and not at.dtype.is_complex:
             return taking_part[-1][0].tensor(name)
         merged = torch.empty(at.shape, dtype=at.dtype)
         if all(place.is_dense for place in self._places(name, taking_part)):
-            self._combine_dense(name, merged.view(-1), taking_part)
+            self._combine_dense(name, merged.view(-1), taking_part, scratch)
         else:
             total = torch.zeros(at.shape, dtype=average_dtype(merged))
             for checkpoint, coefficient in taking_part:
@@ -163,25 +172,35 @@ class Trajectory(Sequence[Checkpoint]):
             self._refuse(name, taking_part)
         return merged
 
-    def _combine_dense(self, name: str, merged: Tensor, taking_part: list[tuple[Checkpoint, float]]) -> None:
+    @staticmethod
+    def _combine_dense(
+        name: str, merged: Tensor, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, Tensor]
+    ) -> None:
         """Chunk by chunk, so that what is added to stays in the cache while every file adds to it."""
-        size = min(_CHUNK, merged.numel())
-        total = torch.empty(size, dtype=average_dtype(merged))
-        buffers = {dtype: torch.empty(size, dtype=dtype) for dtype in {c.places[name].dtype for c, _ in taking_part}}
+        wide = average_dtype(merged)
         for start in range(0, merged.numel(), _CHUNK):
             target = merged[start : start + _CHUNK]
-            summed = total[: target.numel()].zero_()
+            size = target.numel()
+            summed = (target if wide == merged.dtype else _buffer(scratch, "sum", wide)[:size]).zero_()
             for checkpoint, coefficient in taking_part:
-                numbers = buffers[checkpoint.places[name].dtype][: target.numel()]
+                numbers = _buffer(scratch, "read", checkpoint.places[name].dtype)[:size]
                 checkpoint.read(name, start, numbers)
                 summed.add_(numbers, alpha=coefficient)
-            target.copy_(summed)
+            if summed is not target:
+                target.copy_(summed)
 
     def _refuse(self, name: str, taking_part: list[tuple[Checkpoint, float]]) -> None:
         for checkpoint, _ in taking_part:
             if nonfinite({name: checkpoint.tensor(name)}):
                 raise ValueError(f"`{name}` of {checkpoint.path} holds a NaN or an infinity. Leave that file out.")
         raise ValueError(f"`{name}` is too large for its dtype with these coefficients.")
+
+
+def _buffer(scratch: dict[str, Tensor], use: str, dtype: torch.dtype) -> Tensor:
+    key = f"{use} {dtype}"
+    if key not in scratch:
+        scratch[key] = torch.empty(_CHUNK, dtype=dtype)
+    return scratch[key]
 
 
 def _numbers(name: str) -> list[tuple[int, str]]:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_merge._files import read
 from lightning_merge.trajectory import (
     Checkpoint,
     Trajectory,
+    _checkpoint,
     by_decay,
     exponential,
     linear,
@@ -267,3 +269,19 @@ def test_a_module_loads_the_combination(tmp_path):
     for step in range(2):
         torch.save({"state_dict": network.state_dict(), "global_step": step}, tmp_path / f"{step}.ckpt")
     network.load_state_dict(Trajectory.of_run(tmp_path).combine((0.5, 0.5)))
+
+
+def test_older_torch_tells_the_same_places(tmp_path, monkeypatch):
+    content = model(0)
+    torch.save({"state_dict": content, "global_step": 7}, tmp_path / "file.ckpt")
+    new = Checkpoint(tmp_path / "file.ckpt")
+
+    def read_before(path, location="cpu"):
+        if location == "meta":
+            raise AttributeError("_checkpoint_offset")
+        return read(path)
+
+    monkeypatch.setattr(_checkpoint, "read", read_before)
+    old = Checkpoint(tmp_path / "file.ckpt")
+    assert (old.places, old.step) == (new.places, new.step)
+    assert all(torch.equal(old.tensor(name), tensor) for name, tensor in content.items())
