@@ -13,7 +13,6 @@ nothing was chosen by.
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from scipy.stats import t as student
+from quality import interval
 from timm.optim import Lookahead
 from torch import Tensor
 from torchvision.transforms import v2
@@ -137,14 +136,6 @@ def one_seed(arguments: argparse.Namespace, data: CIFAR, seed: int) -> dict[str,
     module = fit(arguments, data, seed, [diloco])
     found["diloco of one branch, statistics again"] = accuracy(module, data, diloco.merged_weights() or {})
     return {"seed": seed, "seconds": round(time.perf_counter() - start, 1), "test": found}
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and half the width of its 95 % interval (Student)."""
-    half = math.inf
-    if len(values) > 1:
-        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": round(statistics.fmean(values), 5), "half_width": round(half, 5), "n": len(values)}
 
 
 def main() -> None:

@@ -22,7 +22,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from branches_quality import BATCH, LR, QUIET, WEIGHT_DECAY, accuracy, interval
+from branches_quality import BATCH, LR, QUIET, WEIGHT_DECAY, accuracy
+from quality import interval
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -119,15 +119,13 @@ def one_run(setting: Setting, root: str | None, seed: int) -> dict[str, Any]:
     return {"seed": seed, "steps": max(history.rows), "seconds": round(seconds, 1), "test": tests, "reached": reached}
 
 
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and half the width of its 95 % interval (Student)."""
-    mean = statistics.fmean(values)
-    half = (
-        student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        if len(values) > 1
-        else math.inf
-    )
-    return {"mean": round(mean, 5), "half_width": round(float(half), 5), "n": len(values)}
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and half the width of its 95 % interval (Student), which one value does not have."""
+    half = None
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    rounded = None if half is None else round(half, 5)
+    return {"mean": round(statistics.fmean(values), 5), "half_width": rounded, "n": len(values)}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ Results are written after every seed. Started again with the same output, it goe
 import argparse
 import json
 import math
-import statistics
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from scipy.stats import t as student
+from quality import interval
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -220,14 +219,6 @@ def one_seed(data: Loaded, seed: int, steps: int, rates: tuple[float, ...]) -> d
             test[label] = bench.test(bench.fitted(files.combine(found.coefficients)))
     seconds = round(time.perf_counter() - start, 1)
     return {"seed": seed, "test": test, "twa": twa, "cost": cost, "seconds": seconds}
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and half the width of its 95 % interval (Student)."""
-    half = math.inf
-    if len(values) > 1:
-        half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": round(statistics.fmean(values), 5), "half_width": round(float(half), 5), "n": len(values)}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
