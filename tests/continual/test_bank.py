@@ -1,5 +1,6 @@
 """A bank on disk: what it holds, what it refuses, and that a process may be killed at any moment."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -322,6 +323,26 @@ def test_process_killed_at_any_write_leaves_the_bank_before_or_after(tmp_path, s
         assert files == {*content(folder), "bank-copy.json"}
     assert moment > 10
     assert before == after or seen == {False, True}
+
+
+def test_process_killed_at_any_write_of_the_first_vector_leaves_a_whole_bank(tmp_path):
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = kill_at(patch, moment)
+            with contextlib.suppress(Killed):
+                filled(folder, MagMax(), 1)
+        opened = Bank(folder, MagMax())
+        assert opened.verify() == []
+        if calls() < moment:
+            break
+        if not opened.added:
+            filled(folder, MagMax(), 1)
+        opened = Bank(folder, MagMax())
+        opened.add(vector(1), task="task1")
+        assert (folder / "bank-copy.json").exists()
+        assert Bank(folder, MagMax()).verify() == []
+    assert moment > 5
 
 
 def test_process_killed_at_random_goes_on_to_the_same_bank(tmp_path):
