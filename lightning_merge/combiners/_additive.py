@@ -1,15 +1,14 @@
 """Combiners that keep the plain sum of the vectors."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from lightning_merge.combiners._base import Combiner
-from lightning_merge.combiners._vectors import check_finite, check_vector
-from lightning_merge.weights import State, Weights, add_, copy_, empty, part, parts, scaled, zero_, zeros
-
-_SIZE = 2**19
-"""Numbers of a part: fewer, and torch's threads wait for each other more than they add."""
+from lightning_merge.combiners._elementwise import combine_elementwise, library_of
+from lightning_merge.weights import State, Weights, add_, copy_, scaled, zero_, zeros
 
 
 class Additive(Combiner):
@@ -43,20 +42,12 @@ class Additive(Combiner):
         return scaled(state["kept"], self._factor(state["updates"])) if state["updates"] else None
 
     def _combine_parts(self, vectors: list[tuple[int | str, Weights]]) -> Weights:
-        for task, vector in vectors:
-            check_vector(vector, vectors[0][1], task)
-        merged = empty(vectors[0][1])
-        factor = self._factor(len(vectors))
-        for where in parts(merged, size=_SIZE):
-            pieces = [part(vector, where) for _, vector in vectors]
-            for name, out in part(merged, where).items():
-                first, *others = (piece[name].detach().to(out) for piece in pieces)
-                torch.add(first, others.pop(0), out=out) if others else out.copy_(first)
-                for other in others:
-                    out.add_(other)
-                if factor != 1:
-                    out.mul_(factor)
-                if not bool(out.sum().isfinite()):  # or too large for its type, which is no error of a vector
-                    for piece, (task, _) in zip(pieces, vectors, strict=True):
-                        check_finite(piece, task)
-        return merged
+        return combine_elementwise(vectors, _added, self._factor(len(vectors)))
+
+
+def _added(out: Any, values: Sequence[Any]) -> Any:
+    add = library_of(out).add
+    add(*values[:2], out=out)
+    for new in values[2:]:
+        add(out, new, out=out)
+    return out

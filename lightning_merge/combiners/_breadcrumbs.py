@@ -60,13 +60,17 @@ class Breadcrumbs(Combiner):
         return {"sum": zeros(like), "updates": 0}
 
     def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        add_(state["sum"], {name: self._masked(tensor) for name, tensor in vector.items()})
+        self._add(state, vector, 1.0)
 
     def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
         if state["updates"] == 1:
             zero_(state["sum"])
         else:
-            add_(state["sum"], {name: self._masked(tensor) for name, tensor in vector.items()}, -1.0)
+            self._add(state, vector, -1.0)
+
+    def _add(self, state: State, vector: Weights, factor: float) -> None:
+        for name, tensor in vector.items():  # one at a time: the masked vector would be a further copy of the model
+            add_({name: state["sum"][name]}, {name: self._masked(tensor)}, factor)
 
     def result(self, state: State) -> Weights | None:
         return scaled_result(state, "sum", self.scale)

@@ -1,5 +1,6 @@
 """Drop and rescale."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal, final
@@ -9,7 +10,10 @@ from torch import Tensor
 
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._sum import Sum
-from lightning_merge.weights import State, Weights, average_dtype
+from lightning_merge.weights import State, Weights, average_dtype, part, parts
+
+_PIECE = 2**22
+"""Numbers that are thinned together: enough tensors for all threads."""
 
 
 @final
@@ -69,10 +73,22 @@ class DARE(Combiner):
         return self.combiner.init(like)
 
     def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        self.combiner._take(state, self._thinned(vector, task), task)
+        for piece, thinned in self._pieces(state, vector, task):
+            self.combiner._take(piece, thinned, task)
 
     def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
-        self.combiner._take_out(state, self._thinned(vector, task), task)
+        for piece, thinned in self._pieces(state, vector, task):
+            self.combiner._take_out(piece, thinned, task)
+
+    def _pieces(self, state: State, vector: Weights, task: int | str) -> Iterator[tuple[State, Weights]]:
+        """Parts of the state and of the thinned vector, which as a whole would be a further copy of the model."""
+        whole = self.needs_every_vector  # a list of vectors would be extended by pieces
+        for where in parts(vector, "model" if whole else self.locality, size=_PIECE):
+            piece = {key: part(value, where) if isinstance(value, dict) else value for key, value in state.items()}
+            yield piece, self._thinned(part(vector, where), task)
+            for key, value in piece.items():  # a combiner may have put another tensor in place of its own
+                if isinstance(value, dict):
+                    state[key].update(value)
 
     def result(self, state: State) -> Weights | None:
         return self.combiner.result(state)

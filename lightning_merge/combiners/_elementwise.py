@@ -1,7 +1,7 @@
 """Combiners that keep one number per parameter."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import isfinite
 from typing import Any
 
@@ -12,6 +12,9 @@ from torch import Tensor
 from lightning_merge.combiners._base import Combiner
 from lightning_merge.combiners._vectors import check_finite, check_vector
 from lightning_merge.weights import State, Weights, array, empty, in_threads, part, parts, scaled, zeros
+
+_PIECE = 2**18
+"""Numbers at a time: what is written stays in the cache of a core while every vector is read."""
 
 
 class Elementwise(Combiner):
@@ -57,33 +60,46 @@ class Elementwise(Combiner):
         return scaled(state["kept"], self._factor(state["updates"])) if state["updates"] else None
 
     def _combine_parts(self, vectors: list[tuple[int | str, Weights]]) -> Weights:
-        for task, vector in vectors:
-            check_vector(vector, vectors[0][1], task)
-        merged = empty(vectors[0][1])
-        factor = self._factor(len(vectors))
+        return combine_elementwise(vectors, self._merge, self._factor(len(vectors)))
 
-        def combine(where: dict[str, slice]) -> None:
-            pieces = [part(vector, where) for _, vector in vectors]
-            for name, tensor in part(merged, where).items():
-                out = array(tensor)
-                values = [array(piece[name].detach().to(tensor)) for piece in pieces]
-                kept = self._merge(out, values) if len(values) > 1 else values[0]
-                if kept is not out or factor != 1:
-                    library_of(out).multiply(kept, factor, out=out)
-                if not _is_finite(out):  # or too large for its type, which is no error of a vector
-                    for piece, (task, _) in zip(pieces, vectors, strict=True):
-                        check_finite(piece, task)
 
-        in_threads(combine, parts(merged))
-        return merged
+def combine_elementwise(
+    vectors: list[tuple[int | str, Weights]], merge: Callable[[Any, Sequence[Any]], Any], factor: float
+) -> Weights:
+    """``factor`` times what ``merge(out, values)`` gives for at least two values each, in pieces shared out to threads.
+
+    Between two operations on a piece a thread needs the interpreter, which the others wait for: all else is done for
+    many pieces at once.
+    """
+    for task, vector in vectors:
+        check_vector(vector, vectors[0][1], task)
+    merged = empty(vectors[0][1])
+
+    def combine(where: dict[str, slice]) -> None:
+        shares = [part(vector, where) for _, vector in vectors]
+        for name, tensor in part(merged, where).items():
+            shape = (-1,) if tensor.is_contiguous() else tensor.shape
+            out = array(tensor.view(shape))
+            values = [array(share[name].detach().reshape(shape).to(tensor)) for share in shares]
+            for start in range(0, len(out), _PIECE):
+                piece = slice(start, start + _PIECE)
+                if not _combine(out[piece], [each[piece] for each in values], merge, factor):
+                    for share, (task, _) in zip(shares, vectors, strict=True):
+                        check_finite(share, task)
+
+    in_threads(combine, parts(merged, size=8 * _PIECE))
+    return merged
+
+
+def _combine(out: Any, values: Sequence[Any], merge: Callable[[Any, Sequence[Any]], Any], factor: float) -> bool:
+    """Whether all is finite; what is too large for its type is not, but is no error of a vector either."""
+    with np.errstate(all="ignore"):
+        kept = merge(out, values) if len(values) > 1 else values[0]
+        if kept is not out or factor != 1:
+            library_of(out).multiply(kept, factor, out=out)
+        return isfinite(out.sum())
 
 
 def library_of(values: Any) -> Any:
     """NumPy or torch, whichever it is an array of: both have ``add(x, y, out=z)`` and ``multiply``."""
     return torch if isinstance(values, Tensor) else np
-
-
-def _is_finite(values: Any) -> bool:
-    """False if any is NaN or infinite; a sum too large for its type also makes it False."""
-    with np.errstate(all="ignore"):
-        return isfinite(values.sum())

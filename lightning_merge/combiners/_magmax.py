@@ -48,15 +48,16 @@ class MagMax(Elementwise):
         _choose(out, kept, new, wins)
 
     def _merge(self, out: Any, values: Sequence[Any]) -> Any:
-        # The value that is furthest from zero is the largest or the smallest, unless these are equally far.
+        # The value furthest from zero is the largest or the smallest: that of the two which gives their sum its sign.
         library = library_of(out)
         largest, smallest = library.maximum(*values[:2], out=out), library.minimum(*values[:2])
         for new in values[2:]:
             library.maximum(largest, new, out=largest)
             library.minimum(smallest, new, out=smallest)
-        distance = -smallest
-        wins, ties = distance > largest, distance == largest
-        _choose(out, largest, smallest, wins)
+        total = library.add(largest, smallest)
+        library.maximum(largest, library.negative(smallest, out=smallest), out=out)
+        library.copysign(out, total, out=out)
+        ties = total == 0
         if ties.any():
             tied = [new[ties] for new in values]
             out[ties] = super()._merge(library.empty_like(tied[0]), tied)

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,10 +108,20 @@ class TIES(Combiner):
             for name in vector:
                 level = self._add(state, name, vector, weight, level)
         else:
-            in_threads(lambda name: self._add(state, name, vector, weight, self._level(vector[name])), vector)
+            # Memory for the largest tensor that the threads share: of their own each would keep what it once had.
+            most = max((tensor.numel() for tensor in vector.values()), default=0)
+            scratch = SimpleQueue[Any]()
+            for _ in range(torch.get_num_threads()):
+                scratch.put(np.empty(most * 8, np.uint8))
+            in_threads(lambda name: self._take_tensor(state, name, vector, weight, scratch), vector)
 
-    def _level(self, tensor: Tensor) -> tuple[float, int]:
-        return trim_level([tensor], self.density, self.topk_rule)
+    def _take_tensor(self, state: State, name: str, vector: Weights, weight: float, scratch: SimpleQueue[Any]) -> None:
+        memory = scratch.get()
+        try:
+            level = trim_level([vector[name]], self.density, self.topk_rule, memory)
+        finally:
+            scratch.put(memory)
+        self._add(state, name, vector, weight, level)
 
     def _add(
         self, state: State, name: str, vector: Weights, weight: float, level: tuple[float, int]

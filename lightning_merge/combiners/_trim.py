@@ -24,18 +24,25 @@ def count_of(share: float, size: int) -> int:
     return int(share * size + 1e-9)
 
 
-def kth_largest(tensors: Sequence[Tensor], k: int) -> tuple[float, int]:
+def kth_largest(tensors: Sequence[Tensor], k: int, scratch: Any = None) -> tuple[float, int]:
     """The k-th largest magnitude of all the tensors together, and how many of the k largest are equal to it.
+
+    Args:
+        tensors: What is ranked together.
+        k: At most as many as there are numbers.
+        scratch: Bytes of memory to work in, an array of NumPy for a single tensor on the CPU; else new memory.
 
     Example:
         >>> kth_largest([torch.tensor([-3.0, 1.0]), torch.tensor([2.0, -2.0])], k=2)
         (2.0, 1)
     """
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    magnitudes = array(flat.to(average_dtype(flat)).abs_())
-    if isinstance(magnitudes, Tensor):
-        top = torch.topk(magnitudes, k, sorted=False).values
+    flat = tensors[0].reshape(-1) if len(tensors) == 1 else torch.cat([tensor.reshape(-1) for tensor in tensors])
+    values = array(flat.to(average_dtype(flat)))
+    if isinstance(values, Tensor):
+        top = torch.topk(values.abs(), k, sorted=False).values
         return float(top.min()), int((top == top.min()).sum())
+    own = values if len(tensors) > 1 else None if scratch is None else scratch[: values.nbytes].view(values.dtype)
+    magnitudes = np.abs(values, out=own)
     # Numbers of one sign are in the order of their bits, and integers are selected twice as fast.
     bits = magnitudes.view(_BITS[magnitudes.dtype])
     bits.partition(len(bits) - k)
@@ -43,7 +50,7 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> tuple[float, int]:
     return float(top[0]), int(np.count_nonzero(top == top[0]))
 
 
-def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK) -> tuple[float, int]:
+def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK, scratch: Any = None) -> tuple[float, int]:
     """The magnitude from which on entries are kept, and how many of those that are equal to it.
 
     Args:
@@ -51,6 +58,7 @@ def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK) -> tu
         density: Share of entries that is kept, in ``(0, 1]``.
         topk_rule: ``"exact"`` keeps ``density * size`` rounded down but at least one, and tensors of zeros (frozen
             ones) among others do not count; ``"official_plus_one"`` keeps one more, and all that equal the last one.
+        scratch: As ``kth_largest`` takes it.
     """
     exact = topk_rule == "exact"
     frozen_count = len(tensors) == 1 or not exact
@@ -59,8 +67,8 @@ def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK) -> tu
     if not ranked:
         return 0.0, 0
     if exact:
-        return kth_largest(ranked, max(1, count_of(density, size)))
-    return kth_largest(ranked, min(int(density * size) + 1, size))[0], size
+        return kth_largest(ranked, max(1, count_of(density, size)), scratch)
+    return kth_largest(ranked, min(int(density * size) + 1, size), scratch)[0], size
 
 
 def reaching(values: Any, level: float, room: int) -> tuple[Any, int]:

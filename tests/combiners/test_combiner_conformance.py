@@ -112,11 +112,24 @@ def test_list_merged_part_by_part_equals_the_stream_bit_for_bit(combiner):
 @every_combiner
 def test_a_tensor_cut_into_parts_gives_what_it_gives_whole(combiner, monkeypatch):
     from lightning_merge import weights
+    from lightning_merge.combiners import _dare, _elementwise
 
     stream = vectors(4)
     expected = bits(combiner.combine(iter(stream)))
     monkeypatch.setattr(weights.parts, "__defaults__", ("element", 5))
+    for module in (_dare, _elementwise):
+        monkeypatch.setattr(module, "_PIECE", 5)
     assert bits(combiner.combine(stream)) == expected
+    assert bits(combiner.combine(iter(stream))) == expected
+
+
+@pytest.mark.parametrize("combiner", [Sum(0.3), MagMax(), MagMax(magmax_tie="first")], ids=repr)
+def test_tensors_in_another_order_of_memory_are_merged_as_any(combiner):
+    stream = [{"w": torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))} for seed in range(3)]
+    last = [{"w": vector["w"].to(memory_format=torch.channels_last)} for vector in stream]
+    expected = bits(combiner.combine(stream))
+    assert bits(combiner.combine(last)) == expected
+    assert bits(combiner.combine([stream[0], last[1], last[2]])) == expected
 
 
 @every_combiner

@@ -322,12 +322,12 @@ def test_ties_stream_equals_a_plain_batch_implementation():
         torch.testing.assert_close(TIES(0.2).combine([{"w": row} for row in rows])["w"], expected, rtol=0, atol=1e-14)
 
 
-def test_ties_counts_beyond_what_fits_a_byte():
-    ties = TIES(1.0)
-    state = ties.init({"w": torch.zeros(2)})
+@pytest.mark.parametrize("combiner", [TIES(1.0), DARE(TIES(1.0), density=1.0)], ids=["TIES", "DARE"])
+def test_ties_counts_beyond_what_fits_a_byte(combiner):
+    state = combiner.init({"w": torch.zeros(2)})
     for _ in range(300):
-        ties.update(state, {"w": torch.tensor([1.0, -2.0])})
-    assert ties.result(state)["w"].tolist() == [1.0, -2.0]
+        combiner.update(state, {"w": torch.tensor([1.0, -2.0])})
+    assert combiner.result(state)["w"].tolist() == [1.0, -2.0]
 
 
 def test_global_ranking_is_over_all_tensors_and_frozen_ones_do_not_count():
