@@ -101,7 +101,7 @@ class Checkpoint:
         """One tensor, in memory of its own."""
         at = self.places[name]
         numbers = torch.empty(at.numbers, dtype=at.dtype)
-        self.read(name, 0, numbers)
+        self.read_into(memory_of(numbers), name)
         return numbers.as_strided(at.shape, at.stride)
 
     def weights(self) -> Weights:
@@ -112,19 +112,15 @@ class Checkpoint:
                 read[at] = self.tensor(name)
         return {name: read[at] for name, at in self.places.items()}
 
-    def read(self, name: str, start: int, numbers: Tensor) -> None:
-        """Fills ``numbers`` with those of a tensor as they lie in the file, from number ``start`` on."""
+    def read_into(self, memory: memoryview, name: str, start: int = 0) -> None:
+        """Fills the bytes with those of a tensor as they lie in the file, from number ``start`` on."""
         at = self.places[name]
-        assert numbers.dtype == at.dtype
-        if not numbers.numel():
-            return
-        left = memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]
         offset = at.offset + start * at.dtype.itemsize
-        while left:
-            count = os.preadv(self._file.fileno(), [left], offset)  # takes no notice of other threads, as a seek would
+        while memory:
+            count = os.preadv(self._file.fileno(), [memory], offset)  # leaves other threads alone, as a seek would not
             if not count:
                 raise ValueError(f"{self.path} ends before `{name}` does: it was cut short after it was opened.")
-            left, offset = left[count:], offset + count
+            memory, offset = memory[count:], offset + count
 
     def sha256(self) -> str:
         """The SHA-256 of the file, as ``sha256sum`` prints it."""
@@ -195,6 +191,11 @@ class Checkpoint:
         if not places:
             raise ValueError(f"{self.path} holds no tensors.")
         return places
+
+
+def memory_of(numbers: Tensor) -> memoryview:
+    """The bytes of a tensor of one dimension on the CPU, to be written to."""
+    return memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _places(tensors: Mapping[str, Any]) -> dict[str, Place]:

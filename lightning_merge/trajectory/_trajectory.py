@@ -7,16 +7,25 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import overload
+from typing import Any, NamedTuple, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge.trajectory._checkpoint import Checkpoint, Place, WhichWeights
-from lightning_merge.weights import Weights, average_dtype, first_mismatch, nonfinite
+from lightning_merge.trajectory._checkpoint import Checkpoint, Place, WhichWeights, memory_of
+from lightning_merge.weights import Weights, array, average_dtype, first_mismatch, nonfinite
 
 _CHUNK = 2**17
 """Numbers that are merged at a time: what is written stays in the cache while every file adds to it."""
+
+
+class _Buffer(NamedTuple):
+    """The same memory in three views: making one takes the interpreter longer than adding up what is in it."""
+
+    numbers: Tensor
+    values: Any
+    memory: memoryview
 
 
 class Trajectory(Sequence[Checkpoint]):
@@ -156,13 +165,15 @@ class Trajectory(Sequence[Checkpoint]):
         return tuple(checkpoint.places[name] for checkpoint, _ in taking_part)
 
     @torch.no_grad()
-    def _combine(self, name: str, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, Tensor]) -> Tensor:
+    def _combine(self, name: str, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, _Buffer]) -> Tensor:
         at = self._checkpoints[0].places[name]
         if not at.dtype.is_floating_point and not at.dtype.is_complex:
             return taking_part[-1][0].tensor(name)
         merged = torch.empty(at.shape, dtype=at.dtype)
         if all(place.is_dense for place in self._places(name, taking_part)):
-            self._combine_dense(name, merged.view(-1), taking_part, scratch)
+            with np.errstate(all="ignore"):
+                if self._combine_dense(name, merged.view(-1), taking_part, scratch):
+                    return merged
         else:
             total = torch.zeros(at.shape, dtype=average_dtype(merged))
             for checkpoint, coefficient in taking_part:
@@ -174,20 +185,36 @@ class Trajectory(Sequence[Checkpoint]):
 
     @staticmethod
     def _combine_dense(
-        name: str, merged: Tensor, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, Tensor]
-    ) -> None:
-        """Chunk by chunk, so that what is added to stays in the cache while every file adds to it."""
+        name: str, merged: Tensor, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, _Buffer]
+    ) -> bool:
+        """Chunk by chunk, so that what is added to stays in the cache while every file adds to it.
+
+        Returns whether all is known to be finite; the sum that tells may itself be too large for its type.
+        """
         wide = average_dtype(merged)
+        target = array(merged)
+        is_mean = len({coefficient for _, coefficient in taking_part}) == 1  # multiplied by what all share at the end
+        same = is_finite = wide == merged.dtype  # else it may be too large for its own type alone
         for start in range(0, merged.numel(), _CHUNK):
-            target = merged[start : start + _CHUNK]
-            size = target.numel()
-            summed = (target if wide == merged.dtype else _buffer(scratch, "sum", wide)[:size]).zero_()
-            for checkpoint, coefficient in taking_part:
-                numbers = _buffer(scratch, "read", checkpoint.places[name].dtype)[:size]
-                checkpoint.read(name, start, numbers)
-                summed.add_(numbers, alpha=coefficient)
-            if summed is not target:
-                target.copy_(summed)
+            size = min(_CHUNK, merged.numel() - start)
+            summed = target[start : start + size] if same else _buffer(scratch, "sum", wide).values[:size]
+            for index, (checkpoint, coefficient) in enumerate(taking_part):
+                buffer = _buffer(scratch, "read", checkpoint.places[name].dtype)
+                checkpoint.read_into(buffer.memory[: size * buffer.numbers.itemsize], name, start)
+                values = buffer.values[:size] if buffer.numbers.dtype == wide else array(buffer.numbers[:size].to(wide))
+                if not is_mean:
+                    values *= coefficient
+                if index:
+                    summed += values
+                else:
+                    summed[...] = values
+            if is_mean:
+                summed *= taking_part[0][1]
+            if same:
+                is_finite = is_finite and bool(np.isfinite(summed.sum()))
+            else:
+                merged[start : start + size] = torch.as_tensor(summed)
+        return is_finite
 
     def _refuse(self, name: str, taking_part: list[tuple[Checkpoint, float]]) -> None:
         for checkpoint, _ in taking_part:
@@ -196,10 +223,11 @@ class Trajectory(Sequence[Checkpoint]):
         raise ValueError(f"`{name}` is too large for its dtype with these coefficients.")
 
 
-def _buffer(scratch: dict[str, Tensor], use: str, dtype: torch.dtype) -> Tensor:
+def _buffer(scratch: dict[str, _Buffer], use: str, dtype: torch.dtype) -> _Buffer:
     key = f"{use} {dtype}"
     if key not in scratch:
-        scratch[key] = torch.empty(_CHUNK, dtype=dtype)
+        numbers = torch.empty(_CHUNK, dtype=dtype)
+        scratch[key] = _Buffer(numbers, array(numbers), memory_of(numbers))
     return scratch[key]
 
 

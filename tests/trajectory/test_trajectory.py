@@ -24,6 +24,7 @@ from lightning_merge.trajectory import (
     wsm_1_sqrt,
     wsm_linear,
 )
+from lightning_merge.trajectory import _trajectory as trajectories
 
 
 def model(seed, dtype=torch.float32):
@@ -77,10 +78,11 @@ def test_tensors_are_those_that_torch_loads(tmp_path):
     assert len(list(Trajectory.of_run(tmp_path).stream())) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_combination_is_the_weighted_sum(tmp_path, dtype):
+@pytest.mark.parametrize("coefficients", [(0.5, -0.25, 0.75), (0.3, 0.3, 0.3)], ids=["any", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_combination_is_the_weighted_sum(tmp_path, dtype, coefficients, monkeypatch):
+    monkeypatch.setattr(trajectories, "_CHUNK", 5)
     trajectory = Trajectory.of_run(write(tmp_path, [1, 2, 3], dtype))
-    coefficients = (0.5, -0.25, 0.75)
     merged = trajectory.combine(coefficients)
     models = [model(seed, dtype) for seed in (1, 2, 3)]
     for name, tensor in merged.items():
@@ -90,9 +92,31 @@ def test_combination_is_the_weighted_sum(tmp_path, dtype):
             continue
         wide = [each[name].double() for each in models]
         expected = sum(c * w for c, w in zip(coefficients, wide, strict=True))
-        tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float64: 1e-15}[tensor.dtype]
+        tolerance = {torch.float32: 1e-6, torch.float64: 1e-15}.get(tensor.dtype, 1e-2)
         torch.testing.assert_close(tensor.double(), expected, atol=tolerance, rtol=tolerance)
     assert merged["embed.weight"] is merged["head.weight"]
+
+
+def test_complex_numbers_are_averaged(tmp_path):
+    for step, value in ((1, 1 + 2j), (2, 3 - 4j)):
+        torch.save({"w": torch.tensor([value])}, tmp_path / f"{step}.ckpt")
+    merged = Trajectory.of_files([tmp_path / "1.ckpt", tmp_path / "2.ckpt"]).combine((0.5, 0.5))
+    assert merged["w"].tolist() == [2 - 1j]
+
+
+@pytest.mark.filterwarnings("error")
+def test_infinities_that_cancel_are_an_error_and_nothing_else(tmp_path):
+    for step, value in ((1, math.inf), (2, -math.inf)):
+        torch.save({"w": torch.tensor([value])}, tmp_path / f"{step}.ckpt")
+    with pytest.raises(ValueError, match=r"`w` of .*1.ckpt holds a NaN or an infinity"):
+        Trajectory.of_files([tmp_path / "1.ckpt", tmp_path / "2.ckpt"]).combine((0.25, 0.75))
+
+
+def test_large_numbers_whose_sum_would_overflow_are_merged(tmp_path):
+    for step in (1, 2):
+        torch.save({"w": torch.full((4,), 3e38)}, tmp_path / f"{step}.ckpt")
+    merged = Trajectory.of_files([tmp_path / "1.ckpt", tmp_path / "2.ckpt"]).combine((0.75, 0.25))
+    torch.testing.assert_close(merged["w"], torch.full((4,), 3e38))
 
 
 def test_one_checkpoint_alone_is_itself_bit_for_bit_and_others_are_not_read(tmp_path):
