@@ -9,11 +9,13 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_merge import calibration, weights
 from lightning_merge.callbacks._low_rank import LowRank
 from lightning_merge.callbacks._recent_batches import RecentBatches
 from lightning_merge.callbacks._run import recalibrate
+from lightning_merge.callbacks._stored_samples import StoredSamples, calibrated_head, reaching
 from lightning_merge.callbacks._strategies import refuse_sharding
 from lightning_merge.combiners import Combiner, add_vector, task_vector
 from lightning_merge.continual import PRESETS, Bank, InitFrom, Preset, StreamState, head_parameters, join_head
@@ -36,7 +38,7 @@ class ContinualMerging(Callback):
     - A fit trains from where ``init_from`` says; its validation and the files it writes on the way are of raw weights.
     - After it the module, ``task<i>-merged.ckpt`` beside the other checkpoints, and the files of a ``ModelCheckpoint``
       without a monitor hold the merged model, so any test that follows measures it.
-    - The bank holds weights, never samples, and all that the next task needs: a new process goes on from it.
+    - The bank holds weights (samples only if told to) and all that the next task needs: a new process goes on from it.
     - Heads are never in a vector. BatchNorm statistics are not either: ``selection.buffers`` says what becomes of them.
 
     Args:
@@ -55,6 +57,10 @@ class ContinualMerging(Callback):
             ``"copy"`` the last task's. By default all that are trainable, and ``"recompute"``.
         keep_vectors: Also keep every vector in the bank, to remove any task later.
         lora_rank: Rank of the adapters of ``"lora-arithmetic"``; at least 1.
+        store_samples_per_class: How many training samples of each class the bank stores, 0 for none; of a class that
+            comes again, the latest. After each merge the head is trained for a moment on those of all classes so far,
+            as the paper behind ``"lora-arithmetic"`` does with 10. Takes ``heads="grow"`` and batches of inputs and
+            class numbers. **This is replay**: leave it at 0 where samples may not be kept.
 
     Raises:
         ValueError: If an argument is out of range; at fit start if the model is not the bank's, the Trainer has
@@ -77,6 +83,7 @@ class ContinualMerging(Callback):
         selection: Selection | None = None,
         keep_vectors: bool = False,
         lora_rank: int = 8,
+        store_samples_per_class: int = 0,
     ) -> None:
         chosen = _preset(preset)
         self.combiner = chosen.combiner if scale is None else _scaled(chosen.combiner, scale)
@@ -91,6 +98,12 @@ class ContinualMerging(Callback):
         self.folder = Path(bank)
         self.keep_vectors = keep_vectors
         self.lora = LowRank(lora_rank) if chosen.lora else None
+        if store_samples_per_class < 0 or (store_samples_per_class and heads != "grow"):
+            raise ValueError(
+                "`store_samples_per_class` must be at least 0, and 0 unless `heads` is 'grow', for they train the head"
+                f" that all tasks share; got {store_samples_per_class} and {heads!r}."
+            )
+        self.store_samples_per_class = store_samples_per_class
 
         self._names: list[str] = []  # of the merged parameters
         self._head_names: list[str] = []
@@ -102,6 +115,7 @@ class ContinualMerging(Callback):
         self._resumed = False
         self._left_off = False  # a fit was interrupted, so the live weights are of a task that was not finished
         self._recent: RecentBatches | None = None
+        self._samples: StoredSamples | None = None
         self._active = False
 
     # ---- what there is
@@ -162,7 +176,8 @@ class ContinualMerging(Callback):
     def describe(self) -> str:
         """What decides the merged model, in one line: two streams that share it, data and seeds end alike."""
         lora = f", LoRA of rank {self.lora.rank}" if self.lora else ""
-        return f"{self.combiner}, from {self.init_from}, heads {self.heads}, {self.selection}{lora}"
+        stored = f", {self.store_samples_per_class} samples of a class stored" if self.store_samples_per_class else ""
+        return f"{self.combiner}, from {self.init_from}, heads {self.heads}, {self.selection}{lora}{stored}"
 
     # ---- a fit begins
 
@@ -173,6 +188,8 @@ class ContinualMerging(Callback):
         refuse_sharding(trainer.strategy, "ContinualMerging")
         _refuse_order(trainer, self)
         self._head_names = head_parameters(pl_module, self.head)
+        if self.store_samples_per_class:
+            _head_layer(pl_module, self._head_names)  # there is one
         merged = [name for name in self.selection.parameters(pl_module) if name not in self._head_names]
         self._names = list(LowRank.targets(pl_module, merged)) if self.lora else merged
         if not self._names:
@@ -203,6 +220,8 @@ class ContinualMerging(Callback):
             )
         if self.selection.buffers == "recompute" and calibration.batch_norm_layers(pl_module):
             self._recent = self._recent if self._resumed and self._recent else RecentBatches()
+        if self.store_samples_per_class and not (self._resumed and self._samples):
+            self._samples = StoredSamples(self.store_samples_per_class)
         rank_zero_info(
             f"ContinualMerging: {self._title} is task {self._task} of the bank {self.folder}, starts from"
             f" {'the base' if not self._task else self.init_from}; {len(self._names)} tensors are merged by"
@@ -210,9 +229,15 @@ class ContinualMerging(Callback):
         )
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""
+        """Copies what is kept of the batch, before the step can change it."""
         if self._recent is not None:
             self._recent.hold(batch)
+        if self._samples is not None and trainer.is_global_zero:
+            is_first = not self._samples.by_class
+            self._samples.take(batch)
+            if is_first:  # a head that cannot be trained alone is better refused now than when the task is trained
+                layer, samples = _head_layer(pl_module, self._head_names), next(iter(self._samples.by_class.values()))
+                reaching(trainer, pl_module, layer, samples)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -280,6 +305,18 @@ class ContinualMerging(Callback):
             fresh = recalibrate(trainer, module, "ContinualMerging", self._recent)
             weights.copy_({name: live[name] for name in fresh}, fresh)
         others = self._other_names(module)
+        samples: dict[int, Tensor] = {}
+        if self._samples is not None:
+
+            def calibrate() -> Weights:
+                stored = {int(label): kept for label, kept in before.get("samples", {}).items()}
+                samples.update(stored | (self._samples.by_class if self._samples else {}))
+                layer = _head_layer(module, self._head_names)
+                found = calibrated_head(trainer, module, layer, samples)
+                return {name: found[name.rpartition(".")[2]].to(head[name]) for name in head}
+
+            head = _on_one_process(trainer, calibrate)
+            weights.copy_({name: live[name] for name in head}, head)
 
         def keep() -> None:
             # What earlier tasks left that this one does not replace: their heads, and which classes they had.
@@ -288,6 +325,7 @@ class ContinualMerging(Callback):
                 "head": head,
                 "buffers": {name: live[name] for name in self._buffer_names(module)},
                 "other": {name: live[name] for name in others},
+                "samples": {str(label): kept for label, kept in samples.items()},
             }
             if self.heads == "per_task":
                 parts[f"head{task}"] = head
@@ -309,7 +347,7 @@ class ContinualMerging(Callback):
     def _leave(self, module: LightningModule) -> None:
         """The module as it was given: no adapters, and what required gradients does."""
         self._active = False
-        self._recent = None
+        self._recent = self._samples = None
         if self.lora is not None and self.lora.is_attached:
             live = weights.named_tensors(module)
             for name, product in self.lora.detach(module).items():
@@ -344,6 +382,8 @@ class ContinualMerging(Callback):
         if self._active:
             recent = [] if self._recent is None else list(self._recent.batches)
             checkpoint[_KEY] = {"format": 1, "holds": "raw", "task": self._task, "title": self._title, "recent": recent}
+            if self._samples is not None:
+                checkpoint[_KEY]["samples"] = dict(self._samples.by_class)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Goes on with a task in progress, and with no other."""
@@ -359,6 +399,8 @@ class ContinualMerging(Callback):
         self._resumed = True
         if section["recent"]:
             self._recent = RecentBatches(section["recent"])
+        if self.store_samples_per_class:
+            self._samples = StoredSamples(self.store_samples_per_class, section.get("samples"))
 
     # ---- what is where
 
@@ -439,6 +481,17 @@ class ContinualMerging(Callback):
             by_class = {name: head[name] for name in head_parameters(module, None) if name in head}
             head |= join_head(by_class, self._start_head, _classes(trainer))
         return head
+
+
+def _head_layer(module: LightningModule, names: Sequence[str]) -> nn.Linear:
+    """The layer whose parameters the head is."""
+    for path, layer in weights.submodules(module):
+        own = [weights.canonical(f"{path}.{name}".lstrip(".")) for name, _ in layer.named_parameters(recurse=False)]
+        if isinstance(layer, nn.Linear) and own == list(names):
+            return layer
+    raise ValueError(
+        f"`store_samples_per_class` must be 0 here: the head must be one linear layer, and it is {list(names)}."
+    )
 
 
 def _preset(preset: str | Combiner) -> Preset:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_merge.callbacks import EMA, Anchor, ContinualMerging, RandomState, WeightMerging
 from lightning_merge.combiners import Average, Combiner, ExponentialAverage, MagMax, Sum
-from lightning_merge.continual import PRESETS, Bank, Split, StreamState, grow_head
+from lightning_merge.continual import PRESETS, Bank, Split, StreamState, grow_head, masked_cross_entropy
 from lightning_merge.recipes import Classifier, Digits, SmallConvNet, TaskData, jointly, split_by_class, split_by_domain
 from lightning_merge.rules import Mean
 from lightning_merge.selections import Selection
@@ -440,6 +440,78 @@ def test_an_anchor_with_a_file_goes_on_in_a_new_process(tmp_path: Path) -> None:
     assert differing(held, second(Anchor(0.0)))
 
 
+# ---- samples, if told to
+
+
+def test_stored_samples_train_the_head_alone_and_each_class_alike(tmp_path: Path) -> None:
+    def stream(count: int) -> tuple[Any, ContinualMerging]:
+        module = classifier()
+        cl = ContinualMerging("average", tmp_path / f"bank{count}", store_samples_per_class=count)
+        for task in digits()[:2]:
+            trainer(tmp_path, [cl], max_epochs=1, **QUICK).fit(module, datamodule=task)
+        return module, cl
+
+    (plain, _), (module, cl) = stream(0), stream(3)
+    assert set(differing(values(plain), module)) == {"model.6.weight", "model.6.bias"}
+    seen = sorted(label for task in digits()[:2] for label in task.classes or ())
+    unseen = [row for row in range(10) if row not in seen]
+    assert torch.equal(plain.model[6].weight[unseen], module.model[6].weight[unseen])
+    stored = StreamState(cl.folder).load(2)["samples"]
+    assert sorted(map(int, stored)) == seen
+    assert {len(samples) for samples in stored.values()} == {3}
+    assert "samples" not in StreamState(tmp_path / "bank0").load(2)
+    assert "3 samples of a class stored" in cl.describe()
+
+    def loss(of: Any) -> float:
+        of.eval()
+        labels = torch.tensor([int(label) for label in stored]).repeat_interleave(3)
+        return masked_cross_entropy(of(torch.cat(list(stored.values()))), labels, seen).item()
+
+    assert loss(module) < loss(plain)
+
+
+def test_a_task_resumed_from_a_file_stores_the_same_samples(tmp_path: Path) -> None:
+    def run(folder: str, stop: int | None) -> Any:
+        module, cl = classifier(), ContinualMerging("average", tmp_path / folder, store_samples_per_class=9)
+        callbacks = [RandomState(), cl, ModelCheckpoint(tmp_path / folder, every_n_epochs=1)]
+        task = digits()[0]
+        if stop is None:
+            trainer(tmp_path, callbacks, max_epochs=2, **QUICK).fit(module, datamodule=task)
+            return module
+        with pytest.raises(Killed):
+            trainer(tmp_path, [*callbacks, KillInEpoch(stop)], max_epochs=2, **QUICK).fit(module, datamodule=task)
+        file = next((tmp_path / folder).glob("*.ckpt"))
+        module, cl = classifier(), ContinualMerging("average", tmp_path / folder, store_samples_per_class=9)
+        callbacks = [RandomState(), cl, ModelCheckpoint(tmp_path / folder, every_n_epochs=1)]
+        trainer(tmp_path, callbacks, max_epochs=2, **QUICK).fit(module, datamodule=task, ckpt_path=file)
+        return module
+
+    assert not differing(values(run("whole", None)), run("killed", 1))
+    whole, killed = (StreamState(tmp_path / folder).load(1)["samples"] for folder in ("whole", "killed"))
+    assert all(torch.equal(whole[label], killed[label]) for label in whole)
+
+
+def test_a_head_or_batches_that_samples_cannot_train_are_refused_before_a_step(tmp_path: Path) -> None:
+    def fit_storing(module: Any, data: Any, **settings: Any) -> None:
+        cl = ContinualMerging("average", tmp_path / type(module).__name__, store_samples_per_class=1, **settings)
+        trainer(tmp_path, [cl], max_epochs=1).fit(module, data)
+
+    with pytest.raises(ValueError, match="must be 0 here: the head must be one linear layer"):
+        fit_storing(classifier(), digits()[0], head=["model.6.*", "model.0.*"])
+    with pytest.raises(ValueError, match=r"takes batches of two tensors.*gave list"):
+        fit_storing(Net(), batches())
+
+    class Twice(Classifier):
+        def forward(self, images: Tensor) -> Any:
+            return super().forward(images) + super().forward(images)
+
+    module = Twice(SmallConvNet(), num_classes=10)
+    before = values(module)
+    with pytest.raises(ValueError, match=r"takes a head that is called once, on features of shape"):
+        fit_storing(module, digits()[0])
+    assert not differing(before, module)
+
+
 # ---- bad input
 
 
@@ -452,6 +524,11 @@ def test_an_anchor_with_a_file_goes_on_in_a_new_process(tmp_path: Path) -> None:
         (lambda: ContinualMerging("sum", scale=-1.0), r"`scale` must be a number in \(0, 10\].*got -1.0"),
         (lambda: ContinualMerging("average", scale=0.5), r"`scale` must be left out for Average\(\)"),
         (lambda: ContinualMerging("lora-arithmetic", lora_rank=0), r"`lora_rank` must be at least 1, got 0"),
+        (
+            lambda: ContinualMerging(heads="freeze", store_samples_per_class=10),
+            r"`store_samples_per_class` must be at least 0, and 0 unless `heads` is 'grow'.*got 10 and 'freeze'",
+        ),
+        (lambda: ContinualMerging(store_samples_per_class=-1), r"`store_samples_per_class`.*got -1 and 'grow'"),
         (lambda: Anchor(-1.0), r"`strength` must be at least 0 and finite, got -1.0"),
         (lambda: Anchor(1.0, "hessian"), r"`importance` must be 'identity' or 'fisher', got 'hessian'"),
         (lambda: Anchor(1.0, at="first"), r"`at` must be 'base' or 'last', got 'first'"),
