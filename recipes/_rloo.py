@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from torchmetrics import MeanMetric
 
 from lightning_merge._files import read
+from lightning_merge.callbacks import teacher
 from lightning_merge.recipes._causal_lm import causal_lm
 from lightning_merge.recipes._dpo import PreferenceAccuracy
 from lightning_merge.recipes._language_model import (
@@ -82,17 +83,19 @@ class RLOO(LanguageModel):
     """Samples ``samples`` answers to each prompt and raises the log-probability of those that score above the others.
 
     The advantage of an answer is its score less the mean score of the prompt's other answers; the score is the reward
-    model's number less ``kl`` times the log ratio to the frozen model ``start``. Manual optimisation, one step a batch.
-    Logs ``train/reward``, ``train/kl``, ``val/acc`` (share of sampled answers to held-out prompts that score above the
-    pair's rejected answer), ``val/reward`` and ``val/lm_loss``.
+    model's number less ``kl`` times the log ratio to the reference, which is ``start`` or an average of this run.
+    Manual optimisation, one step a batch. Logs ``train/reward``, ``train/kl``, ``val/acc`` (share of sampled answers to
+    held-out prompts that score above the pair's rejected answer), ``val/reward`` and ``val/lm_loss``.
 
     Args:
-        start: A checkpoint of ``preference/sft``: where training starts, and the reference.
+        start: A checkpoint of ``preference/sft``: where training starts, and the reference without an ``anchor``.
         reward: A checkpoint of ``preference/reward``.
         config: Configuration of all three models; see ``LanguageModel``.
         samples: Answers per prompt; at least 2.
         answer: Tokens of a sampled answer at most; at least 1.
         kl: Weight of the log ratio, at least 0; 0 with online merging, which holds the model otherwise.
+        anchor: Name of the callback whose weights are the reference: ``"warp"`` for ``WARP``, which holds each branch
+            by a moving average of its own; ``None`` for ``start``.
         clip: Norm that gradients are clipped to, above 0.
         optimizer: Builds the optimizer from the parameters.
 
@@ -111,6 +114,7 @@ class RLOO(LanguageModel):
         samples: int = 4,
         answer: int = 48,
         kl: float = 0.05,
+        anchor: str | None = None,
         clip: float = 1.0,
         optimizer: OptimizerCallable = torch.optim.AdamW,
     ) -> None:
@@ -130,6 +134,7 @@ class RLOO(LanguageModel):
         self.samples = samples
         self.answer = answer
         self.kl = kl
+        self.anchor = anchor
         self.clip = clip
         self.val_wins = PreferenceAccuracy()
         self.val_reward = MeanMetric()
@@ -142,9 +147,9 @@ class RLOO(LanguageModel):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         tokens, labels = self.sample(batch, self.samples)
+        reference = self._reference(tokens, labels)  # before the policy's pass, whose weights the anchor's replace
         policy = answer_log_probabilities(self(tokens), labels)
         with torch.no_grad():
-            reference = answer_log_probabilities(self._frozen[0](input_ids=tokens, use_cache=False).logits, labels)
             reward = self._frozen[1].rewards(tokens, labels)
             scores = (reward - self.kl * (policy - reference)).view(-1, self.samples)
             others = (scores.sum(1, keepdim=True) - scores) / (self.samples - 1)
@@ -156,6 +161,17 @@ class RLOO(LanguageModel):
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         optimizer.step()
         self.log_dict({"train/reward": reward.mean(), "train/kl": (policy.detach() - reference).mean()})
+
+    @torch.no_grad()
+    def _reference(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        if self.anchor is None:
+            return answer_log_probabilities(self._frozen[0](input_ids=tokens, use_cache=False).logits, labels)
+        self.model.eval()  # as `start` is: no dropout
+        try:
+            with teacher(self, self.anchor):
+                return answer_log_probabilities(self(tokens), labels)
+        finally:
+            self.model.train()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if dataloader_idx == 0:

@@ -48,6 +48,6 @@ PRESETS: dict[str, Preset] = {
     "opcm": Preset(OPCM(), "base"),
     # WiSE-FT (CVPR 2022): half way from the base to where sequential fine-tuning is now.
     "wise-ft": Preset(ExponentialAverage(alpha=1.0, scale=0.5), "last"),
-    # Chitale et al. (2023), without its last step, which stores samples.
+    # Chitale et al. (2023); its last step stores samples, so it is an option: `store_samples_per_class`.
     "lora-arithmetic": Preset(Sum(scale=0.3), "base", lora=True),
 }

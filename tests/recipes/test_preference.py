@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import sys
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from lightning_merge.callbacks import WARP
 from lightning_merge.cli import main
 from lightning_merge.recipes import DPO, RLOO, LanguageModel, Preferences, RewardModel
 from lightning_merge.recipes._catalog import recipes
@@ -282,6 +284,23 @@ def test_policy_gradient_raises_the_reward(policy: RLOO, files: dict[str, str]) 
     assert mean_reward() > before + 1
 
 
+def test_the_reference_may_be_the_anchor_of_the_branch_that_trains(policy: RLOO, files: dict[str, str]) -> None:
+    def ratios(anchor: str | None) -> list[float]:
+        module = deepcopy(policy)
+        module.anchor = anchor
+        for dropout in (each for each in module.modules() if isinstance(each, torch.nn.Dropout)):
+            dropout.p = 0.0
+        found: list[float] = []
+        module.log_dict = lambda logged: found.append(float(logged["train/kl"]))  # type: ignore[assignment, misc]
+        warp = WARP(2, every_n_steps=2, decay=0.0)  # the anchor of a branch is where its last step ended
+        run = Trainer(max_epochs=1, limit_train_batches=4, limit_val_batches=0, callbacks=[warp], **QUIET)
+        run.fit(module, Preferences(files["pairs"], **SMALL))
+        return found
+
+    assert ratios("warp") == pytest.approx([0.0] * 4, abs=1e-6)
+    assert max(map(abs, ratios(None)[2:])) > 1e-5  # each branch has taken a step away from the start
+
+
 def test_bad_arguments_of_rloo_are_refused(policy: RLOO, files: dict[str, str], tmp_path: Path) -> None:
     start, reward = str(tmp_path / "sft.ckpt"), str(tmp_path / "reward.ckpt")
     for argument, value in {"samples": 1, "answer": 0, "kl": -0.1}.items():
@@ -300,7 +319,7 @@ def test_the_recipes_start_from_each_other(
     files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    chain = ("base", "sft", "dpo", "dpo-ondare", "dpo-onties", "reward", "rloo", "rloo-ondare")
+    chain = ("base", "sft", "dpo", "dpo-ondare", "dpo-onties", "reward", "rloo", "rloo-ondare", "rloo-warp")
     assert {f"preference/{name}" for name in chain} <= recipes().keys()
     for name in chain:
         options = {
