@@ -3,6 +3,8 @@
     python benchmarks/resume.py --points 20 --seed 0 --output benchmarks/results/resume.json
     python benchmarks/resume.py --methods twa aswa aswa-hard sma posthoc-ema posthoc-ema-folder --points 12 \\
         --output benchmarks/results/resume-trajectory.json
+    python benchmarks/resume.py --methods papa wash dart localsgd diloco warp forkmerge --points 9 \\
+        --output benchmarks/results/resume-policies.json
 
 Bit for bit: weights, averages, optimizer state, metrics and files. A point is a training batch, a validation batch, or
 a write of a checkpoint that is cut in half. Children are forked from this process, which has torch and Lightning
@@ -29,7 +31,25 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from lightning_merge.callbacks import ASWA, EMA, LAWA, SMA, SWA, SWAD, TWA, Lookaround, PostHocEMA, RandomState
+from lightning_merge.callbacks import (
+    ASWA,
+    DART,
+    EMA,
+    LAWA,
+    PAPA,
+    SMA,
+    SWA,
+    SWAD,
+    TWA,
+    WARP,
+    WASH,
+    DiLoCo,
+    ForkMerge,
+    LocalSGD,
+    Lookaround,
+    PostHocEMA,
+    RandomState,
+)
 
 
 def noisy(batch: list[Tensor]) -> list[Tensor]:
@@ -51,6 +71,13 @@ METHODS: dict[str, Callable[[], Any]] = {
     "posthoc-ema-folder": lambda: PostHocEMA(every=4, directory="copies"),
     "lookaround": lambda: Lookaround(2, 3, [noisy, noisy], validate="both"),
     "lookaround-turns": lambda: Lookaround(3, 2, batches="turns", buffers="average"),
+    "papa": lambda: PAPA(2, 3, pull=0.1),
+    "wash": lambda: WASH(2, 2, share=0.2),
+    "dart": lambda: DART(2, 4, start=5, augmentations=[noisy, noisy]),
+    "localsgd": lambda: LocalSGD(2, 3, start=6),
+    "diloco": lambda: DiLoCo(2, 3),
+    "warp": lambda: WARP(2, 3, decay=0.8),
+    "forkmerge": lambda: ForkMerge({"one": {"sum": 1.0}, "both": {"sum": 1.0, "size": 0.5}}, 3),
 }
 Run: TypeAlias = Callable[..., None]
 """Takes a method, a folder, and what is called at each event: ``train``."""
@@ -66,11 +93,17 @@ class Network(pl.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
         self.on_event: Callable[[str], None] = lambda kind: None
+        self.has_tasks = False
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         if self.trainer.training:  # not when BatchNorm statistics are measured
             self.on_event("train")
-        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        found = self.net(batch[0])
+        loss = nn.functional.mse_loss(found, batch[1])
+        return {"losses": {"sum": loss, "size": found.square().mean()}} if self.has_tasks else loss
+
+    def score_step(self, batch: list[Tensor]) -> tuple[Tensor, int]:
+        return -nn.functional.mse_loss(self.net(batch[0]), batch[1], reduction="sum"), len(batch[1])
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         if not self.trainer.sanity_checking:
@@ -95,6 +128,7 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
     pl.seed_everything(7, verbose=False)
     average = METHODS[method]()
     network = Network()
+    network.has_tasks = isinstance(average, ForkMerge)
     if on_event is not None:
         network.on_event = on_event
         cut_writes(on_event)
