@@ -53,6 +53,7 @@ def made(owner: "Branching", trainer: Any, module: LightningModule, apart: bool)
             owner.branches,
             selection=selection,
             buffers=buffers,
+            others=owner.others,
             placement=trainer.strategy.placement,
             broadcast=not apart,
         )

@@ -79,6 +79,9 @@ class Branching(Published):
         'branches'
     """
 
+    others: Literal["refuse", "own"] = "refuse"
+    """What trains without being selected, with a branch per process: an error, or each branch's own."""
+
     def __init__(
         self,
         policy: Policy,

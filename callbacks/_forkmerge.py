@@ -38,7 +38,8 @@ class ForkMerge(Branching):
             for more.
         score: ``score(module, batch)`` in the place of the module's ``score_step``.
         heads: Glob patterns of parameters that are no part of the merge, the heads of auxiliary tasks: there is one
-            of each, which the branches that have its task train. Not with a branch per process, which share nothing.
+            of each, which the branches that have its task train. With a branch per process each has its own; then the
+            module that files hold has those of the first branch.
         previous: Whether the last merge is a candidate. It is measured again: BatchNorm statistics come from newer
             batches.
         budget: Most candidates that are measured at a merge; needed for search methods without an end.
@@ -66,6 +67,8 @@ class ForkMerge(Branching):
     References:
         Jiang et al., "ForkMerge: Mitigating negative transfer in auxiliary-task learning", NeurIPS 2023, algorithm 1.
     """
+
+    others = "own"  # heads: of most tasks one branch trains the only one that matters
 
     def __init__(
         self,

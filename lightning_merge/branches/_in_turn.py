@@ -182,6 +182,12 @@ class InTurn(Branches):
         }
 
     def load(self, saved: State) -> None:
+        if own := saved.get("others"):
+            name = next(iter(next(iter(own.values()))))
+            raise ValueError(
+                f"branches in turn share `{name}`, and these branches were trained in processes of their own, each with"
+                " its own. Go on with a branch in each process: `strategy=BranchStrategy()`."
+            )
         self._active = saved["active"]
         self._waiting = [{} if self._in_module(j) else self._copies() for j in self.own]
         for branch, waiting in saved["weights"].items():

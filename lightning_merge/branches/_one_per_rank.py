@@ -1,7 +1,7 @@
 """Branches that train side by side, each in processes of its own."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 import torch.distributed as dist
@@ -29,14 +29,16 @@ class OnePerRank(Branches):
         module: As in ``Branches``; not wrapped by DDP across branches.
         optimizers: As in ``Branches``.
         count: As in ``Branches``; divides the number of processes.
-        selection: As in ``Branches``. What it leaves out must be frozen: processes share nothing that they train.
+        selection: As in ``Branches``.
+        others: What trains outside of ``selection``, and all branches in turn would share: an error (``"refuse"``), or
+            each branch's ``"own"``, which nothing mixes.
         buffers: As in ``Branches``. ``"shared"`` leaves every branch its own, unmixed.
         placement: Who trains what, if that has been settled.
         broadcast: Whether all start from the weights and buffers of the first process. Else they go on apart.
 
     Raises:
-        ValueError: If the number of processes is not a multiple of ``count``, a parameter trains outside of
-            ``selection``, or another argument is out of range.
+        ValueError: If the number of processes is not a multiple of ``count``, a parameter trains that ``others``
+            refuses, or another argument is out of range.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class OnePerRank(Branches):
         *,
         selection: Selection | None = None,
         buffers: Buffers = "shared",
+        others: Literal["refuse", "own"] = "refuse",
         placement: "Placement | None" = None,
         broadcast: bool = True,
     ) -> None:
         super().__init__(module, optimizers, count, selection=selection, buffers=buffers)
+        self.others = others
         self._refuse_shared()
         self.placement = placement or Placement(count)
         if broadcast:
@@ -142,6 +146,7 @@ class OnePerRank(Branches):
     def save(self) -> State:
         own = {
             "weights": weights.to_devices(self.weights(self.active), torch.device("cpu")),
+            "others": weights.to_devices(self._others(), torch.device("cpu")),
             "optimizers": weights.to_devices(
                 [optimizer.state_dict()["state"] for optimizer in self.optimizers], torch.device("cpu")
             ),
@@ -152,12 +157,15 @@ class OnePerRank(Branches):
         return {
             "active": 0,
             "weights": {branch: each["weights"] for branch, each in others},
+            "others": {branch: each["others"] for branch, each in others if each["others"]},
             "optimizers": {branch: each["optimizers"] for branch, each in others},
         }
 
     def load(self, saved: State) -> None:
         if self.active in saved["weights"]:
             weights.copy_(self.live, saved["weights"][self.active])
+        own, everything = saved.get("others", {}).get(self.active, {}), weights.named_parameters(self.module)
+        weights.copy_({name: everything[name] for name in own}, own)
 
     def load_optimizers(self, saved: State) -> None:
         for number, state in enumerate(saved["optimizers"].get(self.active, ())):
@@ -169,15 +177,16 @@ class OnePerRank(Branches):
 
     # ---- between processes
 
-    def _refuse_shared(self) -> None:
-        """What is not branched belongs to all branches, and in processes of their own each would train it."""
+    def _others(self) -> Weights:
+        """What trains without being branched."""
         parameters = weights.named_parameters(self.module)
-        shared = [name for name, p in parameters.items() if p.requires_grad and name not in self._live_parameters]
-        if shared and self.count > 1:
+        return {n: p.detach() for n, p in parameters.items() if p.requires_grad and n not in self._live_parameters}
+
+    def _refuse_shared(self) -> None:
+        if self.others == "refuse" and self.count > 1 and (shared := next(iter(self._others()), None)):
             raise ValueError(
-                f"`{shared[0]}` trains and is not selected, so all branches share it, which branches in several"
-                " processes cannot. Select or freeze it (as a head of ForkMerge, take it out of `heads`), or train the"
-                " branches in turn."
+                f"`{shared}` trains and is not selected, so all branches share it, which branches in several processes"
+                " cannot. Select or freeze it, or train the branches in turn."
             )
 
     def _broadcast(self) -> None:

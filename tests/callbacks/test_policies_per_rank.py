@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from ranks import launch
-from tiny import NetParts, batches, of, trainer, validation, values
+from tiny import NetParts, batches, differing, of, trainer, validation, values
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_merge.branches import Combine, Nova, Pairs, SoftmaxOfScores, WeightedAverage
 from lightning_merge.callbacks import DART, PAPA, WARP, WASH, Branching, BranchStrategy, DiLoCo, ForkMerge, LocalSGD
 from lightning_merge.combiners import SLERP, ModelStock
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.search import Greedy
+from lightning_merge.selections import Selection
 
 pytestmark = pytest.mark.multiprocess
 
@@ -72,10 +75,10 @@ def every_policy(root: Path) -> dict[str, Any]:
     """In each of two processes."""
     return {
         name: fit(root, name, strategy=BranchStrategy(process_group_backend="gloo"), devices=2) for name in CALLBACKS
-    } | {"refused": [refusal(root, callback) for callback in (WITH_HEAD, WARP(every_n_steps=2))]}
+    } | {"refused": [refusal(root, callback) for callback in (UNSELECTED, WARP(every_n_steps=2))]}
 
 
-WITH_HEAD = ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, heads=["net.2.*"])
+UNSELECTED = LocalSGD(2, selection=Selection(exclude=("net.2.*",)))
 
 
 def refusal(root: Path, callback: Branching) -> str:
@@ -107,7 +110,62 @@ def test_processes_do_what_branches_in_turn_do(name: str, in_processes: list[dic
 
 def test_what_processes_cannot_share_is_refused_with_what_to_do(in_processes: list[dict[str, Any]]) -> None:
     for each in in_processes:
-        head, anchors = each["refused"]
-        assert "`net.2.weight` trains and is not selected" in head
-        assert "take it out of `heads`" in head
+        unselected, anchors = each["refused"]
+        assert "`net.2.weight` trains and is not selected" in unselected
+        assert "Select or freeze it, or train the branches in turn" in unselected
         assert "WARP 'warp' keeps the anchors of all branches in one process. Use a single device" in anchors
+
+
+# ---- heads of auxiliary tasks
+
+
+class HeadParts(TasksParts):
+    """The other task has a head of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.05)
+        self.head = nn.Linear(8, 1)
+        nn.init.constant_(self.head.weight, 0.1)
+        nn.init.zeros_(self.head.bias)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        def square() -> Tensor:
+            return nn.functional.mse_loss(self.head(self.net[:2](batch[0])), batch[1].square())
+
+        return {"losses": {"fit": self.loss(batch), "square": square}}
+
+
+def fit_with_head(root: Path, ckpt_path: Path | None = None, **settings: Any) -> dict[str, Tensor]:
+    """Merges after 3, 6 and 9 steps; files after 4 and after the second merge."""
+    fork = ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "square": 1.0}}, 3, heads=["head.*"])
+    files = [ModelCheckpoint(root, f"at{n}", every_n_train_steps=n, save_top_k=-1) for n in (4, 6)]
+    run = trainer(root, [fork, *files], max_epochs=1, use_distributed_sampler=False, **settings)
+    module = of(HeadParts)()
+    # The same batch over and over: Lightning starts a plain loader again.
+    data = DataLoader([next(iter(batches(1)))] * 9, batch_size=None)
+    run.fit(module, data, validation(), ckpt_path=ckpt_path)
+    assert len(fork.history) == 3
+    return values(module)
+
+
+def heads_in_processes(root: Path) -> dict[str, Any]:
+    def fit(folder: str, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+        strategy = BranchStrategy(process_group_backend="gloo")
+        return fit_with_head(root / folder, ckpt_path, strategy=strategy, devices=2)
+
+    return {"whole": fit("whole"), "again": {n: fit(f"again{n}", root / "whole" / f"at{n}.ckpt") for n in (4, 6)}}
+
+
+def test_each_process_trains_the_heads_of_its_tasks_and_goes_on_with_them(tmp_path: Path) -> None:
+    alone = fit_with_head(tmp_path / "in turn")
+    first, second = launch(2, heads_in_processes, tmp_path)
+    for name, tensor in alone.items():
+        if not name.startswith("head"):
+            torch.testing.assert_close(first["whole"][name], tensor, rtol=0, atol=1e-6)
+        torch.testing.assert_close(second["whole"][name], tensor, rtol=0, atol=1e-6)
+    assert first["whole"]["head.bias"].item() == 0.0  # no task of the first branch has it
+    for each in (first, second):
+        for again in each["again"].values():
+            assert not differing(each["whole"], again)
+    with pytest.raises(ValueError, match=r"branches in turn share `head.weight`.*strategy=BranchStrategy\(\)"):
+        fit_with_head(tmp_path, tmp_path / "whole" / "at4.ckpt")
