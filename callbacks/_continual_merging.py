@@ -307,15 +307,9 @@ class ContinualMerging(Callback):
         others = self._other_names(module)
         samples: dict[int, Tensor] = {}
         if self._samples is not None:
-
-            def calibrate() -> Weights:
-                stored = {int(label): kept for label, kept in before.get("samples", {}).items()}
-                samples.update(stored | (self._samples.by_class if self._samples else {}))
-                layer = _head_layer(module, self._head_names)
-                found = calibrated_head(trainer, module, layer, samples)
-                return {name: found[name.rpartition(".")[2]].to(head[name]) for name in head}
-
-            head = _on_one_process(trainer, calibrate)
+            stored = {int(label): kept for label, kept in before.get("samples", {}).items()}
+            samples = stored | self._samples.by_class
+            head = _on_one_process(trainer, lambda: self._calibrated(trainer, module, head, samples))
             weights.copy_({name: live[name] for name in head}, head)
 
         def keep() -> None:
@@ -343,6 +337,13 @@ class ContinualMerging(Callback):
         self._left_off = False
         self._write_files(trainer, module)
         rank_zero_info(f"The model now holds the merged weights of {task + 1} tasks ({self.combiner}).")
+
+    def _calibrated(
+        self, trainer: Trainer, module: LightningModule, head: Weights, samples: dict[int, Tensor]
+    ) -> Weights:
+        """The head after a short training on stored samples."""
+        found = calibrated_head(trainer, module, _head_layer(module, self._head_names), samples)
+        return {name: found[name.rpartition(".")[2]].to(tensor) for name, tensor in head.items()}
 
     def _leave(self, module: LightningModule) -> None:
         """The module as it was given: no adapters, and what required gradients does."""
