@@ -12,6 +12,9 @@ from lightning_merge.weights import State, Weights, copy_, part, parts, to_devic
 
 Locality: TypeAlias = Literal["element", "tensor", "model"]
 
+_PIECE = 2**24
+"""Numbers whose tensors are merged together: enough of them for all threads."""
+
 
 class Combiner(ABC):
     """How several models are merged, as a stream of task vectors: what each adds to the base they share.
@@ -125,7 +128,7 @@ class Combiner(ABC):
         for task, vector in vectors:
             check_vector(vector, like, task)
         merged = zeros(like)
-        for where in parts(merged, self.locality):
+        for where in parts(merged, self.locality, size=_PIECE):
             target = part(merged, where)
             state = self.init(target)
             for task, vector in vectors:
