@@ -415,7 +415,9 @@ class ContinualMerging(Callback):
         """Where the stream is, its base, and the tensors that the next task starts from."""
         bank, stream, live = self._bank(), self._stream(), weights.named_tensors(module)
         done = bank.added
-        if not done and not stream.has_base:
+        # A base of a first task that was never taken in is of use only to go on with that task.
+        goes_on = self._left_off or trainer.ckpt_path is not None
+        if not done and not (stream.has_base and goes_on):
             stream.save_base(live)
         base = stream.base()
         _refuse_other_model({name: live[name] for name in self._names}, base, self._head_names)

@@ -184,6 +184,18 @@ def test_an_interrupted_task_leaves_the_bank_and_can_be_started_again(tmp_path: 
     assert module.w.item() == 4.0
 
 
+def test_a_first_task_that_failed_binds_no_later_model(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        fit(tmp_path, Net(), ContinualMerging("sum", tmp_path / "bank"), KillInEpoch(0))
+    module, cl = Walk(start=3.0), ContinualMerging(Sum(scale=1.0), tmp_path / "bank")
+    with pytest.raises(Killed):
+        fit(tmp_path, module, cl, KillInEpoch(1), epochs=2)
+    assert module.w.item() == 5.0
+    fit(tmp_path, module, cl)  # the same callback starts the task again, from the base
+    assert module.w.item() == 5.0
+    assert cl.merged_vector() == {"w": torch.tensor([2.0])}
+
+
 def test_an_average_before_it_in_the_list_gives_the_vector(tmp_path: Path) -> None:
     module, cl = Walk(), ContinualMerging(Sum(scale=1.0), tmp_path / "bank")
     fit(tmp_path, module, EMA(decay=0.5), cl)
