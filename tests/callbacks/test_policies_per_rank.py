@@ -75,7 +75,10 @@ def every_policy(root: Path) -> dict[str, Any]:
     """In each of two processes."""
     return {
         name: fit(root, name, strategy=BranchStrategy(process_group_backend="gloo"), devices=2) for name in CALLBACKS
-    } | {"refused": [refusal(root, callback) for callback in (UNSELECTED, WARP(every_n_steps=2))]}
+    } | {
+        "heads": heads_in_processes(root / "heads"),
+        "refused": [refusal(root, callback) for callback in (UNSELECTED, WARP(every_n_steps=2))],
+    }
 
 
 UNSELECTED = LocalSGD(2, selection=Selection(exclude=("net.2.*",)))
@@ -153,12 +156,15 @@ def heads_in_processes(root: Path) -> dict[str, Any]:
         strategy = BranchStrategy(process_group_backend="gloo")
         return fit_with_head(root / folder, ckpt_path, strategy=strategy, devices=2)
 
-    return {"whole": fit("whole"), "again": {n: fit(f"again{n}", root / "whole" / f"at{n}.ckpt") for n in (4, 6)}}
+    file = {n: root / "whole" / f"at{n}.ckpt" for n in (4, 6)}
+    return {"file": file[4], "whole": fit("whole"), "again": {n: fit(f"again{n}", file[n]) for n in (4, 6)}}
 
 
-def test_each_process_trains_the_heads_of_its_tasks_and_goes_on_with_them(tmp_path: Path) -> None:
+def test_each_process_trains_the_heads_of_its_tasks_and_goes_on_with_them(
+    in_processes: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    first, second = (each["heads"] for each in in_processes)
     alone = fit_with_head(tmp_path / "in turn")
-    first, second = launch(2, heads_in_processes, tmp_path)
     for name, tensor in alone.items():
         if not name.startswith("head"):
             torch.testing.assert_close(first["whole"][name], tensor, rtol=0, atol=1e-6)
@@ -168,4 +174,4 @@ def test_each_process_trains_the_heads_of_its_tasks_and_goes_on_with_them(tmp_pa
         for again in each["again"].values():
             assert not differing(each["whole"], again)
     with pytest.raises(ValueError, match=r"branches in turn share `head.weight`.*strategy=BranchStrategy\(\)"):
-        fit_with_head(tmp_path, tmp_path / "whole" / "at4.ckpt")
+        fit_with_head(tmp_path, first["file"])
