@@ -171,9 +171,12 @@ class Trajectory(Sequence[Checkpoint]):
             return taking_part[-1][0].tensor(name)
         merged = torch.empty(at.shape, dtype=at.dtype)
         if all(place.is_dense for place in self._places(name, taking_part)):
+            is_mean = len({coefficient for _, coefficient in taking_part}) == 1
             with np.errstate(all="ignore"):
-                if self._combine_dense(name, merged.view(-1), taking_part, scratch):
+                if self._combine_dense(name, merged.view(-1), taking_part, scratch, is_mean):
                     return merged
+                if is_mean and nonfinite({name: merged}):  # a sum may be too large where its mean is not
+                    self._combine_dense(name, merged.view(-1), taking_part, scratch, is_mean=False)
         else:
             total = torch.zeros(at.shape, dtype=average_dtype(merged))
             for checkpoint, coefficient in taking_part:
@@ -185,15 +188,20 @@ class Trajectory(Sequence[Checkpoint]):
 
     @staticmethod
     def _combine_dense(
-        name: str, merged: Tensor, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, _Buffer]
+        name: str,
+        merged: Tensor,
+        taking_part: list[tuple[Checkpoint, float]],
+        scratch: dict[str, _Buffer],
+        is_mean: bool,
     ) -> bool:
         """Chunk by chunk, so that what is added to stays in the cache while every file adds to it.
+
+        A mean is multiplied by the coefficient that all share at the end.
 
         Returns whether all is known to be finite; the sum that tells may itself be too large for its type.
         """
         wide = average_dtype(merged)
         target = array(merged)
-        is_mean = len({coefficient for _, coefficient in taking_part}) == 1  # multiplied by what all share at the end
         same = is_finite = wide == merged.dtype  # else it may be too large for its own type alone
         for start in range(0, merged.numel(), _CHUNK):
             size = min(_CHUNK, merged.numel() - start)

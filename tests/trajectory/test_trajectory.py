@@ -112,10 +112,11 @@ def test_infinities_that_cancel_are_an_error_and_nothing_else(tmp_path):
         Trajectory.of_files([tmp_path / "1.ckpt", tmp_path / "2.ckpt"]).combine((0.25, 0.75))
 
 
-def test_large_numbers_whose_sum_would_overflow_are_merged(tmp_path):
+@pytest.mark.parametrize("coefficients", [(0.75, 0.25), (0.5, 0.5)])
+def test_large_numbers_whose_sum_would_overflow_are_merged(tmp_path, coefficients):
     for step in (1, 2):
         torch.save({"w": torch.full((4,), 3e38)}, tmp_path / f"{step}.ckpt")
-    merged = Trajectory.of_files([tmp_path / "1.ckpt", tmp_path / "2.ckpt"]).combine((0.75, 0.25))
+    merged = Trajectory.of_files([tmp_path / "1.ckpt", tmp_path / "2.ckpt"]).combine(coefficients)
     torch.testing.assert_close(merged["w"], torch.full((4,), 3e38))
 
 
