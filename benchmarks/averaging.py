@@ -171,7 +171,7 @@ def training_steps(name: str, batch_size: int, steps: int = 6, rounds: int = 2) 
 
     from lightning_merge import weights
     from lightning_merge.callbacks import EMA
-    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.callbacks._publication._session import Publisher
     from lightning_merge.rules import ExponentialMean
 
     class Module(pl.LightningModule):

@@ -22,7 +22,7 @@ from lightning_merge.callbacks._lookaround import Lookaround
 from lightning_merge.callbacks._online_merging import OnlineMerging
 from lightning_merge.callbacks._papa import PAPA
 from lightning_merge.callbacks._post_hoc_ema import PostHocEMA
-from lightning_merge.callbacks._published import Published
+from lightning_merge.callbacks._publication._callback import Published
 from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._sma import SMA
 from lightning_merge.callbacks._swa import SWA

@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_merge import weights
 from lightning_merge._isolation import isolated
-from lightning_merge.callbacks._patches import Patches
-from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._strategies import refuse_sharding
+from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.continual import head_parameters
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights

@@ -12,15 +12,15 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge.branches import Branches, Policy
 from lightning_merge.branches._in_turn import Inactive
-from lightning_merge.callbacks import _branch_placement as placement
-from lightning_merge.callbacks._branch_progress import Progress
+from lightning_merge.callbacks._branch_run import _placement as placement
+from lightning_merge.callbacks._branch_run._divergence import Divergence
+from lightning_merge.callbacks._branch_run._progress import Progress
+from lightning_merge.callbacks._branch_run._turns import Augmentation, Turns
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
-from lightning_merge.callbacks._divergence import Divergence
-from lightning_merge.callbacks._published import Published, Validate
-from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import resolved
-from lightning_merge.callbacks._score import Score, measured, refuse_without_score
-from lightning_merge.callbacks._turns import Augmentation, Turns
+from lightning_merge.callbacks._lightning._measure import Score, measured, refuse_without_score
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._run import resolved
+from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights

@@ -12,11 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_merge import calibration, weights
-from lightning_merge.callbacks._low_rank import LowRank
-from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import recalibrate
-from lightning_merge.callbacks._stored_samples import StoredSamples, calibrated_head, reaching
-from lightning_merge.callbacks._strategies import refuse_sharding
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._run import recalibrate
+from lightning_merge.callbacks._lightning._strategies import refuse_sharding
+from lightning_merge.callbacks._task_run._low_rank import LowRank
+from lightning_merge.callbacks._task_run._stored_samples import StoredSamples, calibrated_head, reaching
 from lightning_merge.combiners import Combiner, add_vector, task_vector
 from lightning_merge.continual import PRESETS, Bank, InitFrom, Preset, StreamState, head_parameters, join_head
 from lightning_merge.selections import Selection

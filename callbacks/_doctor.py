@@ -11,8 +11,8 @@ from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
-    from lightning_merge.callbacks._published import Published
-    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.callbacks._publication._callback import Published
+    from lightning_merge.callbacks._publication._session import Publisher
 
 
 class Doctor(Callback):

@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_merge.branches import BestMix
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
-from lightning_merge.callbacks._published import Validate
-from lightning_merge.callbacks._score import Score
+from lightning_merge.callbacks._lightning._measure import Score
+from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.search import Method
 from lightning_merge.selections import Selection

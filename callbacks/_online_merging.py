@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_merge.callbacks._strategies import refuse_sharding
+from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.optim import OnDARE, OnTIES
 from lightning_merge.selections import Selection
 from lightning_merge.weights import named_parameters

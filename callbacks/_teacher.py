@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_merge.calibration import batch_norm_layers
-from lightning_merge.callbacks._published import Published
+from lightning_merge.callbacks._publication._callback import Published
 
 
 @contextmanager

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_merge import weights
-from lightning_merge.callbacks._published import Published, Validate
-from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import planned_length
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._run import planned_length
+from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.optim import Subspace
 from lightning_merge.optim._subspace import Form, Store, check_settings
 from lightning_merge.schedules import Duration, Moment

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_merge import weights
 from lightning_merge.branches import Combine
 from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks._branch_run._turns import Augmentation
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
-from lightning_merge.callbacks._published import Validate
-from lightning_merge.callbacks._turns import Augmentation
+from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.combiners import SLERP
 from lightning_merge.schedules import EveryNSteps, Moment
 from lightning_merge.selections import Selection

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from lightning_merge.branches import Shuffle
 from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks._branch_run._turns import Augmentation
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
-from lightning_merge.callbacks._published import Validate
-from lightning_merge.callbacks._turns import Augmentation
+from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection
 

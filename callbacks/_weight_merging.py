@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge._ranks import several
-from lightning_merge.callbacks._published import Published, Validate
-from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import resolved
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._run import resolved
+from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection

@@ -58,8 +58,8 @@ class Bench:
         from itertools import islice
 
         from lightning_merge.calibration import batch_norm_layers
-        from lightning_merge.callbacks._recent_batches import RecentBatches
-        from lightning_merge.callbacks._run import recalibrate
+        from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+        from lightning_merge.callbacks._lightning._run import recalibrate
         from lightning_merge.weights import canonical
 
         if not batch_norm_layers(self.model):

@@ -133,7 +133,7 @@ def test_swad_holds_at_most_eight_copies_at_defaults(tmp_path: Path) -> None:
 
 
 def test_batches_kept_for_batch_statistics_stay_under_their_limit() -> None:
-    from lightning_merge.callbacks._recent_batches import RecentBatches
+    from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 
     recent = RecentBatches(batches=4, bytes=1000)
     for size in (10, 20, 100, 100, 500):

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import Net, batches, trainer
 
 from lightning_merge.callbacks import EMA, Anchor, ContinualMerging, Lookaround, OnlineMerging
-from lightning_merge.callbacks._strategies import refuse_unsupported
+from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
 from lightning_merge.rules import ExponentialMean
 
 

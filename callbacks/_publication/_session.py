@@ -15,16 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement, gathered, settings_of
-from lightning_merge.callbacks._checkpoints import Checkpoints
-from lightning_merge.callbacks._patches import Patches
-from lightning_merge.callbacks._strategies import refuse_unsupported
-from lightning_merge.callbacks._validation import Validation
+from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
+from lightning_merge.callbacks._publication._checkpoint import Checkpoints
+from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import reshard, sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
-    from lightning_merge.callbacks._published import Published
+    from lightning_merge.callbacks._publication._callback import Published
 
 _OTHER_MERGERS = {"WeightAveraging", "StochasticWeightAveraging", "EMACallback", "EMAHook"}
 

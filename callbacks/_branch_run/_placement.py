@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule
 from lightning_merge import weights
 from lightning_merge.branches import Branches, InTurn, OnePerRank
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
-from lightning_merge.callbacks._strategies import refuse_sharding
+from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.weights import State
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge.branches import Branches
-from lightning_merge.callbacks._branch_progress import Progress
+from lightning_merge.callbacks._branch_run._progress import Progress
 from lightning_merge.weights import Weights
 
 

@@ -14,8 +14,8 @@ from lightning_merge import weights
 from lightning_merge.weights import Weights, canonical
 
 if TYPE_CHECKING:
-    from lightning_merge.callbacks._published import Published
-    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.callbacks._publication._callback import Published
+    from lightning_merge.callbacks._publication._session import Publisher
 
 _CLEARLY_DIFFERENT = 1e-3
 """Relative distance of merged and raw weights from which outputs must differ; right after the start they are closer."""

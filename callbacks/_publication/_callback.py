@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_merge import calibration, weights
 from lightning_merge._ranks import settings_of, several
-from lightning_merge.callbacks._publisher import Ending, Publisher
-from lightning_merge.callbacks._recent_batches import RecentBatches
-from lightning_merge.callbacks._run import recalibrate, restore_loader_position
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._run import recalibrate, restore_loader_position
+from lightning_merge.callbacks._publication._session import Ending, Publisher
 from lightning_merge.diagnostics import between
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import sharded_tensors

@@ -10,15 +10,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_merge import weights
 from lightning_merge._sharded_files import KEY, check_parts
 from lightning_merge._weight_sets import WeightFile, of_lightning
-from lightning_merge.callbacks._parts import for_file, pack, unpack
-from lightning_merge.callbacks._patches import Patches
-from lightning_merge.callbacks._validation import RAW
+from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._publication._passes import RAW
+from lightning_merge.callbacks._publication._sharded import for_file, pack, unpack
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
-    from lightning_merge.callbacks._published import Published
-    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.callbacks._publication._callback import Published
+    from lightning_merge.callbacks._publication._session import Publisher
 
 FORMAT = 1
 

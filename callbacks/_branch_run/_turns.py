@@ -10,9 +10,9 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_merge.branches import Branches, OnePerRank
-from lightning_merge.callbacks._branch_progress import Progress
-from lightning_merge.callbacks._patches import Patches
-from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.callbacks._branch_run._progress import Progress
+from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._branching import Branching

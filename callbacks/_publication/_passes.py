@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_merge.callbacks._canary import Canary
-from lightning_merge.callbacks._patches import Patches
+from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._publication._canary import Canary
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
-    from lightning_merge.callbacks._published import Published
-    from lightning_merge.callbacks._publisher import Publisher
+    from lightning_merge.callbacks._publication._callback import Published
+    from lightning_merge.callbacks._publication._session import Publisher
 
 RAW = "raw"
 """The name of the set of raw weights."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_merge._isolation import isolated
 from lightning_merge._ranks import several
-from lightning_merge.callbacks._patches import Patches
+from lightning_merge.callbacks._lightning._patches import Patches
 
 Score: TypeAlias = Callable[[Any, Any], tuple[float | Tensor, float | Tensor]]
 """``score(module, batch)``: the sum of what is to be high over the batch, and the count to divide it by."""

@@ -13,8 +13,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_merge._ranks import gathered
 from lightning_merge.calibration import recalibrated_statistics
-from lightning_merge.callbacks._patches import Patches
-from lightning_merge.callbacks._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.schedules import RunLength
 from lightning_merge.weights import Weights
 

@@ -1,0 +1,1 @@
+"""What is measured, saved and published: the machinery behind every average."""

@@ -1,0 +1,1 @@
+"""The machinery of a fit that takes a task into a stream."""
