@@ -179,7 +179,7 @@ class Branching(Published):
         """Whether all branches are the same, since none has trained after the last merge."""
         return self._progress.equal
 
-    def merged_weights(self) -> Weights | None:
+    def merged(self) -> Weights | None:
         """The mean of all branches; of equal ones it is any, the live one at no cost."""
         if not self.ready:
             return None
@@ -193,6 +193,7 @@ class Branching(Published):
                     self._mean = {name: raw[name].to(weights.average_dtype(raw[name])) for name in live}
                 else:
                     self._mean = self.policy.published(self._policy_state or {}, self._set, raw)
+                    self._publisher.fit_vectors_(self, self._mean)
                 self._buffers = weights.copies({name: raw[name] for name in self._shared_buffers})
                 self._calibrated_at = None
         return {**self._mean, **self._buffers}
@@ -204,15 +205,16 @@ class Branching(Published):
     @property
     def _shared_buffers(self) -> Weights:
         """The live buffers that there is one set of."""
-        if self._module is None or self.buffers == "average":
+        if self._publisher is None or self.buffers == "average":
             return {}
-        return weights.named_buffers(self._module)
+        return self._publisher.inventory.buffers
 
     @property
     def _trained_tensors(self) -> dict[str, Tensor]:
         """What is branched, and what all branches share and train: parameters that are not selected, say."""
-        assert self._module is not None
-        trainable = {name: p for name, p in weights.named_parameters(self._module).items() if p.requires_grad}
+        assert self._publisher is not None
+        parameters = self._publisher.inventory.parameters
+        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
         return {**trainable, **self.tensors}
 
     def describe(self) -> str:
@@ -250,7 +252,7 @@ class Branching(Published):
         steps_per = self.branches if self.batches == "turns" and self._strategy is None else 1
         (self._active_schedule,) = resolved(trainer, [self.schedule], steps_per)
         if self._set is not None and not self._resumed:
-            goes_on = self.ending is None or self.ending.is_live(pl_module)
+            goes_on = not publisher.is_apart
             # A process of its own has its branch in the module again.
             apart: State = {"active": 0, "weights": {}, "optimizers": {}}
             kept = self._set.save() if self._strategy is None else apart
@@ -288,13 +290,15 @@ class Branching(Published):
         if self.policy.restarts and not self._divergence.good:
             self._divergence.remember(self._trained_tensors)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look_again(self) -> None:
         """Finds parameters that were replaced or unfrozen."""
-        assert self._set is not None
-        self._set.refresh()
+        if self._set is not None:
+            self._set.refresh()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What was the mean is not any more."""
+        assert self._publisher is not None
+        self._publisher.look()
         self._mean = None
 
     def on_train_batch_end(

@@ -145,7 +145,7 @@ class TWA(Published):
         """Whether the second stage has begun."""
         return self._subspace is not None and self._subspace.begun
 
-    def merged_weights(self) -> Weights | None:
+    def merged(self) -> Weights | None:
         """The weights of the second stage; ``None`` before it."""
         if not self.ready:
             return None
@@ -180,6 +180,7 @@ class TWA(Published):
             raise ValueError(f"{self.title} replaces the steps of one optimizer other than LBFGS, got {kinds}.")
         trajectory = self._trajectory()
         self._plan(trainer, None if trajectory is None else len(trajectory))
+        self._publisher.look()
         self._capture()
         if self.selection.buffers == "recompute":
             self._keep_recent_batches()
@@ -206,10 +207,6 @@ class TWA(Published):
         super().on_train_start(trainer, pl_module)
         if self.checkpoints is not None and not self.ready:
             self._begin()
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds parameters that were replaced."""
-        self._capture()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, for BatchNorm statistics."""
@@ -251,18 +248,34 @@ class TWA(Published):
                 " steps after `start`. Lower `every`, `start`, or `stage`."
             )
 
+    @property
+    def watches_training(self) -> bool:
+        return True
+
+    def look_again(self) -> None:
+        """Refuses another set of parameters."""
+        before = dict(self._live)
+        if self._subspace is None or not before:
+            return  # not in this fit yet
+        self._capture()
+        if replaced := [name for name, parameter in self._live.items() if parameter is not before[name]]:
+            raise self._changed(replaced[0])
+
     def _capture(self) -> None:
-        assert self._module is not None
-        parameters = self.selection.parameters(self._module)
+        assert self._publisher is not None
+        inventory = self._publisher.inventory
+        parameters = self.selection.parameters(inventory)
         live: dict[str, Tensor] = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         if self._live and live.keys() != self._live.keys():
-            changed = min(live.keys() ^ self._live.keys())
-            raise ValueError(
-                f"{self.title} trains in the span of its snapshots, so the parameters that are trained must stay the"
-                f" same, but `{changed}` was frozen, unfrozen, or replaced."
-            )
+            raise self._changed(min(live.keys() ^ self._live.keys()))
         self._live = live
-        self._live_buffers = weights.named_buffers(self._module)
+        self._live_buffers = inventory.buffers
+
+    def _changed(self, name: str) -> ValueError:
+        return ValueError(
+            f"{self.title} trains in the span of its snapshots, so the parameters that are trained must stay the same,"
+            f" but `{name}` was frozen, unfrozen, or replaced."
+        )
 
     def _collect_from(self, trajectory: Trajectory) -> None:
         assert self._module is not None

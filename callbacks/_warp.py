@@ -114,10 +114,11 @@ class WARP(Branching):
             self._anchors = {}
         self._complete_anchors()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def look_again(self) -> None:
         """What was unfrozen is held from here on."""
-        super().on_train_epoch_start(trainer, pl_module)
-        self._complete_anchors()
+        super().look_again()
+        if self._set is not None and self._anchors:
+            self._complete_anchors()
 
     def wants(self, moment: Moment) -> bool:
         """After every step, for the anchor of the branch that took it."""

@@ -15,7 +15,6 @@ from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
-from lightning_merge.shards import reshard
 from lightning_merge.weights import State, Weights
 
 __all__ = ["Validate", "WeightMerging"]
@@ -103,6 +102,8 @@ class WeightMerging(Published):
         self._last_epoch = 0  # epochs completed when an epoch end was last handled
         self._captured: dict[str, Tensor] = {}  # what goes through the rule: parameters and averaged buffers
         self._captured_buffers: dict[str, Tensor] = {}
+        self._started_anew: set[str] = set()  # tensors of which it was said
+        self._copied: set[str] = set()  # tensors that are copied whatever the selection says, since no mean is right
 
     # ---- what there is
 
@@ -136,17 +137,17 @@ class WeightMerging(Published):
         """Whether there is something to publish."""
         return self._state is not None and self._active_rule.result(self._state) is not None
 
-    def merged_weights(self) -> Weights | None:
-        """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
-
-        They are the stored tensors: clone before writing. Of sharded ones it is the part that this process holds.
-        """
+    def merged(self) -> Weights | None:
         result = self._active_rule.result(self._state) if self._state else None
-        return None if result is None else {**result, **self._buffers}
+        if result is None:
+            return None
+        if gone := self._captured and result.keys() - self._captured.keys():  # a window on disk has them still
+            result = {name: tensor for name, tensor in result.items() if name not in gone}
+        return {**result, **self._buffers}
 
     @property
     def left_alone(self) -> list[str]:
-        return [] if self._module is None else self.selection.left_alone(self._module)
+        return [] if self._publisher is None else self.selection.left_alone(self._publisher.inventory)
 
     def configuration(self) -> dict[str, Any]:
         fields = ("rule", "schedule", "selection", "stop_when_finished")
@@ -161,6 +162,16 @@ class WeightMerging(Published):
     def tensors(self) -> dict[str, Tensor]:
         """The live parameters and buffers that it merges, by canonical name; of sharded ones the part that is here."""
         return {**self._live, **self._live_buffers}
+
+    @property
+    def checked(self) -> dict[str, Tensor]:
+        """All but those that held an infinity from the start, as masks and bounds do."""
+        copied = self._copied
+        return {name: t for name, t in self.tensors.items() if name not in copied} if copied else self.tensors
+
+    @property
+    def watches_training(self) -> bool:
+        return self.selection.trainable
 
     @property
     def captured(self) -> dict[str, Tensor]:
@@ -200,6 +211,8 @@ class WeightMerging(Published):
         super().on_fit_start(trainer, pl_module)
         assert self._publisher is not None
         self._active_rule, self._active_schedule = resolved(trainer, [self.rule, self.schedule])
+        self._publisher.look()
+        self._captured, self._captured_buffers = {}, {}  # of an earlier fit
         self._capture()
         if self._state is not None:
             self._go_on()
@@ -214,11 +227,9 @@ class WeightMerging(Published):
             self._last_epoch = trainer.current_epoch
         moment = Moment(self.steps, trainer.current_epoch)
         if self._state is None and self._active_schedule.started(moment):
-            self._start(weights.nonfinite(self.tensors))
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finds parameters that were replaced or unfrozen."""
-        self._capture()
+            assert self._publisher is not None
+            self._publisher.look()
+            self._start(weights.nonfinite(self.checked))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""
@@ -252,7 +263,9 @@ class WeightMerging(Published):
             self._last_epoch = completed
             moment = Moment(self.steps, completed, epoch_end=True)
             if self.wants(moment):
-                self.take_in(moment, weights.nonfinite(self.tensors))
+                assert self._publisher is not None
+                self._publisher.look()
+                self.take_in(moment, weights.nonfinite(self.checked))
             if self.steps == 0 and completed == 1:
                 rank_zero_warn(
                     f"{self.title}: optimizer {self.optimizer} applied no step in the first epoch, so nothing can be"
@@ -323,20 +336,104 @@ class WeightMerging(Published):
 
     # ---- which tensors
 
+    def look_again(self) -> None:
+        if self._captured:
+            self._capture()
+
+    def remarks(self) -> list[str]:
+        assert self._publisher is not None
+        pulled = self.selection.pulled_along(self._publisher.inventory)
+        return [f"{self.title} merges `{n}` too: it is the same tensor as `{other}`." for n, other in pulled.items()]
+
     def _capture(self) -> None:
-        """Looks the tensors up by name, and takes in parameters that have come under the selection since."""
-        assert self._module is not None
-        reshard(self._module)
-        live = {**self.selection.parameters(self._module), **self.selection.averaged_buffers(self._module)}
-        # A parameter that was averaged once stays averaged, also while it is frozen.
-        everything = weights.named_tensors(self._module)
-        live = {name: everything[name] for name in everything if name in live or name in self._captured}
-        new = {name: tensor for name, tensor in live.items() if name not in self._captured}
-        if self._state is not None and self._captured and new:
-            self._active_rule.extend(self._state, weights.local(new))
-        self._captured = live
-        self._captured_buffers = self.selection.copied_buffers(self._module)
+        """Looks up what is merged, and what was replaced, unfrozen or removed since the last time."""
+        assert self._publisher is not None
+        inventory = self._publisher.inventory
+        before = self._captured
+        chosen = self.selection.chosen(inventory) if before else self.selection.parameters(inventory)
+        names = {*chosen, *self.selection.averaged_buffers(inventory)}
+        names |= before.keys() if before else self._averaged_so_far()  # what was averaged once stays so, if frozen too
+        self._copied |= self._to_be_copied({n: t for n, t in inventory.tensors.items() if n in names - before.keys()})
+        copied = self.selection.copied_buffers(inventory).keys() | (self._copied & names)
+        self._captured_buffers = {name: t for name, t in inventory.tensors.items() if name in copied}
+        self._captured = {name: t for name, t in inventory.tensors.items() if name in names - copied}
         self.is_sharded = any(map(weights.is_sharded, self.captured.values()))
+        if before:
+            self._follow(before)
+
+    def _averaged_so_far(self) -> set[str]:
+        average = self._active_rule.result(self._state) if self._state is not None else None
+        return set() if average is None else set(average)
+
+    def _to_be_copied(self, new: dict[str, Tensor]) -> set[str]:
+        """Which tensors are taken from the model as they are at each update, since no mean of them is right.
+
+        That goes for masks and bounds, which hold an infinity before anything is trained, and for the vectors of
+        spectral normalisation, which are iterated under the merged weights.
+        """
+        assert self._publisher is not None
+        constant = weights.local({name: t for name, t in new.items() if not t.requires_grad})
+        return new.keys() & (self._buffers.keys() | self._publisher.singular_vectors | weights.nonfinite(constant))
+
+    def _follow(self, before: dict[str, Tensor]) -> None:
+        """Makes the average that of the tensors which are there now.
+
+        Raises:
+            ValueError: If a parameter has gone or has another shape.
+        """
+        live = self._captured
+        if gone := [name for name in before if name not in live]:
+            self._let_go(gone, before)
+        anew = [name for name, tensor in live.items() if name in before and self._is_another(before[name], tensor)]
+        for name in anew:
+            self._start_anew(name, before[name])
+        fresh = {name: tensor for name, tensor in live.items() if name not in before or name in anew}
+        if self._state is None:
+            return
+        if fresh:
+            self._active_rule.forget(self._state, fresh)
+            self._active_rule.extend(self._state, weights.local(fresh))
+        kept = {n: b for n, b in self._buffers.items() if n in self._live_buffers}
+        fitting = {name: buffer for name, buffer in kept.items() if buffer.shape == self._live_buffers[name].shape}
+        new = {name: tensor for name, tensor in self._live_buffers.items() if name not in fitting}
+        self._buffers = {**fitting, **weights.copies(new)}
+
+    @staticmethod
+    def _is_another(before: Tensor, now: Tensor) -> bool:
+        """Whether a tensor has to be averaged anew; a buffer of the same shape that is assigned goes on."""
+        if now is before or weights.is_sharded(now):
+            return False
+        return isinstance(now, torch.nn.Parameter) or now.shape != before.shape
+
+    def _start_anew(self, name: str, before: Tensor) -> None:
+        now = self._captured[name]
+        if isinstance(now, torch.nn.Parameter) and now.shape != before.shape:
+            raise ValueError(
+                f"{self.title} averages `{name}`, which was replaced after step {self.steps} and has shape"
+                f" {tuple(now.shape)} instead of {tuple(before.shape)}: numbers that come and go have no average. Leave"
+                f" it out: `selection=Selection(exclude=[{name!r}])`."
+            )
+        if name not in self._started_anew:
+            self._started_anew.add(name)
+            rank_zero_info(f"{self.title}: `{name}` was replaced after step {self.steps}; its average starts anew.")
+
+    def _let_go(self, gone: list[str], before: dict[str, Tensor]) -> None:
+        """Stops averaging what is not there any more, if that is a buffer or goes under another name now."""
+        assert self._publisher is not None
+        for name in gone:
+            is_known = name in self._publisher.inventory.aliases or name in self._captured_buffers
+            if isinstance(before[name], torch.nn.Parameter) and not is_known:
+                raise ValueError(
+                    f"{self.title} averages `{name}`, which the module does not have any more after step {self.steps}:"
+                    " it was removed or renamed, as pruning, parametrizations and adapters do. Make that change before"
+                    f" the fit, or leave the parameter out: `selection=Selection(exclude=[{name!r}])`."
+                )
+            if not is_known:
+                rank_zero_info(
+                    f"{self.title}: the buffer `{name}` has gone after step {self.steps}; so is its average."
+                )
+        if self._state is not None:
+            self._active_rule.forget(self._state, gone)
 
     def _go_on(self) -> None:
         """Checks that a state from before belongs to this model, and brings it to the model's devices."""
@@ -345,11 +442,16 @@ class WeightMerging(Published):
         self._state = self._active_rule.load(self._state, devices)
         self._buffers = weights.to_devices(self._buffers, devices)
         average = self._active_rule.result(self._state)
-        if average is not None and (difference := weights.first_mismatch(self._live, average)):
-            raise ValueError(
-                f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
-                " model and the selection that it was started with."
-            )
+        if average is not None:
+            if moved := [name for name in average if name in self._captured_buffers]:
+                self._active_rule.forget(self._state, moved)  # an earlier version averaged them
+                self._buffers |= weights.copies({n: self._live_buffers[n] for n in moved if n not in self._buffers})
+            kept = {name: tensor for name, tensor in average.items() if name not in moved}
+            if difference := weights.first_mismatch(self._live, kept):
+                raise ValueError(
+                    f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
+                    " model and the selection that it was started with."
+                )
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
 
@@ -388,12 +490,14 @@ class WeightMerging(Published):
         self.steps = label["steps"]
         self._resumed = True
         if self._captured and self._state is not None:  # strategies that shard restore after the fit has started
+            self._captured = {}
+            self._capture()
             self._go_on()
 
     def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:
         """See ``Published``: rules that keep an average and counts can."""
         assert self._publisher is not None
-        module = self._publisher.module
+        module = self._publisher.inventory
         live = {**self.selection.parameters(module), **self.selection.averaged_buffers(module)}
         state = self.rule.init({name: average[name] for name in live})
         if not state.keys() <= {"average", "mean", "updates", "initial_share", "compensation"}:

@@ -6,7 +6,8 @@ from typing import Literal, final
 
 from torch import Tensor, nn
 
-from lightning_merge.weights import is_averaged, named_buffers, named_parameters
+from lightning_merge.inventory import Inventory
+from lightning_merge.weights import is_averaged
 
 BufferPolicy = Literal["average", "copy", "recompute"]
 
@@ -47,38 +48,60 @@ class Selection:
             value = getattr(self, field)
             object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
 
-    def parameters(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """The selected floating-point parameters of a module, by canonical name."""
-        named = named_parameters(module)
-        chosen = {name: p for name, p in named.items() if self._selects(name, p)}
-        if not chosen:
-            some = ", ".join(list(named)[:5]) or "none"
-            raise ValueError(
-                f"{self} matches no parameter of {type(module).__name__}; its first parameters are: {some}."
-            )
+    def parameters(self, module: nn.Module | Inventory) -> dict[str, nn.Parameter]:
+        """The selected floating-point parameters of a module, by canonical name.
+
+        A tensor that has several names is selected if one of them is.
+        """
+        found = _inventory(module)
+        if not (chosen := self.chosen(found)):
+            some = ", ".join(list(found.parameters)[:5]) or "none"
+            raise ValueError(f"{self} matches no parameter of {found.title}; its first parameters are: {some}.")
         return chosen
 
-    def left_alone(self, module: nn.Module) -> list[str]:
-        """Names of parameters that would be selected if they could be averaged: packed, quantised, or integers."""
-        return [n for n, p in named_parameters(module).items() if self._names(n) and not is_averaged(p)]
+    def chosen(self, inventory: Inventory) -> dict[str, nn.Parameter]:
+        """``parameters``, which may be none."""
+        return {n: p for n, p in inventory.parameters.items() if self._selects(inventory.names_of(n), p)}
 
-    def averaged_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+    def pulled_along(self, module: nn.Module | Inventory) -> dict[str, str]:
+        """Names that are not selected of tensors that are under another name, with that name."""
+        found = _inventory(module)
+        chosen = self.chosen(found)
+        names = {name: [n for n in found.names_of(name) if self._names(n)] for name in chosen}
+        return {n: names[name][0] for name in chosen for n in found.names_of(name) if n not in names[name]}
+
+    def left_alone(self, module: nn.Module | Inventory) -> list[str]:
+        """Names of parameters that would be selected if they could be averaged: packed, quantised, or integers."""
+        found = _inventory(module)
+        integers = {name: p for name, p in found.parameters.items() if not is_averaged(p)}
+        return [name for name in integers if any(map(self._names, found.names_of(name)))]
+
+    def averaged_buffers(self, module: nn.Module | Inventory) -> dict[str, Tensor]:
         """The buffers that go through the rule."""
         if self.buffers != "average":
             return {}
-        return {name: b for name, b in named_buffers(module).items() if is_averaged(b)}
+        return {name: b for name, b in _inventory(module).buffers.items() if is_averaged(b)}
 
-    def copied_buffers(self, module: nn.Module) -> dict[str, Tensor]:
+    def copied_buffers(self, module: nn.Module | Inventory) -> dict[str, Tensor]:
         """The buffers that are copied from the model at each update."""
-        return {name: b for name, b in named_buffers(module).items() if self.buffers != "average" or not is_averaged(b)}
+        buffers = _inventory(module).buffers
+        return {name: b for name, b in buffers.items() if self.buffers != "average" or not is_averaged(b)}
 
-    def _selects(self, name: str, parameter: nn.Parameter) -> bool:
-        return is_averaged(parameter) and (parameter.requires_grad or not self.trainable) and self._names(name)
+    def _selects(self, names: list[str], parameter: nn.Parameter) -> bool:
+        return (
+            is_averaged(parameter)
+            and (parameter.requires_grad or not self.trainable)
+            and any(self._names(name) for name in names)
+        )
 
     def _names(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.include) and not any(
             fnmatchcase(name, pattern) for pattern in self.exclude
         )
+
+
+def _inventory(module: nn.Module | Inventory) -> Inventory:
+    return module if isinstance(module, Inventory) else Inventory(module)
 
 
 def lora(buffers: BufferPolicy = "copy") -> Selection:

@@ -6,12 +6,22 @@ the prefixes that ``torch.compile`` and wrappers insert are removed, so a name m
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from lightning_merge.inventory import canonical as canonical
+from lightning_merge.inventory import is_metric as is_metric
+from lightning_merge.inventory import laid_out_as, view
+from lightning_merge.inventory import named_buffers as named_buffers
+from lightning_merge.inventory import named_parameters as named_parameters
+from lightning_merge.inventory import named_tensors as named_tensors
+from lightning_merge.inventory import state_dict_names as state_dict_names
+from lightning_merge.inventory import submodules as submodules
 
 Weights: TypeAlias = dict[str, Tensor]
 """Named tensors. A rule never writes to the weights it is handed."""
@@ -24,80 +34,6 @@ State: TypeAlias = dict[str, Any]
 
 _CHUNK = 2**17
 """Numbers that are mixed at a time in host memory: as many of every set fit into a core's cache."""
-
-_WRAPPER_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def canonical(name: str) -> str:
-    """The name without the parts that wrappers insert.
-
-    Example:
-        >>> canonical("net._orig_mod.0.weight")
-        'net.0.weight'
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
-
-
-def is_metric(module: nn.Module) -> bool:
-    """Whether it is a torchmetrics metric or collection: what it holds is a measurement, not part of the model."""
-    return any(cls.__module__.startswith("torchmetrics.") for cls in type(module).__mro__)
-
-
-def submodules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every submodule with its name, shared ones under each name, without torchmetrics metrics and what they hold."""
-    if is_metric(module):
-        return
-    yield prefix, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from submodules(child, f"{prefix}.{name}" if prefix else name)
-
-
-def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters under canonical names; tied ones appear once, those inside torchmetrics metrics never."""
-    found: dict[str, nn.Parameter] = {}
-    seen: set[tuple[Any, ...]] = set()
-    for prefix, owner in submodules(module):
-        for name, parameter in owner.named_parameters(prefix, recurse=False, remove_duplicate=False):
-            key = _storage_key(parameter)
-            if key not in seen:
-                seen.add(key)
-                found[canonical(name)] = parameter
-    return found
-
-
-def named_buffers(module: nn.Module) -> Weights:
-    """Persistent buffers under canonical names; shared ones appear once, those inside torchmetrics metrics never."""
-    found: Weights = {}
-    seen: set[int] = set()
-    for prefix, owner in submodules(module):
-        for name, buffer in owner.named_buffers(prefix, recurse=False, remove_duplicate=False):
-            local = name.rpartition(".")[2]
-            if local not in owner._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                found[canonical(name)] = buffer
-    return found
-
-
-def named_tensors(module: nn.Module) -> Weights:
-    """Parameters and persistent buffers under canonical names."""
-    return {**named_parameters(module), **named_buffers(module)}
-
-
-def state_dict_names(module: nn.Module) -> dict[str, str]:
-    """The name in ``named_tensors`` of every key of ``module.state_dict()``.
-
-    Tied tensors are tracked once but saved under each of their names, so a file needs the way back.
-    """
-    by_storage = {_storage_key(t): name for name, t in named_tensors(module).items()}
-    aliases: dict[str, str] = {}
-    for prefix, owner in submodules(module):
-        tensors: Iterable[tuple[str, Tensor]] = [
-            *owner.named_parameters(prefix, recurse=False, remove_duplicate=False),
-            *owner.named_buffers(prefix, recurse=False, remove_duplicate=False),
-        ]
-        aliases |= {name: by_storage[key] for name, t in tensors if (key := _storage_key(t)) in by_storage}
-    return aliases
 
 
 def is_averaged(tensor: Tensor) -> bool:
@@ -375,13 +311,24 @@ def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weig
 
 
 @torch.no_grad()
-def exchange(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], before: Weights | None = None) -> Weights:
+def exchange(
+    parameters: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    before: Weights | None = None,
+    ties: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+) -> Weights:
     """Makes each parameter use the storage of the tensor of its name, and returns the storage it used before.
 
     No data moves: about a microsecond per tensor whatever its size. Parameter objects stay the same, so optimizers,
     DDP buckets and compiled graphs stay valid. What is written to a parameter afterwards is written to that tensor.
     FSDP has views of a sharded parameter's storage, so there values are copied, and a copy of those before is returned.
     Handing in ``before`` fills it as the exchange goes on, so a caller that is interrupted can undo what was done.
+
+    Args:
+        parameters: Live tensors by name.
+        weights: What takes their place; of the same shapes.
+        before: Is filled with what was there before.
+        ties: By name, further tensors over the same numbers: they move along, as views in their own shape.
     """
     before = {} if before is None else before
     for name, tensor in weights.items():
@@ -392,19 +339,32 @@ def exchange(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], be
             part.copy_(tensor)
         else:
             before[name] = parameter.data
-            parameter.data = tensor
+            _move(parameter, tensor, ties.get(name, ()))
     return before
 
 
 @torch.no_grad()
-def put_back(parameters: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+def put_back(
+    parameters: Mapping[str, Tensor],
+    before: Mapping[str, Tensor],
+    ties: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
+) -> None:
     """Undoes an exchange."""
     for name, tensor in before.items():
         parameter = parameters[name]
         if is_sharded(parameter):
             _part(parameter).copy_(tensor)
         else:
-            parameter.data = tensor
+            _move(parameter, tensor, ties.get(name, ()))
+
+
+def _move(parameter: Tensor, tensor: Tensor, tied: Sequence[Tensor]) -> None:
+    """Makes a parameter, and what is the same numbers, use the storage of a tensor."""
+    if tied:
+        tensor = laid_out_as(tensor, parameter)
+        for other in tied:
+            other.data = view(tensor, parameter, other)
+    parameter.data = tensor
 
 
 def mean_over_ranks_(weights: Weights) -> None:
@@ -512,10 +472,3 @@ def _is_plain(tensor: Tensor) -> bool:
 def _part(tensor: Any) -> Tensor:
     part: Tensor = tensor.to_local()  # differentiable, and fast without gradients: callers turn them off, once for all
     return part
-
-
-def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors that are the same numbers in memory; empty tensors are told apart by identity."""
-    if tensor.is_meta or tensor.numel() == 0 or type(tensor.data) is not Tensor:
-        return (id(tensor),)
-    return (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)

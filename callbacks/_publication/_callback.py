@@ -17,6 +17,7 @@ from lightning_merge.callbacks._publication._session import Ending, Publisher
 from lightning_merge.diagnostics import between
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import sharded_tensors
+from lightning_merge.spectral import iterate_
 from lightning_merge.weights import Weights
 
 Validate = Literal["merged", "raw", "both"]
@@ -29,6 +30,8 @@ class Published(Callback, ABC):
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose applied steps are counted; at least 0.
+        final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them.
+        final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on.
 
     Attributes:
         steps: Applied optimizer steps counted so far.
@@ -42,7 +45,15 @@ class Published(Callback, ABC):
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, validate: Validate, name: str, optimizer: int) -> None:
+    def __init__(
+        self,
+        validate: Validate,
+        name: str,
+        optimizer: int,
+        *,
+        final_validation: bool = True,
+        final_checkpoint: bool = True,
+    ) -> None:
         if validate not in get_args(Validate):
             raise ValueError(f"`validate` must be 'merged', 'raw' or 'both', got {validate!r}.")
         if not name or name == "raw" or "/" in name:
@@ -52,6 +63,8 @@ class Published(Callback, ABC):
         self.validate: Validate = validate
         self.name = name
         self.optimizer = optimizer
+        self.final_validation = final_validation
+        self.final_checkpoint = final_checkpoint
         self.monitor: str | None = None  # the metric of the raw weights that it decides by, if it decides by one
 
         self.steps = 0
@@ -87,18 +100,28 @@ class Published(Callback, ABC):
         """Whether there is something to publish."""
 
     @abstractmethod
+    def merged(self) -> Weights | None:
+        """The merged parameters and buffers, each once by the first of its names; ``None`` if there are none.
+
+        They are the stored tensors, in the average's precision. Of sharded ones it is the part that is here.
+        """
+
     def merged_weights(self) -> Weights | None:
         """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
 
-        They are the stored tensors: clone before writing. Of sharded ones it is the part that this process holds.
+        A tensor that has several names in the module is there under each of them, so that a plain module of the same
+        class takes them. They are the stored tensors: clone before writing. Of sharded ones it is the part that this
+        process holds.
         """
+        merged = self.merged()
+        return merged if merged is None or self._publisher is None else self._publisher.under_every_name(merged)
 
     def published_weights(self) -> Weights | None:
         """The merged weights, or what ``AcceptIfBetter`` chose in their place."""
-        merged = self.merged_weights()
-        if merged is None or self.accepted is None:
+        merged = self.merged()
+        if merged is None or self.accepted is None or self._publisher is None:
             return merged
-        raw = self.raw_weights()
+        raw = self._publisher.raw(self)
         return {**between(raw, merged, self.accepted), **self._buffers} if self.accepted else raw
 
     @property
@@ -110,6 +133,23 @@ class Published(Callback, ABC):
     def captured(self) -> dict[str, Tensor]:
         """The same as the module has them: sharded ones as they are."""
         return self.tensors
+
+    @property
+    def checked(self) -> dict[str, Tensor]:
+        """Those of ``tensors`` in which a NaN or an infinity keeps the weights from being merged."""
+        return self.tensors
+
+    @property
+    def watches_training(self) -> bool:
+        """Whether what it merges depends on which parameters require gradients."""
+        return False
+
+    def look_again(self) -> None:
+        """Called when tensors of the module were replaced, added, removed, frozen or unfrozen."""
+
+    def remarks(self) -> list[str]:
+        """Lines for the start of a fit, beside ``describe``."""
+        return []
 
     @property
     def works_on_shards(self) -> bool:
@@ -139,11 +179,12 @@ class Published(Callback, ABC):
     def raw_weights(self) -> Weights:
         """The weights that training works on, by canonical name: live during a fit, set aside after it.
 
-        Of sharded ones it is the part that this process holds.
+        A tensor that has several names in the module is there under each of them. Of sharded ones it is the part that
+        this process holds.
         """
         if self._publisher is None:
             raise RuntimeError(f"{self.title} has not been part of a fit yet, so there are no raw weights.")
-        return self._publisher.raw(self)
+        return self._publisher.under_every_name(self._publisher.raw(self))
 
     @property
     def owns_plain_names(self) -> bool:
@@ -266,16 +307,20 @@ class Published(Callback, ABC):
         """Settles what is published, and says in a line what the user should know about it."""
 
     def recalibrate(self) -> None:
-        """Measures BatchNorm statistics under the merged weights, unless those were measured already."""
-        if self._recent is None or not self._recent.batches or self._calibrated_at == list(self.version):
+        """Makes the buffers fit the merged weights, unless that was done already: BatchNorm statistics are measured,
+        singular vectors of spectral normalisation iterated."""
+        publisher = self._publisher
+        if publisher is None or self._calibrated_at == list(self.version) or self.accepted == 0:
+            return  # accepted raw weights keep the statistics that they were trained with
+        recent = self._recent if self._recent is not None and self._recent.batches else None
+        vectors = publisher.singular_vectors & self._buffers.keys()
+        if recent is None and not vectors:
             return
-        if self.accepted == 0:
-            return  # raw weights keep the statistics that they were trained with
-        assert self._publisher is not None
-        assert self._module is not None
-        merged = weights.like(self.published_weights() or {}, self.tensors)
-        with self._publisher.swapped(self, {**merged, **weights.copies(self._buffers)}):
-            fresh = recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
+        merged = weights.like({**(self.published_weights() or {}), **weights.copies(self._buffers)}, self.tensors)
+        with publisher.swapped(self, merged):
+            iterate_(publisher.module)
+            fresh = {} if recent is None else recalibrate(publisher.trainer, publisher.module, self.name, recent)
+            fresh |= weights.copies({name: publisher.inventory.buffers[name] for name in vectors})
         weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
         self._calibrated_at = list(self.version)
 
@@ -288,7 +333,7 @@ class Published(Callback, ABC):
     def in_place(self) -> Iterator[None]:
         """The merged weights in place of the live ones for the length of a block; the live ones if there are none."""
         assert self._publisher is not None
-        tensors = weights.like(self.merged_weights() or self._publisher.raw(self), self.tensors)
+        tensors = weights.like(self.merged() or self._publisher.raw(self), self.tensors)
         # Copies of the buffers: a forward pass may write to them, and they are small.
         buffers = weights.copies({name: tensors[name] for name in self.buffer_names})
         with self._publisher.swapped(self, {**tensors, **buffers}):

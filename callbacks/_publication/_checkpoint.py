@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge._sharded_files import KEY, check_parts
 from lightning_merge._weight_sets import WeightFile, of_lightning
 from lightning_merge.callbacks._lightning._patches import Patches
-from lightning_merge.callbacks._publication._passes import RAW
-from lightning_merge.callbacks._publication._sharded import for_file, pack, unpack
+from lightning_merge.callbacks._publication._arrival import Arrival, storage
+from lightning_merge.callbacks._publication._ledger import RAW
+from lightning_merge.callbacks._publication._migration import Migration
+from lightning_merge.callbacks._publication._sharded import pack, unpack
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
@@ -24,25 +27,26 @@ FORMAT = 1
 
 
 class Checkpoints:
-    """Substitutes, in every file, the weights that the file's metric was measured on.
+    """Puts, for the length of every save, the weights in place that the file's metric was measured on.
 
-    ``state_dict`` holds that set and loads into a plain module. Under ``KEY`` every file has a label; a full file also
-    has the raw weights and the states of all averages, to go on bit for bit. The strategy's state dict is the one place
-    that full and weights-only files have in common.
+    So the module makes its own file of them, under whatever names, and what other code saves at the same time holds
+    them too. ``state_dict`` is that set and loads into a plain module. Under ``KEY`` every file has a label; a full
+    file also has the raw weights and the states of all averages, to go on bit for bit.
     """
 
     def __init__(self, publisher: "Publisher") -> None:
         self._publisher = publisher
         self._writer: Any = None  # the ModelCheckpoint that is writing
         self._final: Published | None = None  # the average whose final file is being written
-        self._holds: Published | None = None  # whose weights the file being written holds; None: raw
+        self._raw: Weights = {}  # raw weights of a file that have no key in its `state_dict`
 
     def wrap(self, patches: Patches) -> None:
         """Takes hold of the save and load paths."""
-        strategy, module = self._publisher.trainer.strategy, self._publisher.module
-        patches.replace(strategy, "lightning_module_state_dict", self._state_dict)
-        patches.replace(strategy, "load_checkpoint", self._load_checkpoint)
-        patches.replace(module, "on_save_checkpoint", self._on_save_checkpoint)
+        trainer, module = self._publisher.trainer, self._publisher.module
+        patches.replace(trainer._checkpoint_connector, "dump_checkpoint", self._dump)
+        patches.replace(trainer.strategy, "lightning_module_state_dict", self._state_dict)
+        patches.replace(trainer.strategy, "load_checkpoint", self._load_checkpoint)
+        patches.replace(trainer.strategy, "load_model_state_dict", self._load_model)
         patches.replace(module, "on_load_checkpoint", self._on_load_checkpoint)
 
     def wrap_writers(self, patches: Patches) -> None:
@@ -82,39 +86,61 @@ class Checkpoints:
         return getattr(self._writer, "monitor", None)
 
     def _choose(self) -> "Published | None":
+        """Whose weights the file is to hold; ``None``: the raw ones."""
         if self._final is not None:
             return self._final
         publisher = self._publisher
+        running = publisher.validation.running
+        if self._writer is None and running is not None:
+            return running.average  # other code that saves while a set is measured means that set
         name = publisher.primary.name if self._monitor is None else publisher.validation.set_of(self._monitor)
         return next((average for average in publisher.averages if average.name == name and average.ready), None)
 
-    def _state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _dump(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         publisher = self._publisher
-        saved = original()
-        self._holds = self._choose()
-        tensors: Weights = dict(publisher.swapped_out)
-        if publisher.ending is not None:
-            tensors |= publisher.ending.raw
-        if self._holds is not None:
-            tensors |= publisher.set_of(self._holds)
-        tensors = for_file(tensors, sharded_tensors(publisher.module), saved)
-        names = weights.state_dict_names(publisher.module)
-        return {key: tensors.get(names.get(key, ""), value) for key, value in saved.items()}
+        publisher.look()
+        holds = self._choose()
+        merged = {} if holds is None else publisher.set_of(holds)
+        busy, publisher.busy = publisher.busy, True
+        try:
+            with publisher.in_place(publisher.set_aside):
+                is_full = not (args[0] if args else kwargs.get("weights_only"))
+                states = {average.name: average.save() for average in publisher.averages} if is_full else None
+            placed = {**publisher.set_aside, **merged}
+            with publisher.in_place(placed) as before:
+                checkpoint = original(*args, **kwargs)
+                arrival = Arrival.of(checkpoint["state_dict"], publisher.inventory, placed, before)
+                arrival.check("the raw weights" if holds is None else holds.title)
+                self._label(checkpoint, holds, arrival, states)
+        finally:
+            publisher.busy = busy
+        return checkpoint
 
-    def _on_save_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
-        original(checkpoint)
-        self._label(checkpoint)
+    def _state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What of it shares memory with shards is copied: those are put back by value before the file is written."""
+        saved = original()
+        shards = {storage(t) for t in weights.local(sharded_tensors(self._publisher.module)).values()}
+        if not shards:
+            return saved
+        parts = weights.local({key: t for key, t in saved.items() if isinstance(t, Tensor)})
+        return {k: t.clone() if k in parts and storage(parts[k]) in shards else t for k, t in saved.items()}
 
     def label_after_fit(self, checkpoint: dict[str, Any]) -> None:
         """Completes a full file that is saved after the fit, when its ``state_dict`` is what the module holds."""
-        ending = self._publisher.ending
-        self._holds = ending.primary if ending is not None and ending.is_live(self._publisher.module) else None
-        self._label(checkpoint)
+        publisher = self._publisher
+        ending = publisher.ending
+        holds = ending.primary if ending is not None and ending.is_live(publisher.module) else None
+        published = {} if holds is None else {**publisher.set_of(holds)}
+        arrival = Arrival.of(checkpoint["state_dict"], publisher.inventory, published, {})
+        states = {average.name: average.save() for average in publisher.averages}
+        self._label(checkpoint, holds, arrival, states if "callbacks" in checkpoint else None)
 
-    def _label(self, checkpoint: dict[str, Any]) -> None:
-        publisher, holds = self._publisher, self._holds
+    def _label(
+        self, checkpoint: dict[str, Any], holds: "Published | None", arrival: Arrival, states: dict[str, Any] | None
+    ) -> None:
+        publisher = self._publisher
         name = RAW if holds is None else holds.name
-        measured = publisher.validation.is_measured(holds)
+        measured = publisher.validation.is_measured(holds, self._monitor)
         score = publisher.trainer.callback_metrics.get(self._monitor) if measured and self._monitor else None
         section: dict[str, Any] = {
             "format": FORMAT,
@@ -124,10 +150,11 @@ class Checkpoints:
             "score": None if score is None else float(score),
             "metrics": publisher.validation.metrics_of(name) if measured else {},
             "averages": {average.name: _about(average) for average in publisher.averages},
+            **arrival.notes(),
         }
-        if "callbacks" in checkpoint:  # a full file, not a weights-only one
+        if states is not None:  # a full file, not a weights-only one
             section["raw"] = {} if holds is None else publisher.raw(holds)
-            section["states"] = {average.name: average.save() for average in publisher.averages}
+            section["states"] = states
             # An entry here makes Lightning warn who resumes without the callback. It is not written by `state_dict()`,
             # which would make Lightning refuse two averages of one name before they can say what is wrong.
             checkpoint["callbacks"] |= {average.state_key: average.label() for average in publisher.averages}
@@ -153,7 +180,11 @@ class Checkpoints:
                 f"{path} is not a complete checkpoint: {path.stat().st_size} bytes, without the index that ends one. It"
                 f" was cut off while it was written or copied; {cure}."
             )
-        checkpoint = original(checkpoint_path, *args, **kwargs)
+        busy, self._publisher.busy = self._publisher.busy, True
+        try:
+            checkpoint = original(checkpoint_path, *args, **kwargs)
+        finally:
+            self._publisher.busy = busy
         if shards_parameters and KEY in checkpoint:
             unpack(checkpoint[KEY], sharded_tensors(self._publisher.module), path)
         return checkpoint
@@ -166,6 +197,8 @@ class Checkpoints:
                 " weights. Go on from it on a single device or under DDP, and from a file of that run under"
                 f" {type(self._publisher.trainer.strategy).__name__}."
             )
+        for average in self._publisher.averages:
+            average.ending = None  # what an earlier fit set aside is of no use any more
         if section is None and (theirs := of_lightning(checkpoint)) is not None and "average" in theirs.sets:
             self._adopt(theirs, checkpoint)
         elif section is None:
@@ -176,15 +209,16 @@ class Checkpoints:
                 " it: raw weights, averages and optimizer states are in files written without `save_weights_only=True`."
             )
         else:
-            self._restore(section, checkpoint)
+            self._restore(section, checkpoint, original)
         original(checkpoint)
 
     def _adopt(self, theirs: WeightFile, checkpoint: dict[str, Any]) -> None:
         """Goes on from a file of Lightning's own callbacks: its raw weights, and its average for the primary."""
-        self._refuse_other_model(checkpoint["state_dict"])
-        names = weights.state_dict_names(self._publisher.module)
+        names = self._publisher.inventory.keys
         stored = theirs.sets["average"]
         average = {names[key]: tensor for key, tensor in stored.weights.items() if key in names}
+        if difference := weights.first_mismatch(self._publisher.inventory.tensors, average):
+            raise ValueError(f"this checkpoint is of another model: {difference}. Resume with the model that wrote it.")
         primary = self._publisher.primary
         checkpoint["state_dict"] = theirs.sets["raw"].weights
         if primary.adopt(average, stored.updates or 1, checkpoint["global_step"], checkpoint["epoch"]):
@@ -192,20 +226,21 @@ class Checkpoints:
         else:
             rank_zero_warn(f"{primary.title} starts empty: it cannot go on with the average in {theirs.kind}.")
 
-    def _restore(self, section: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    def _restore(self, section: dict[str, Any], checkpoint: dict[str, Any], hook: Callable[[Any], None]) -> None:
         """Puts the raw weights in the place of the merged ones before Lightning loads them, and the averages back."""
         if section["format"] != FORMAT:
             raise ValueError(
                 f"this checkpoint has format {section['format']} of lightning-merge, and this version reads {FORMAT}."
                 " Resume with the version that wrote it."
             )
+        inventory = self._publisher.inventory
         if "state_dict" in checkpoint:
-            self._refuse_other_model(checkpoint["state_dict"])
-            names = weights.state_dict_names(self._publisher.module)
-            raw = section["raw"]
-            checkpoint["state_dict"] = {k: raw.get(names.get(k, ""), t) for k, t in checkpoint["state_dict"].items()}
+            migration = Migration(self._publisher.module, inventory, checkpoint, section, hook)
+            section["states"] = migration.of_states(section["states"])
+            checkpoint["state_dict"] = migration.file_of(section["raw"])
+            self._raw = migration.unplaced(section["raw"])
         else:  # the strategy has loaded the merged weights into the module already
-            live = weights.local(weights.named_tensors(self._publisher.module))
+            live = weights.local(inventory.tensors)
             weights.copy_({name: live[name] for name in section["raw"]}, section["raw"])
         ours = {average.name: average for average in self._publisher.averages}
         for name, average in ours.items():
@@ -220,13 +255,24 @@ class Checkpoints:
         if dropped := [name for name in section["states"] if name not in ours]:
             rank_zero_warn(f"The checkpoint has averages that this Trainer has not, and drops: {', '.join(dropped)}.")
 
-    def _refuse_other_model(self, saved: dict[str, Any]) -> None:
-        module = self._publisher.module
-        names = weights.state_dict_names(module)
-        expected = {key: t for key, t in module.state_dict().items() if key in names}
-        found = {key: t for key, t in saved.items() if key in names or key not in module.state_dict()}
-        if module.strict_loading and (difference := weights.first_mismatch(expected, found)):
-            raise ValueError(f"this checkpoint is of another model: {difference}. Resume with the model that wrote it.")
+    def _load_model(self, original: Callable[..., None], checkpoint: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads what the module's own hooks have made of the file, and says what is missing in our words."""
+        module, raw = self._publisher.module, self._raw
+        self._raw = {}
+        try:
+            original(checkpoint, *args, **kwargs)
+        except (RuntimeError, KeyError) as error:
+            expected, found = module.state_dict(), checkpoint.get("state_dict", {})
+            tensors = ({k: t for k, t in each.items() if isinstance(t, Tensor)} for each in (expected, found))
+            if difference := weights.first_mismatch(*tensors):
+                raise ValueError(
+                    f"this checkpoint is of another model: {difference}. Resume with the model that wrote it."
+                ) from error
+            raise
+        self._publisher.inventory.refresh()
+        live = self._publisher.inventory.tensors
+        fitting = {n: t for n, t in raw.items() if n in live and live[n].shape == t.shape}
+        weights.copy_({name: live[name] for name in fitting}, fitting)
 
 
 def _about(average: "Published") -> dict[str, Any]:

@@ -1,25 +1,23 @@
 """Which weights validation measures, and which metric was measured on which weights."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._canary import Canary
+from lightning_merge.callbacks._publication._ledger import RAW, Entry, Ledger
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._publication._callback import Published
     from lightning_merge.callbacks._publication._session import Publisher
-
-RAW = "raw"
-"""The name of the set of raw weights."""
 
 _PROBE = "probe/"
 """Prefix of what is measured only to be looked at."""
@@ -49,35 +47,43 @@ class Validation:
         self._canary = Canary()
         self._current: Pass | None = None
         self._at_the_end = False  # whether what is measured now is only measured, after everything was decided
-        self._measured_on: dict[str, str] = {}  # metric key -> the set it was last measured on
+        self._ledger = Ledger()
         self._measured_at: dict[str, tuple[int, int]] = {}  # set -> its version when it was last measured
+        self._said: set[str] = set()  # sets whose metrics have been named
 
     def wrap(self, patches: Patches) -> None:
         """Installs itself."""
         patches.replace(self._loop, "run", self._validate)
 
     def announce(self) -> None:
-        """Says once per fit what is averaged and under which keys it is measured."""
+        """Says once per fit what is averaged."""
         averages = self._publisher.averages
         lines = [f"{average.title} averages {average.describe()}." for average in averages]
-        owner = "the raw weights" if self.owner is None else self.owner.title
-        lines.append(f"Validation measures {owner} under the plain metric names, as `val/acc`.")
-        prefixed = {self._prefix(average): average.title for average in averages if average.validate != "raw"}
-        if self.owner is not None and any(average.validate != "merged" for average in averages):
-            prefixed[f"{RAW}/"] = "the raw weights"
         lines += [
             f"{average.title} leaves {len(names)} quantised, packed or integer parameters alone: {_some(names)}."
             for average in averages
             if (names := average.left_alone)
         ]
-        lines += [f"It measures {title} as `{prefix}val/acc`." for prefix, title in prefixed.items() if prefix]
-        if any(average.validate != "raw" for average in averages):
-            lines.append("Until an average is ready, the raw weights are measured in its place.")
-        rank_zero_info("\n".join(lines))
+        rank_zero_info("\n".join([*lines, *(line for average in averages for line in average.remarks())]))
+
+    def _name_metrics(self, passes: list[Pass]) -> None:
+        """Says under which names a set is measured, at its first validation: by then it is known what is logged."""
+        for pass_ in passes:
+            if pass_.holds in self._said:
+                continue
+            self._said.add(pass_.holds)
+            title = "the raw weights" if pass_.average is None else pass_.average.title
+            waiting = [a.title for a in self._publisher.averages if a.validate != "raw" and not a.ready]
+            until = f", also in the place of {', '.join(waiting)} until it is ready" if waiting else ""
+            if names := self._ledger.keys_of(pass_.holds):
+                rank_zero_info(
+                    f"Validation measures {title} as {_some(names)}{until if pass_.average is None else ''}."
+                )
 
     def measure_final(self, ready: "list[Published]") -> None:
         """Measures the final sets that no validation has seen, where there is a validation loader."""
         trainer = self._publisher.trainer
+        ready = [average for average in ready if average.final_validation]
         if not ready or not trainer.enable_validation:
             return
         passes = [Pass(average, [self._prefix(average)]) for average in ready]
@@ -93,6 +99,13 @@ class Validation:
             try:
                 with self._muted():
                     self._run(pass_, self._loop.run.__wrapped__)
+            except Exception as error:
+                if several() or pass_.average is None or pass_.average.validate != "raw":
+                    raise
+                rank_zero_warn(  # the run was asked to measure raw weights, and those are trained
+                    f"{pass_.average.title}: its final weights could not be measured, since {type(error).__name__} was"
+                    f" raised: {error}. They are published unmeasured; `final_validation=False` leaves the pass out."
+                )
             finally:
                 trainer.training = True
                 trainer._logger_connector._first_loop_iter = first_loop_iter
@@ -110,7 +123,7 @@ class Validation:
         connector = trainer._logger_connector
         names = ("_progress_bar_metrics", "_callback_metrics", "_logged_metrics", "_first_loop_iter")
         kept = {name: copy(getattr(connector, name)) for name in names}
-        remembered = dict(self._measured_on), dict(self._measured_at)
+        remembered = self._ledger.copy(), dict(self._measured_at)
         loggers, callbacks, at_the_end = trainer.loggers, trainer.callbacks, self._at_the_end
         self._loop.restarting = False
         self._at_the_end = trainer.validating = True
@@ -118,32 +131,44 @@ class Validation:
         try:
             with isolate_rng():
                 self._run(Pass(average, [_PROBE]), self._loop.run.__wrapped__, tensors)
-            found = trainer.callback_metrics
+            found = connector._callback_metrics
             # The ranks must decide alike, also where a metric is not synchronised.
             return {
                 key.removeprefix(_PROBE): trainer.strategy.broadcast(float(value))
                 for key, value in found.items()
-                if key.startswith(_PROBE)
+                if key.startswith(_PROBE) and _is_number(value)
             }
         finally:
             trainer.training = True
             trainer.loggers, trainer.callbacks = loggers, callbacks
             self._at_the_end = at_the_end
-            self._measured_on, self._measured_at = remembered
+            self._ledger, self._measured_at = remembered
             for name, value in kept.items():
                 setattr(connector, name, value)
 
     def set_of(self, monitor: str) -> str:
         """Name of the set that a monitored metric is measured on: raw for what is logged while training."""
-        base = _base_key(monitor)
-        if base in self._measured_on:
-            return self._measured_on[base]
+        self._settle()
+        if (entry := self._ledger.get(monitor)) is not None:
+            if monitor in self._ledger.contested - self._said:
+                self._said.add(monitor)
+                when = "validation" if entry.validated else "training"
+                rank_zero_info(
+                    f"`{monitor}` is logged both in training and in validation. A checkpoint that monitors it holds the"
+                    f" weights of the later one: now of {when}, {entry.holds!r}. Log it under two names."
+                )
+            return entry.holds
+        # Nothing of that name has been measured yet.
         primary = self._publisher.primary
         by_prefix = {self._prefix(average): average.name for average in self._publisher.averages}
         if (prefix := f"{monitor.partition('/')[0]}/") in by_prefix:
             return by_prefix[prefix]
-        known = bool(self._measured_on) or monitor in self._publisher.trainer.callback_metrics
-        return RAW if known or self.owner is None or prefix == f"{RAW}/" else primary.name
+        return RAW if self._ledger or self.owner is None or prefix == f"{RAW}/" else primary.name
+
+    @property
+    def running(self) -> "Pass | None":
+        """The pass that is going on."""
+        return self._current
 
     @property
     def is_evaluation(self) -> bool:
@@ -154,20 +179,37 @@ class Validation:
         """Whether the validation run that is going on is the regular one of this average."""
         return self._current is not None and self._current.average is average and not self._at_the_end
 
-    def is_measured(self, average: "Published | None") -> bool:
-        """Whether a validation run has measured (or is measuring) just these weights."""
+    def is_measured(self, average: "Published | None", monitor: str | None = None) -> bool:
+        """Whether a validation run has measured (or is measuring) just these weights, and a metric with them."""
         holds = RAW if average is None else average.name
         if self._current is not None and self._current.holds == holds:
             return True
-        return self._measured_at.get(holds) == self._version(average)
+        version = self._version(average)
+        entry = None if monitor is None else self._ledger.get(monitor)
+        is_of_today = entry is None or not entry.validated or entry.version == version
+        return self._measured_at.get(holds) == version and is_of_today
 
     def metrics_of(self, holds: str) -> dict[str, float]:
         """The metrics last measured on a set, without its prefix."""
+        self._settle()
+        metrics = self._metrics
         return {
-            key.removeprefix(f"{holds}/"): float(value)
-            for key, value in self._publisher.trainer.callback_metrics.items()
-            if self._measured_on.get(_base_key(key)) == holds
+            key.removeprefix(f"{holds}/"): float(metrics[key])
+            for key in self._ledger.keys_of(holds)
+            if key in metrics and _is_number(metrics[key])
         }
+
+    @property
+    def _metrics(self) -> dict[str, Any]:
+        # What is in there, without making Lightning compute what it has not computed yet.
+        found: dict[str, Any] = self._publisher.trainer._logger_connector._callback_metrics
+        return found
+
+    def _settle(self) -> list[str]:
+        """Notes who measured what was written since the last look: the pass that is going on, or training."""
+        average = None if self._current is None else self._current.average
+        holds = RAW if average is None else average.name
+        return self._ledger.settle(self._metrics, Entry(holds, self._version(average), self._current is not None))
 
     @property
     def _loop(self) -> Any:
@@ -214,12 +256,14 @@ class Validation:
         if self._publisher.trainer.sanity_checking:
             return original()
         self._publisher.check_progress()
-        *extra, last = self._passes()
+        *extra, last = passes = self._passes()
         try:
             for pass_ in extra:
                 with self._muted():
                     self._run(pass_, original)
-            return self._run(last, original)
+            outputs = self._run(last, original)
+            self._name_metrics(passes)
+            return outputs
         finally:
             # DDP sent the first rank's buffers to all in the validation's first forward pass, and takes them for sent.
             # With merged buffers in place those were not the raw ones, which it has to send again.
@@ -233,24 +277,39 @@ class Validation:
 
         def prefixed(fx: str, name: str, *args: Any, **kwargs: Any) -> None:
             for prefix in pass_.prefixes:
-                self._measured_on[prefix + name] = pass_.holds
                 log(fx, prefix + name, *args, **kwargs)
 
+        self._settle()
+        before = dict(self._metrics)
         with ExitStack() as stack:
             if pass_.average is not None:
                 # Making the set may run the module, which the canary must not see.
                 merged = self._publisher.set_of(pass_.average) if tensors is None else tensors
                 stack.enter_context(self._canary.watch(self._publisher, pass_.average, merged))
                 stack.enter_context(self._publisher.swapped(pass_.average, merged))
-            self._current = pass_
+            outer, self._current = self._current, pass_
             results.log = prefixed
             try:
                 outputs = original()
+                self._prefix_the_rest(pass_, before)
+                self._settle()
             finally:
-                self._current = None
+                self._current = outer
                 del results.log
         self._measured_at[pass_.holds] = self._version(pass_.average)
         return outputs
+
+    def _prefix_the_rest(self, pass_: Pass, before: dict[str, Any]) -> None:
+        """Puts under a prefix what a pass with prefixes wrote to ``callback_metrics`` by hand."""
+        if not pass_.prefixes or "" in pass_.prefixes:
+            return
+        metrics = self._metrics
+        for key in self._ledger.changed(metrics):
+            if not key.startswith(tuple(pass_.prefixes)):
+                value = metrics.pop(key)
+                metrics.update({prefix + key: value for prefix in pass_.prefixes})
+                if key in before:
+                    metrics[key] = before[key]
 
     @contextmanager
     def _muted(self) -> Iterator[None]:
@@ -265,9 +324,12 @@ class Validation:
             trainer.callbacks = callbacks
 
 
-def _base_key(key: str) -> str:
-    """A metric's key as it was logged, without what Lightning appends for a loader or an epoch."""
-    return re.sub(r"(/dataloader_idx_\d+|_epoch)+$", "", key)
+def _is_number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError, RuntimeError):  # put there by hand: a string, or a tensor of several numbers
+        return False
+    return True
 
 
 def _some(names: list[str], most: int = 5) -> str:

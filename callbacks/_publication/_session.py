@@ -9,18 +9,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_merge import weights
-from lightning_merge._ranks import check_agreement, gathered, settings_of
+from lightning_merge._ranks import check_agreement, gathered, settings_of, several
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
 from lightning_merge.callbacks._publication._checkpoint import Checkpoints
 from lightning_merge.callbacks._publication._passes import Validation
+from lightning_merge.inventory import Inventory
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import reshard, sharded_tensors
+from lightning_merge.spectral import iterate_, singular_vectors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
@@ -44,8 +46,12 @@ class Ending:
         """Whether the module still holds what was published."""
         reshard(module)
         live = weights.local(weights.named_tensors(module))
-        published = weights.like({**(self.primary.published_weights() or {}), **self.buffers}, live)
-        return all(gathered(all(torch.equal(live[name], tensor) for name, tensor in published.items())))
+        published = {**(self.primary.published_weights() or {}), **self.buffers}
+        same = all(
+            name in live and live[name].shape == tensor.shape and torch.equal(live[name], tensor.to(live[name]))
+            for name, tensor in published.items()
+        )
+        return all(gathered(same))
 
 
 class Publisher:
@@ -66,14 +72,21 @@ class Publisher:
         self.averages = averages_of(trainer)
         self.ending: Ending | None = None
         self.interrupted = False
+        self.inventory = Inventory(module)
         self.swapped_out: Mapping[str, Tensor] = {}  # raw tensors while merged ones are in their place
+        self.busy = False  # whether a file is being written or read, for which torch may step optimizers
+        self._vectors: tuple[int, set[str]] | None = None
+        self._trained: tuple[bool, ...] = ()  # which parameters require gradients
         self.patches = Patches()
         self._hooks: list[Any] = []
         self._counted: list[tuple[Optimizer, Published]] = []
+        self._watches_training = False
         self.validation = Validation(self)
         self.checkpoints = Checkpoints(self)
         self.checkpoints.wrap(self.patches)
         self.patches.replace(trainer.strategy, "teardown", self._teardown)
+        self._went_on: str | None = None  # how this fit goes on from an earlier one of the same callbacks
+        self._take_raw_back()
 
     @classmethod
     def attach(cls, trainer: Any, module: LightningModule) -> "Publisher":
@@ -98,9 +111,11 @@ class Publisher:
     def begin(self, average: "Published", optimizer: Optimizer) -> None:
         """Counts the applied steps of an average's optimizer; the last average to begin also wraps the loops."""
         if not any(other is optimizer for other, _ in self._counted):
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
             self._hooks.append(optimizer.register_step_post_hook(self._after_step))
         self._counted.append((optimizer, average))
         if len(self._counted) == len(self.averages):
+            self._watches_training = any(other.watches_training for other in self.averages)
             self.check_configuration()
             self.validation.wrap(self.patches)
             self.checkpoints.wrap_writers(self.patches)
@@ -124,13 +139,36 @@ class Publisher:
             " from an earlier checkpoint with a lower learning rate or clipped gradients.",
         )
 
+    def look(self) -> None:
+        """Looks the live tensors up, and tells the averages if any was replaced, added, removed, frozen or unfrozen."""
+        if self.swapped_out:
+            return  # what is assigned anew while others are in place goes with them
+        if self._is_sharded:
+            reshard(self.module)
+        changed = self.inventory.refresh()
+        if self._watches_training:
+            trained = tuple([parameter.requires_grad for parameter in self.inventory.parameters.values()])
+            changed, self._trained = changed or trained != self._trained, trained
+        if changed:
+            for _, average in self._counted:  # those that have begun
+                average.look_again()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(average.is_sharded for average in self.averages)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._watches_training and not self.busy:
+            self.look()  # an average of what was unfrozen starts where it does
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self.busy or self.trainer._checkpoint_connector._loaded_checkpoint:
+            return
         # Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return
         wanting: list[tuple[Published, Moment]] = []
-        taken: dict[str, Tensor] = {}
         for counted, average in self._counted:
             if counted is optimizer:
                 average.steps += 1
@@ -138,9 +176,12 @@ class Publisher:
                 moment = Moment(average.steps, self.trainer.current_epoch)
                 if average.wants(moment):
                     wanting.append((average, moment))
-                    taken |= average.tensors
         if not wanting:
             return
+        self.look()
+        taken: dict[str, Tensor] = {}
+        for average, _ in wanting:
+            taken |= average.checked
         nonfinite = weights.nonfinite(taken)  # all share one look
         for average, moment in wanting:
             average.take_in(moment, nonfinite)
@@ -154,21 +195,31 @@ class Publisher:
         average.forget_statistics()
         self.validation.forget(average)
 
+    def _take_raw_back(self) -> None:
+        """Puts the raw weights of an earlier fit back in place, unless the live ones have changed since.
+
+        Before anything of this fit happens: whatever is saved, tuned or restored from here on is about raw weights.
+        """
+        endings = {id(average.ending): average.ending for average in self.averages if average.ending is not None}
+        for ending in endings.values():
+            if ending.is_live(self.module):
+                live = weights.local(self.inventory.tensors)
+                weights.copy_({name: live[name] for name in ending.raw if name in live}, ending.raw)
+                self._went_on = "the raw weights are back in place"
+            else:
+                self._went_on = "the live weights are not the published ones any more, so training starts from them"
+        for average in self.averages:
+            average.ending = None
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the weights are not those that an earlier fit of the same callbacks left."""
+        return self._went_on is not None and not self._went_on.startswith("the raw")
+
     def continue_fit(self, average: "Published") -> None:
-        """Puts the raw weights of an earlier fit back in place, unless the live ones have changed since."""
-        ending = average.ending
-        if ending is None:
-            rank_zero_info(f"{average.title} goes on with its average of {average.updates} updates.")
-            return
-        if ending.is_live(self.module):
-            live = weights.local(weights.named_tensors(self.module))
-            weights.copy_({name: live[name] for name in ending.raw}, ending.raw)
-            how = "the raw weights are back in place"
-        else:
-            how = "the live weights are not the published ones any more, so training starts from them"
-        for other in self.averages:
-            other.ending = None  # they share it, and it is dealt with
-        rank_zero_info(f"{average.title} goes on with its average of {average.updates} updates; {how}.")
+        """Says how the fit goes on from an earlier one."""
+        how = f"; {self._went_on}" if self._went_on and average is self.primary else ""
+        rank_zero_info(f"{average.title} goes on with its average of {average.updates} updates{how}.")
 
     def finish(self) -> None:
         """After the last step: measures and saves each final set, and makes the primary's the model's weights."""
@@ -181,12 +232,27 @@ class Publisher:
         self.validation.measure_final(ready)
         for average in ready:
             average.final_metrics = self.validation.metrics_of(average.name)
-            average.final_path = self.checkpoints.write_final(average)
+            average.final_path = self._write_final(average)
             if average.final_path is not None:
                 rank_zero_info(f"{average.title}: merged weights are in {average.final_path}")
         self._publish()
 
+    def _write_final(self, average: "Published") -> str | None:
+        if not average.final_checkpoint:
+            return None
+        try:
+            return self.checkpoints.write_final(average)
+        except Exception as error:
+            if several() or average.validate != "raw":
+                raise
+            rank_zero_warn(  # the run was asked for raw weights, and those are trained
+                f"{average.title}: its final weights could not be saved, since {type(error).__name__} was raised:"
+                f" {error}. `merged_weights()` has them; `final_checkpoint=False` leaves the file out."
+            )
+            return None
+
     def _publish(self) -> None:
+        self.look()
         for average in self.averages:
             if average.ready:
                 average.recalibrate()  # the last chance: after the fit there is nothing to measure on
@@ -195,7 +261,7 @@ class Publisher:
         published = weights.copies(self.set_of(self.primary))
         reshard(self.module)
         self.ending = Ending(
-            raw=weights.exchange(self.primary.captured, published),
+            raw=weights.exchange(self.inventory.tensors, published, ties=self.inventory.ties),
             primary=self.primary,
             buffers=weights.copies({name: published[name] for name in self.primary.buffer_names}),
         )
@@ -211,7 +277,7 @@ class Publisher:
         self.interrupted = True
         if self.ending is not None:
             reshard(self.module)
-            weights.put_back(self.primary.captured, self.ending.raw)
+            weights.put_back(self.inventory.tensors, self.ending.raw, self.inventory.ties)
             self.ending = None
             for average in self.averages:
                 average.ending = None
@@ -236,6 +302,30 @@ class Publisher:
         set_aside = average.ending.raw if average.ending is not None else self.swapped_out
         return {name: set_aside.get(name, tensor).detach() for name, tensor in average.tensors.items()}
 
+    def under_every_name(self, tensors: Weights) -> Weights:
+        """Tensors under each name that the module has for them."""
+        return self.inventory.under_every_name(tensors)
+
+    @property
+    def singular_vectors(self) -> set[str]:
+        """Names of the buffers that spectral normalisation iterates."""
+        if self._vectors is None or self._vectors[0] != self.inventory.version:
+            self._vectors = self.inventory.version, singular_vectors(self.module)
+        return self._vectors[1]
+
+    def fit_vectors_(self, average: "Published", tensors: Weights) -> None:
+        """Iterates the vectors of spectral normalisation among the tensors, until they fit the weights among them."""
+        if names := self.singular_vectors & tensors.keys():
+            fitted = weights.copies(weights.like(tensors, average.tensors))
+            with self.in_place(fitted):
+                iterate_(self.module)
+            weights.copy_({name: tensors[name] for name in names}, fitted)
+
+    @property
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """All raw tensors that others are in the place of."""
+        return self.swapped_out if self.ending is None else {**self.swapped_out, **self.ending.raw}
+
     def set_of(self, average: "Published") -> Weights:
         """The merged tensors of an average as they are published."""
         if not self.interrupted:
@@ -244,9 +334,10 @@ class Publisher:
 
     def publishable(self, average: "Published", tensors: Mapping[str, Tensor]) -> Weights:
         """Any tensors in the place of an average's: in the live dtype, buffers equal on all ranks."""
-        published = weights.like(tensors, average.tensors)
+        live = average.tensors
+        published = weights.like({name: t for name, t in tensors.items() if name in live}, live)
         # Buffers are handed out as copies: a DDP forward broadcasts into them, and they are small.
-        buffers = weights.copies({name: published[name] for name in average.buffer_names})
+        buffers = weights.copies({name: published[name] for name in average.buffer_names if name in published})
         if not self.interrupted:
             weights.mean_over_ranks_(buffers)
         return {**published, **buffers}
@@ -254,33 +345,40 @@ class Publisher:
     @contextmanager
     def swapped(self, average: "Published", merged: Weights | None = None) -> Iterator[None]:
         """Merged weights in place of the raw ones, for the length of a block, whatever happens in it."""
-        live = average.captured
-        merged = self.set_of(average) if merged is None else merged
+        self.look()
+        with self.in_place(self.set_of(average) if merged is None else merged):
+            yield
+
+    @contextmanager
+    def raw_in_place(self, average: "Published") -> Iterator[None]:
+        """Raw weights in place again within a block of merged ones."""
+        with self.in_place(dict(self.swapped_out)):
+            yield
+
+    @contextmanager
+    def in_place(self, tensors: Mapping[str, Tensor]) -> Iterator[Weights]:
+        """Tensors in the place of the live ones of their names for the length of a block, whatever happens in it.
+
+        Yields what was there before, which fills as the exchange goes on.
+        """
+        live, ties = self.inventory.tensors, self.inventory.ties
         before: Weights = {}
         outer = self.swapped_out
         # Of nested blocks the outermost knows the raw weights.
         self.swapped_out = ChainMap(outer, before)  # type: ignore[arg-type]
         reshard(self.module)
         try:
-            weights.exchange(live, merged, before)
-            yield
+            weights.exchange(live, tensors, before, ties)
+            yield before
         except BaseException:
             reshard(self.module, interrupted=True)
             raise
         finally:
             reshard(self.module)
-            weights.put_back(live, before)
+            if not outer:
+                self.inventory.put_objects_back()
+            weights.put_back(live, before, ties)
             self.swapped_out = outer
-
-    @contextmanager
-    def raw_in_place(self, average: "Published") -> Iterator[None]:
-        """Raw weights in place again within a block of merged ones."""
-        live = average.captured
-        merged = weights.exchange(live, {name: t for name, t in self.swapped_out.items() if name in live})
-        try:
-            yield
-        finally:
-            weights.put_back(live, merged)
 
 
 def _judges(callback: Any) -> bool:

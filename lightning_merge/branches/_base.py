@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_merge import weights
 from lightning_merge.branches import _optimizer_states as optimizer_states
 from lightning_merge.branches._buffers import mix_buffers_
+from lightning_merge.inventory import Inventory
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
 
@@ -62,8 +63,9 @@ class Branches(ABC):
         """Steps of the own branches since the last merge, counted by whoever trains them."""
         self.scorer: Callable[[Weights], float] | None = None
         """Measures weights in the place of the module's, higher is better; whoever trains the branches sets it."""
-        self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(module))
-        self._live_buffers = weights.named_buffers(module) if buffers == "average" else {}
+        self.inventory = Inventory(module)
+        self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(self.inventory))
+        self._live_buffers = self.inventory.buffers if buffers == "average" else {}
         self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self.optimizers]
 
     # ---- which
@@ -192,11 +194,12 @@ class Branches(ABC):
     # ----
 
     def _look_up(self) -> None:
-        everything = weights.named_tensors(self.module)
-        chosen = self.selection.parameters(self.module)
+        self.inventory.refresh()
+        everything = self.inventory.tensors
+        chosen = self.selection.parameters(self.inventory)
         # What was branched once stays so, also while it is frozen.
         self._live_parameters = {n: t for n, t in everything.items() if n in chosen or n in self._live_parameters}
-        self._live_buffers = weights.named_buffers(self.module) if self.buffers == "average" else {}
+        self._live_buffers = self.inventory.buffers if self.buffers == "average" else {}
 
     def _mixed(self, sets: Sequence[Mapping[str, Tensor]], matrix: Matrix) -> None:
         """Mixes sets that are all at hand, in place."""

@@ -103,9 +103,9 @@ class InTurn(Branches):
         else:
             before: Weights = {}
             try:
-                weights.exchange(live, incoming, before)
+                weights.exchange(live, incoming, before, self.inventory.ties)
             except BaseException:  # Ctrl-C between two tensors
-                weights.exchange(live, before)
+                weights.exchange(live, before, ties=self.inventory.ties)
                 raise
             self._waiting[self._active], self._waiting[branch] = before, {}
         for number, optimizer in enumerate(self.optimizers):

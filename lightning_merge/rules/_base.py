@@ -1,10 +1,11 @@
 """What a rule is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, NoReturn
 
 import torch
+from torch import Tensor
 
 from lightning_merge.schedules import RunLength
 from lightning_merge.weights import State, Weights, to_devices
@@ -87,6 +88,11 @@ class Rule(ABC):
             if isinstance(fresh, dict):
                 state[key].update(fresh)
 
+    def forget(self, state: State, names: Iterable[str]) -> None:
+        """Removes tensors of these names, which are not merged any more."""
+        state.pop("cache", None)
+        _remove(state, set(names))
+
     def save(self, state: State) -> State:
         """What a checkpoint holds of the state. Called for every checkpoint that the run may be resumed from."""
         return {key: value for key, value in state.items() if key != "cache"}
@@ -100,3 +106,11 @@ class Rule(ABC):
         """
         state: Any = to_devices({key: value for key, value in saved.items() if key != "cache"}, devices)
         return dict(state)
+
+
+def _remove(nested: Any, names: set[str]) -> None:
+    if isinstance(nested, dict):
+        for name in [name for name, value in nested.items() if name in names and isinstance(value, Tensor)]:
+            del nested[name]
+    for value in nested.values() if isinstance(nested, dict) else nested if isinstance(nested, list) else ():
+        _remove(value, names)

@@ -1,0 +1,66 @@
+"""Which weights each metric was measured on: those of the pass in which its entry changed."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+RAW = "raw"
+"""The name of the set of raw weights."""
+
+
+class Entry(NamedTuple):
+    """Where the value of a metric comes from."""
+
+    holds: str
+    """The set of weights that it was measured on."""
+    version: tuple[int, int]
+    """Of that set, when it was measured."""
+    validated: bool
+    """Whether a validation measured it, rather than a training step."""
+
+
+class Ledger:
+    """The owner of each entry of ``callback_metrics``.
+
+    No name is interpreted: whatever changed while a set was measured was measured on it, under any name, logged or put
+    there by hand. What changed at other times was measured on the weights that train.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, Any] = {}
+        self._entries: dict[str, Entry] = {}
+        self.contested: set[str] = set()
+        """Metrics that training and validation both log."""
+
+    def __bool__(self) -> bool:
+        """Whether a validation has measured anything."""
+        return any(entry.validated for entry in self._entries.values())
+
+    def changed(self, metrics: Mapping[str, Any]) -> list[str]:
+        """The entries that were written since the last look."""
+        return [key for key, value in metrics.items() if key not in self._seen or self._seen[key] is not value]
+
+    def settle(self, metrics: Mapping[str, Any], owner: Entry) -> list[str]:
+        """Gives what was written since the last look to an owner; returns the metrics' names."""
+        changed = self.changed(metrics)
+        for key in changed:
+            before = self._entries.get(key)
+            if before is not None and before.validated != owner.validated:
+                self.contested.add(key)
+            self._entries[key] = owner
+        self._seen = dict(metrics)
+        return changed
+
+    def get(self, key: str) -> Entry | None:
+        """Where a metric comes from, if it was ever written."""
+        return self._entries.get(key)
+
+    def keys_of(self, holds: str) -> list[str]:
+        """The metrics whose values were measured on a set by a validation."""
+        return [key for key, entry in self._entries.items() if entry.holds == holds and entry.validated]
+
+    def copy(self) -> "Ledger":
+        """The same, apart from what is written to either from now on."""
+        other = Ledger()
+        other._seen, other._entries = dict(self._seen), dict(self._entries)
+        other.contested = set(self.contested)
+        return other
