@@ -64,7 +64,7 @@ class AcceptIfBetter(Callback):
                 self._choose(publisher, average)
 
     def _choose(self, publisher: "Publisher", average: "Published") -> None:
-        raw, merged = average.raw_weights(), publisher.set_of(average)
+        raw, merged = publisher.raw(average), publisher.set_of(average)
         # The copied buffers of an average are not on the line, and statistics are measured where it measures them.
         copied = {name: merged[name] for name in average.buffer_names}
         scores = self.scores[average.name] = {}

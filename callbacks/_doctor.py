@@ -69,7 +69,7 @@ class Doctor(Callback):
             return publisher.validation.probe(average, publisher.publishable(average, candidate))[self.monitor]
 
         return examine(
-            {"raw": average.raw_weights(), average.name: publisher.set_of(average)},
+            {"raw": publisher.raw(average), average.name: publisher.set_of(average)},
             loss=loss,
             measure_statistics=average.statistics,
             initial_shares={average.name: average.initial_share},

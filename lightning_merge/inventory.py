@@ -134,7 +134,7 @@ class Inventory:
     def _walk(self) -> None:
         owners = list(submodules(self._module))
         tensors = [entries for _, owner in owners for entries in (owner._parameters, owner._buffers)]
-        self._entries = [(entries, key) for entries in tensors for key in entries]
+        self._entries = [(entries, key) for entries in tensors for key in entries.keys()]  # noqa: SIM118 (of scripts)
         self._dicts = [*tensors, *(owner._modules for _, owner in owners)]
         self._seen = self._now()
         self._has_lazy = any(isinstance(value, UninitializedTensorMixin) for value in self._seen)

@@ -407,6 +407,12 @@ def averages_of(trainer: Any) -> "list[Published]":
                 f" the average {other!r}. Name the metric without that prefix."
             )
     for callback in trainer.callbacks:
+        if any(cls.__name__ == "ModelPruning" for cls in type(callback).__mro__):
+            raise ValueError(
+                f"ModelPruning puts `weight_orig` and `weight_mask` in the place of `weight` in mid-fit, and"
+                f" {ours[0].title} would average what is not there any more. Prune before the fit with"
+                " `torch.nn.utils.prune`, whose parameters and masks are averaged and kept, or after it."
+            )
         if callback not in ours and _OTHER_MERGERS & {cls.__name__ for cls in type(callback).__mro__}:
             raise ValueError(
                 f"{type(callback).__name__} and {ours[0].title} both put other weights into the model, and would save"

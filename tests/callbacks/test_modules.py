@@ -27,7 +27,8 @@ def test_tied_tensors_are_averaged_once_and_saved_under_each_name(tmp_path: Path
     checkpoint = ModelCheckpoint(tmp_path)
     module = Tied()
     trainer(tmp_path, [ema, checkpoint], max_epochs=1).fit(module, steps(1))
-    assert list(ema.merged_weights()) == ["w"]
+    assert list(ema.merged_weights()) == ["w", "head.w"]
+    assert ema.merged_weights()["w"] is ema.merged_weights()["head.w"]
     assert module.w.item() == pytest.approx(0.1)  # averaged twice it would be 0.19
     assert module.head.w is module.w
     file = read(checkpoint.best_model_path)

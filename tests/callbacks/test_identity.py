@@ -1,0 +1,166 @@
+"""Which tensor, which key, which score: what every callback that publishes keeps to on modules that are not plain."""
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from golden.runs import METHODS, averages
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tiny import batches, read, trainer
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from lightning_merge import callbacks as merging
+
+
+class Awkward(pl.LightningModule):
+    """A regression whose score is the loss of its weights, and a loss per task where asked."""
+
+    def __init__(self, tasks: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        self.tasks = tasks
+        self.related: list[set[tuple[str, str]]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x).sum(1, keepdim=True)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        return {"losses": {"sum": loss, "size": 0.1 * loss}} if self.tasks else loss
+
+    def score_step(self, batch: list[Tensor]) -> tuple[Tensor, int]:
+        return -self.loss(batch), 1
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.related.append(relation(self))
+        self.log("val/loss", self.loss(batch), batch_size=len(batch[0]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class OwnStateDict(Awkward):
+    """Gives the inner network's names without their prefix."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.net.state_dict()
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.net.load_state_dict(state_dict)
+
+
+class TiedByStorage(Awkward):
+    """Two parameters over one storage, one of them transposed, and a buffer over a third."""
+
+    def __init__(self, tasks: bool = False) -> None:
+        super().__init__(tasks)
+        self.net[2].weight = nn.Parameter(self.net[0].weight.detach().t(), requires_grad=False)
+        self.register_buffer("seen", self.net[0].bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.net(x) + self.seen).sum(1, keepdim=True)
+
+
+class BufferAssignedAnew(Awkward):
+    """A statistic that is a new tensor after each step, and a mask with infinities."""
+
+    def __init__(self, tasks: bool = False) -> None:
+        super().__init__(tasks)
+        self.register_buffer("center", torch.zeros(1))
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = torch.softmax(self.mask, dim=-1)
+        return (self.net(x @ attention) - self.center).sum(1, keepdim=True)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        self.center = 0.9 * self.center + 0.1 * self.net(batch[0]).detach().mean()
+        return super().training_step(batch, batch_idx)
+
+
+class Parametrised(Awkward):
+    """Weights that are computed from others: by weight norm, and by spectral norm with its vectors in buffers."""
+
+    def __init__(self, tasks: bool = False) -> None:
+        super().__init__(tasks)
+        parametrizations.weight_norm(self.net[0])
+        parametrizations.spectral_norm(self.net[2])
+
+
+class Complex(Awkward):
+    """A parameter of complex numbers."""
+
+    def __init__(self, tasks: bool = False) -> None:
+        super().__init__(tasks)
+        self.phase = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((x * self.phase).real).sum(1, keepdim=True)
+
+
+MODULES = [OwnStateDict, TiedByStorage, BufferAssignedAnew, Parametrised, Complex]
+TRIED = {name: make for name, make in METHODS.items() if averages(make())}
+
+
+def relation(module: nn.Module) -> set[tuple[str, str]]:
+    """Pairs of names whose tensors share memory."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    spans = {
+        name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size())
+        for name, t in tensors
+        if t.is_contiguous() or t.t().is_contiguous()
+    }
+    return {
+        (a, b)
+        for a, b in combinations(sorted(spans), 2)
+        if max(spans[a][0], spans[b][0]) < min(spans[a][1], spans[b][1])
+    }
+
+
+def fitted(kind: type[Awkward], method: str, root: Path) -> tuple[Awkward, ModelCheckpoint]:
+    """A run's module and its file of the best score."""
+    module, best = kind(tasks=method == "forkmerge"), ModelCheckpoint(root, monitor="val/loss", save_top_k=1)
+    run = trainer(root, [*METHODS[method](), best], max_epochs=3, limit_train_batches=3)
+    run.fit(module, batches(3), batches(2, size=8, seed=2))
+    return module, best
+
+
+def test_every_callback_that_publishes_is_tried() -> None:
+    tried = {type(average).__name__ for make in TRIED.values() for average in averages(make())}
+    published = {
+        name
+        for name in merging.__all__
+        if isinstance(kind := getattr(merging, name), type) and issubclass(kind, merging.Published)
+    }
+    assert published - tried == {"Published"}
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("method", TRIED)
+def test_a_file_scores_what_was_recorded_under_the_modules_own_keys_and_ties_stay(
+    kind: type[Awkward], method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    untouched = kind()
+    module, best = fitted(kind, method, tmp_path)
+
+    assert relation(module) == relation(untouched)
+    assert all(related == relation(untouched) for related in module.related)
+    file = read(best.best_model_path)
+    assert file["state_dict"].keys() == untouched.state_dict().keys()
+    assert "left_out" not in file["lightning_merge"]
+
+    plain = kind()
+    plain.load_state_dict(file["state_dict"])
+    plain.eval()
+    with torch.no_grad():
+        found = torch.stack([plain.loss(batch) for batch in batches(2, size=8, seed=2)]).mean().item()
+    assert found == pytest.approx(float(best.best_model_score), rel=1e-5)
