@@ -6,6 +6,7 @@ from typing import ClassVar, final
 
 from lightning_merge._choice import is_eligible
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
 from lightning_merge.weights import State, Weights, clone, lerp_
 
 
@@ -51,7 +52,9 @@ class SelectedMean(Rule):
     def update(self, state: State, weights: Weights) -> None:
         state["concluded"] = False
         state["updates"] += 1
-        lerp_(state["mean"], weights, 1 / (state["updates"] + 1))
+        share = 1 / (state["updates"] + 1)
+        watch_resolution(self, state["updates"], state["mean"], weights, share, LESS_OFTEN)
+        lerp_(state["mean"], weights, share)
 
     def select(self, state: State, score: float) -> None:
         """Takes in the score of the mean as it is, higher is better.
