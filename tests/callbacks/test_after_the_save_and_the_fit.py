@@ -1,6 +1,7 @@
 """What is written after the save call, what a requeued job goes on from, and what runs right after a fit."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -82,6 +83,28 @@ def test_a_run_goes_on_bit_for_bit_from_a_file_that_was_written_later(tmp_path: 
     again = run(tmp_path / "again", 3, tmp_path / "whole" / "epoch=0.ckpt")
     assert differing(whole.merged_weights(), again.merged_weights()) == []
     assert differing(whole.raw_weights(), again.raw_weights()) == []
+
+
+class Keeps(TorchCheckpointIO):
+    """Keeps what it is handed, beside a copy of that moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.handed: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.handed.append((checkpoint, deepcopy(checkpoint)))
+
+
+@every_average
+def test_merged_weights_that_a_writer_keeps_are_its_own(make: Any, tmp_path: Path) -> None:
+    writer = Keeps()
+    saved = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit = trainer(tmp_path, [make(), saved], max_epochs=3, plugins=[writer])
+    fit.fit(Net(norm=True), batches(), validation())
+    assert len(writer.handed) >= 3
+    for now, then in writer.handed:
+        assert differing(now["state_dict"], then["state_dict"]) == []
 
 
 # ---- a job that is requeued
