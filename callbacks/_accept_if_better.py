@@ -1,11 +1,14 @@
 """Publishing what measures best: the merged weights, the raw ones, or a point between."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_merge import weights
+from lightning_merge._choice import Mode, best, mode_by_name, mode_of
+from lightning_merge._ranks import gathered
 from lightning_merge.diagnostics import between
 from lightning_merge.weights import Weights
 
@@ -21,9 +24,13 @@ class AcceptIfBetter(Callback):
     in its final metrics. The average itself stays as it is, to go on with. Each share costs one validation run; they
     leave nothing in logs. The score is that of the data it was chosen on, so it flatters a little: test on other data.
 
+    A NaN never wins, nor an infinity that is bad. Weights that hold one where the merged ones do not, as those of a run
+    that diverged, are not measured: their score is a NaN. If no score can be chosen the merged weights are published.
+
     Args:
         monitor: A metric that validation logs, under its plain name.
-        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is. It can be left out where the last word of the name
+            says it, as ``val/loss`` or ``val/acc``.
         shares: Shares in [0, 1] that are tried, beside 1; 0 are the raw weights. Of equal scores the largest wins.
 
     Attributes:
@@ -31,7 +38,7 @@ class AcceptIfBetter(Callback):
 
     Raises:
         ValueError: If an argument is out of its range, at fit start if there is no validation or no average, or at the
-            first validation if it does not log the metric.
+            first validation if it does not log the metric, or if ``mode`` is needed.
 
     Example:
         >>> AcceptIfBetter("val/loss").shares
@@ -39,13 +46,13 @@ class AcceptIfBetter(Callback):
     """
 
     def __init__(
-        self, monitor: str, mode: Literal["min", "max"] = "min", shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
+        self, monitor: str, mode: Mode | None = None, shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
     ) -> None:
         refuse_other_mode(mode)
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise ValueError(f"`shares` must be numbers in [0, 1], at least one, got {shares!r}.")
         self.monitor = monitor
-        self.mode = mode
+        self.mode = mode_by_name(monitor) if mode is None else mode
         self.shares = (*sorted({float(share) for share in shares} - {1.0}), 1.0)
         self.scores: dict[str, dict[float, float]] = {}
 
@@ -54,8 +61,11 @@ class AcceptIfBetter(Callback):
         refuse_without_validation(type(self).__name__, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses a metric that is not logged as soon as that is known."""
+        """Refuses a metric that is not logged as soon as that is known, and then one that needs a mode."""
+        # In this order: a slip in the name is the likelier mistake, and the metrics that there are help with it.
         refuse_unlogged(type(self).__name__, self.monitor, trainer)
+        if not trainer.sanity_checking:
+            mode_of(type(self).__name__, self.monitor, self.mode)
 
     def consider(self, publisher: "Publisher") -> None:
         """Measures the shares and chooses. Called before anything final is measured or saved."""
@@ -64,24 +74,45 @@ class AcceptIfBetter(Callback):
                 self._choose(publisher, average)
 
     def _choose(self, publisher: "Publisher", average: "Published") -> None:
+        mode = mode_of(type(self).__name__, self.monitor, self.mode)
         raw, merged = publisher.raw(average), publisher.set_of(average)
         # The copied buffers of an average are not on the line, and statistics are measured where it measures them.
         copied = {name: merged[name] for name in average.buffer_names}
         scores = self.scores[average.name] = {}
         for share in self.shares:
             point: Weights = {**between(raw, merged, share), **copied} if 0 < share < 1 else merged if share else raw
-            if 0 < share < 1:
-                point |= average.statistics(publisher.publishable(average, point))
-            fitted = publisher.publishable(average, point)
-            scores[share] = publisher.validation.probe(average, fitted)[self.monitor]
-        sign = 1 if self.mode == "min" else -1
-        best = min(scores, key=lambda share: (sign * scores[share], -share))
-        publisher.accept(average, best)
+            scores[share] = self._score(publisher, average, point, merged, between=0 < share < 1)
+        ties = best(scores, mode)
+        chosen = max(ties, default=1.0)
+        publisher.accept(average, chosen)
         said = (
-            "the merged weights" if best == 1 else "the raw weights" if best == 0 else f"{best:.0%} of the way to them"
+            "the merged weights"
+            if chosen == 1
+            else "the raw weights"
+            if chosen == 0
+            else f"{chosen:.0%} of the way to them"
         )
+        if not ties:
+            said += ", since no score can be chosen"
+        elif len(ties) > 1:
+            said += f", the largest of the equal shares {', '.join(f'{share:.0%}' for share in ties)}"
         listed = ", ".join(f"{share:.0%} {score:.6g}" for share, score in scores.items())
-        rank_zero_info(f"{average.title}: {self.monitor} from raw (0%) to merged (100%) is {listed}: publishes {said}.")
+        order = "lowest" if mode == "min" else "highest"
+        rank_zero_info(
+            f"{average.title}: {self.monitor} from raw (0%) to merged (100%), {order} is best, is {listed}:"
+            f" publishes {said}."
+        )
+
+    def _score(
+        self, publisher: "Publisher", average: "Published", point: Weights, merged: Weights, between: bool
+    ) -> float:
+        """The score of weights in the place of an average; a NaN for those that hold one, whatever they would score."""
+        broken = weights.nonfinite(point) - weights.nonfinite(merged)
+        if any(gathered(bool(broken))):
+            return float("nan")
+        if between:
+            point = point | average.statistics(publisher.publishable(average, point))
+        return publisher.validation.probe(average, publisher.publishable(average, point))[self.monitor]
 
 
 def refuse_without_validation(owner: str, trainer: Any) -> None:
@@ -92,9 +123,9 @@ def refuse_without_validation(owner: str, trainer: Any) -> None:
         raise ValueError(f"{owner} measures by validation: give the Trainer a validation loader, or leave it out.")
 
 
-def refuse_other_mode(mode: str) -> None:
-    """For callbacks that choose by a metric."""
-    if mode not in ("min", "max"):
+def refuse_other_mode(mode: str | None) -> None:
+    """For callbacks that choose by a metric; ``None`` is left to its name."""
+    if mode not in ("min", "max", None):
         raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
 
 

@@ -1,10 +1,9 @@
 """ASWA: adaptive stochastic weight averaging, a mean that validation guards."""
 
-from typing import Literal
-
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge import weights
+from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import GatedMean
@@ -22,7 +21,8 @@ class ASWA(WeightMerging):
 
     Args:
         monitor: The metric that decides, under its plain name.
-        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is. It can be left out where the last word of the name
+            says it, as ``val/loss`` or ``val/acc``.
         start_epoch: Completed epochs at which the first weights are taken in: an int of at least 0, or a float in
             [0, 1) as a share of the run.
         every_n_epochs: Epochs between offers; at least 1.
@@ -48,7 +48,7 @@ class ASWA(WeightMerging):
     def __init__(
         self,
         monitor: str,
-        mode: Literal["min", "max"] = "min",
+        mode: Mode | None = None,
         start_epoch: int | float = 0.5,
         every_n_epochs: int = 1,
         hard: bool = False,
@@ -68,7 +68,7 @@ class ASWA(WeightMerging):
             optimizer=optimizer,
         )
         self.decides_by = monitor
-        self.mode = mode
+        self.mode = mode_of(type(self).__name__, monitor, mode)
 
     @property
     def score(self) -> float | None:
@@ -95,5 +95,4 @@ class ASWA(WeightMerging):
         assert self._publisher is not None
         fitted = weights.like({**candidate, **weights.copies(self._live_buffers)}, self.tensors)
         fitted |= weights.like(self.statistics(fitted), self.tensors)
-        score = logged(self.title, self.decides_by, self._publisher.validation.probe(self, fitted))
-        return score if self.mode == "max" else -score
+        return standing(logged(self.title, self.decides_by, self._publisher.validation.probe(self, fitted)), self.mode)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_merge._choice import refuse_higher_is_better
 from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
 from lightning_merge.diagnostics import Examination, examine
 from lightning_merge.shards import sharded_tensors
@@ -29,8 +30,8 @@ class Doctor(Callback):
         examinations: Of every average by name.
 
     Raises:
-        ValueError: If ``points`` is less than 1, at fit start if there is no validation or no average, or at the first
-            validation if it does not log the loss.
+        ValueError: If ``points`` is less than 1 or ``monitor`` is no loss by its name, at fit start if there is no
+            validation or no average, or at the first validation if it does not log the loss.
 
     Example:
         >>> Doctor(points=1).monitor
@@ -40,6 +41,7 @@ class Doctor(Callback):
     def __init__(self, monitor: str = "val/loss", points: int = 3) -> None:
         if points < 1:
             raise ValueError(f"`points` must be at least 1, got {points}.")
+        refuse_higher_is_better(type(self).__name__, monitor)
         self.monitor = monitor
         self.points = points
         self.examinations: dict[str, Examination] = {}

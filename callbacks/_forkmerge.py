@@ -54,7 +54,7 @@ class ForkMerge(Branching):
 
     Attributes:
         history: One entry per merge: ``shares`` by name of the branch, ``previous`` (whether the last merge was kept,
-            so that all shares are 0), ``score``, ``evaluations``, ``rejected``.
+            so that all shares are 0), ``score``, ``evaluations``, ``rejected``, ``ties``.
 
     Raises:
         ValueError: If an argument is out of range, or the module returns no such losses.

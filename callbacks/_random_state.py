@@ -1,20 +1,26 @@
 """Random number generators saved with the run, so that resuming draws the same numbers."""
 
 import random
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from lightning_merge.callbacks._lightning._patches import Patches
 
 
 class RandomState(Callback):
     """Saves the random state of torch (CPU and CUDA), numpy and Python in every full checkpoint, and restores it.
 
-    Lightning saves none, so a resumed run draws other numbers for dropout and augmentation. Together with a loader that
-    remembers its position (``torchdata``'s ``StatefulDataLoader``, ``num_workers=0``) a run resumed in the middle of an
-    epoch equals the uninterrupted one bit for bit. For one process: each rank has its own state and a file is written
-    by one of them.
+    Lightning saves none, so a resumed run draws other numbers for dropout, augmentation and the order of samples. From
+    a file of an epoch's end a run equals the uninterrupted one bit for bit, with any number of workers that begin anew
+    in each epoch (no ``persistent_workers``). So it does from the middle of an epoch with a loader that remembers its
+    position (``torchdata``'s ``StatefulDataLoader``, ``num_workers=0``). For one process: each rank has its own state
+    and a file is written by one of them.
 
     Raises:
         ValueError: At fit start if there is more than one process.
@@ -22,11 +28,26 @@ class RandomState(Callback):
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+        self._patches = Patches()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses several processes."""
-        if stage == "fit" and trainer.world_size > 1:
+        """Refuses several processes, and takes its place where the first epoch of a resumed fit begins."""
+        if stage != "fit":
+            return
+        if trainer.world_size > 1:
             raise ValueError(f"RandomState works for one process, got `world_size` {trainer.world_size}.")
+        self._loaded = None  # of a file that was only validated or tested
+        self._patches.undo()
+        self._patches.replace(trainer.fit_loop, "on_advance_start", partial(self._begin, trainer))
+        self._patches.replace(trainer.fit_loop.epoch_loop, "on_run_start", partial(self._begin_batches, trainer))
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leaves the loops as they were."""
+        self._patches.undo()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leaves the loops as they were."""
+        self._patches.undo()
 
     def state_dict(self) -> dict[str, Any]:
         """The current states, as tensors and numbers."""
@@ -45,14 +66,58 @@ class RandomState(Callback):
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores what was loaded."""
-        if self._loaded is None:
-            return
-        torch.set_rng_state(self._loaded["torch"])
-        if self._loaded["cuda"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(self._loaded["cuda"])
-        numpy = self._loaded["numpy"]
-        np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
-        version, internal, gauss = self._loaded["python"]
-        random.setstate((version, tuple(internal), gauss))
-        self._loaded = None
+        """Restores what was loaded, for hooks that draw numbers here."""
+        if self._loaded is not None:
+            _restore(self._loaded)
+
+    def _begin(self, trainer: Any, original: Callable[[], None]) -> None:
+        """An epoch begins. The first time, restores what was loaded: what came before has drawn numbers of its own."""
+        if self._loaded is not None:
+            _restore(self._loaded)
+            _count_reloads(trainer)
+        original()
+
+    def _begin_batches(self, trainer: Any, original: Callable[[Any], None], fetcher: Any) -> None:
+        """The batches of an epoch begin. The first time, makes the iterator of a new epoch anew.
+
+        Lightning made it before there was anything to restore, so its order of samples is another one.
+        """
+        before = fetcher.iterator
+        original(fetcher)
+        resumes, self._loaded = self._loaded is not None, None
+        loop = trainer.fit_loop
+        is_new_epoch = loop.epoch_loop.batch_progress.current.ready == 0 and loop.epoch_progress.current.processed > 0
+        if resumes and is_new_epoch and fetcher.iterator is before:
+            _restore_samplers(loop)
+            iter(fetcher)
+
+
+def _count_reloads(trainer: Any) -> None:
+    """Loaders that are reloaded every n epochs are so in the same ones as without the interruption."""
+    loop, n = trainer.fit_loop, trainer.reload_dataloaders_every_n_epochs
+    if n:
+        is_under_way = loop.restarted_mid_epoch or loop.restarted_on_epoch_end
+        begun = max(0, loop.epoch_progress.current.processed - (not is_under_way))
+        loop._last_train_dl_reload_epoch = begun // n * n
+
+
+def _restore_samplers(loop: Any) -> None:
+    """Loaders that remember their position take in where they were at the end of the epoch before.
+
+    Lightning gives it to them in the middle of an epoch only, but their samplers draw from random states of their own.
+    """
+    if loop._combined_loader_states_to_load:
+        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+        loop._combined_loader_states_to_load = []
+        with isolate_rng():
+            iter(loop._combined_loader)  # the one that was at its end; the next begins after it
+
+
+def _restore(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    numpy = states["numpy"]
+    np.random.set_state({**numpy, "state": {**numpy["state"], "key": np.array(numpy["state"]["key"], np.uint32)}})
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))

@@ -1,9 +1,8 @@
 """SMA: the mean of every step from an early one on, and of those means the best."""
 
-from typing import Literal
-
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import SelectedMean
@@ -18,7 +17,8 @@ class SMA(WeightMerging):
 
     Args:
         monitor: The metric of the mean that chooses, without a prefix.
-        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is. It can be left out where the last word of the name
+            says it, as ``val/loss`` or ``val/acc``.
         start_step: Applied step whose weights are the first of the mean: at least 0, or a share of the run in [0, 1).
         validate: ``"merged"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
@@ -42,7 +42,7 @@ class SMA(WeightMerging):
     def __init__(
         self,
         monitor: str,
-        mode: Literal["min", "max"] = "min",
+        mode: Mode | None = None,
         start_step: int | float = 99,
         validate: Validate = "merged",
         name: str = "sma",
@@ -64,7 +64,7 @@ class SMA(WeightMerging):
             optimizer=optimizer,
         )
         self.decides_by = monitor
-        self.mode = mode
+        self.mode = mode_of(type(self).__name__, monitor, mode)
 
     @property
     def version(self) -> tuple[int, int]:
@@ -85,4 +85,4 @@ class SMA(WeightMerging):
         score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
         assert self._state is not None
         assert isinstance(self._active_rule, SelectedMean)
-        self._active_rule.select(self._state, score if self.mode == "max" else -score)
+        self._active_rule.select(self._state, standing(score, self.mode))

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._choice import refuse_higher_is_better
 from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
@@ -87,6 +88,8 @@ class WeightMerging(Published):
             raise ValueError(
                 f"`monitor` must be given if the rule decides on a score: {rule!r} {need}, got {monitor!r}."
             )
+        if monitor is not None:
+            refuse_higher_is_better(self.title, monitor)
         self.rule = rule
         self.schedule = schedule
         self.selection = selection

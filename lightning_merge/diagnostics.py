@@ -144,6 +144,8 @@ def mean(candidates: Sequence[Mapping[str, Tensor]]) -> Weights:
 def barrier(losses: Mapping[float, float]) -> float:
     """The most that a loss on a line exceeds the straight line between its ends; negative if it lies below all along.
 
+    A loss that is a NaN exceeds everything: so is what comes back.
+
     Args:
         losses: The loss at each share of the way, 0 and 1 included, and at least one between.
 
@@ -160,7 +162,12 @@ def barrier(losses: Mapping[float, float]) -> float:
     if not {0.0, 1.0} < losses.keys():
         raise ValueError(f"`losses` must hold the shares 0, 1 and one between, got {sorted(losses)}.")
     rises = [loss - (1 - t) * losses[0.0] - t * losses[1.0] for t, loss in losses.items() if 0.0 < t < 1.0]
-    return max(rises)
+    return _worst(rises)
+
+
+def _worst(losses: Sequence[float]) -> float:
+    """The highest; a NaN is higher than any."""
+    return max(losses, key=lambda loss: (math.isnan(loss), loss))
 
 
 # ---- statistics of BatchNorm layers
@@ -428,7 +435,7 @@ def _line(
     one, other = max(combinations(candidates, 2), key=lambda pair: distance(candidates[pair[0]], candidates[pair[1]]))
     shares = [step / (points + 1) for step in range(points + 2)]
     line = {share: fitted(between(candidates[one], candidates[other], share)) for share in shares}
-    worse = max(line[0.0], line[1.0])
+    worse = _worst([line[0.0], line[1.0]])
     # A loss that is not a number is higher than any.
     highest = max((share for share in shares if 0 < share < 1), key=lambda x: (math.isnan(line[x]), line[x]))
     how = ", statistics measured" if measure is not None and measure(dict(candidates[one])) else ""
@@ -437,7 +444,7 @@ def _line(
     where = f"{highest:.0%} of the way from {one} to {other}"
     if len(candidates) > 2:
         measures["loss of the mean"] = fitted(mean(list(candidates.values())))
-        if measures["loss of the mean"] > rise:
+        if not measures["loss of the mean"] <= rise and not math.isnan(rise):
             rise, where = measures["loss of the mean"], "the mean of all"
     if rise <= (1 + _BARRIER) * worse and math.isfinite(rise):
         return line, []

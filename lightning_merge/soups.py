@@ -81,6 +81,8 @@ def cocktail_weights(losses: Sequence[float], temperature: float = 5.0) -> list[
 def pareto_front(scores: Sequence[Sequence[float]]) -> list[int]:
     """Places of the points that no other point beats: none is at least as good in all scores and better in one.
 
+    A point with a NaN among its scores is never one of them.
+
     Args:
         scores: For each point its scores, higher is better; equally many for each.
 
@@ -91,7 +93,8 @@ def pareto_front(scores: Sequence[Sequence[float]]) -> list[int]:
     return [
         i
         for i, mine in enumerate(scores)
-        if not any(
+        if not any(map(math.isnan, mine))
+        and not any(
             all(a >= b for a, b in zip(other, mine, strict=True)) and tuple(other) != tuple(mine) for other in scores
         )
     ]

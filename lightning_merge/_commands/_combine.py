@@ -45,7 +45,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--config", type=Path, help="config.yaml of a run or a recipe: model and data to score with")
     parser.add_argument("--monitor", default="val/loss", help="the score: a metric that validation logs")
-    parser.add_argument("--mode", choices=("min", "max"), default="min", help="whether lower or higher is better")
+    parser.add_argument(
+        "--mode",
+        choices=("min", "max"),
+        help="whether lower or higher is better, if the name of the metric does not say it",
+    )
     parser.add_argument("--budget", type=int, default=100, help="most evaluations of a search (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of a search")
     parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")
@@ -88,6 +92,7 @@ def combine(options: argparse.Namespace) -> str:
         "score": None if found is None else found.score,
         "monitor": None if found is None else options.monitor,
         "evaluations": None if found is None else len(found.history),
+        "ties": None if found is None else found.ties,
         "base": None if options.rule != "model-stock" else os.fspath(options.base),
         "statistics": "measured" if bench is not None else "averaged",
     }
@@ -107,6 +112,10 @@ def _check(options: argparse.Namespace) -> None:
             f"`--rule {options.rule}` looks for the best score: name model and data with `--config` (config.yaml of a"
             " run, or a recipe's file), and the score with `--monitor` and `--mode`."
         )
+    if options.rule in _SEARCHES:
+        from lightning_merge._choice import mode_of
+
+        options.mode = mode_of("a search", options.monitor, options.mode)
     if options.rule == "model-stock" and options.base is None:
         raise ValueError("`--rule model-stock` needs `--base`, the checkpoint that all were fine-tuned from.")
     if options.rule == "learned" and options.mode == "max":
@@ -232,9 +241,10 @@ def _report(
         for checkpoint, coefficient in zip(trajectory, provenance["coefficients"], strict=True):
             lines.append(f"  {checkpoint.path!s:{width}}  {coefficient:8.4f}")
     if provenance["score"] is not None:
+        tied = f", {ties} others the same: the last is taken" if (ties := provenance["ties"]) else ""
         lines.append(
-            f"  {options.monitor} = {provenance['score']:.6g} after {provenance['evaluations']} evaluations; the data"
-            " it was chosen on flatter it, so test on other data"
+            f"  {options.monitor} = {provenance['score']:.6g} after {provenance['evaluations']} evaluations{tied}; the"
+            " data it was chosen on flatter it, so test on other data"
         )
     lines += [f"  left out, of the same step as another file: {path}" for path in trajectory.dropped]
     if options.config is None and any(name.endswith("running_mean") for name in merged):

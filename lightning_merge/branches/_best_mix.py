@@ -24,7 +24,8 @@ class BestMix(Policy):
     tried last, so to new weights. ``BestMix(Greedy(), previous=False)`` is the greedy soup of the branches.
 
     The state's ``history`` has an entry per merge: ``shares``, one per branch, all 0 if the ``previous`` merge was
-    kept; the ``score``; the number of ``evaluations`` and how many of them were ``rejected``, as NaN or infinite.
+    kept; the ``score``; the number of ``evaluations``, how many of them were ``rejected``, as a NaN or infinitely bad,
+    and how many before the one that was taken scored the same (``ties``).
 
     Args:
         method: How shares are searched. ``None``: along the whole line in steps of a tenth for two branches, greedily
@@ -34,7 +35,7 @@ class BestMix(Policy):
         seed: Of methods that draw random numbers.
 
     Raises:
-        ValueError: If ``budget`` is less than 1, or at a merge if no candidate has a finite score.
+        ValueError: If ``budget`` is less than 1, or at a merge if every candidate was rejected.
 
     Example:
         >>> import torch
@@ -99,6 +100,7 @@ class BestMix(Policy):
                 "score": found.score,
                 "evaluations": len(found.history),
                 "rejected": rejected,
+                "ties": found.ties,
             }
         )
         if rejected:

@@ -1,10 +1,10 @@
 """All branches go on from a mean in which a branch counts by how well it does."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lightning_merge._choice import is_eligible, shares_by_score
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.weights import State
@@ -22,7 +22,8 @@ class SoftmaxOfScores(Policy):
         temperature: More than 0; in the unit of the score.
 
     Raises:
-        ValueError: If ``temperature`` is out of range, or at a merge if no branch has a finite score.
+        ValueError: If ``temperature`` is out of range, or at a merge if no branch has a score that is
+            neither a NaN nor infinitely bad.
 
     Example:
         >>> import torch
@@ -54,14 +55,10 @@ class SoftmaxOfScores(Policy):
     def merge(self, state: State, branches: Branches) -> None:
         count = branches.count
         scores = [branches.score(branches.mean([float(i == j) for i in range(count)])) for j in range(count)]
-        finite = [score for score in scores if math.isfinite(score)]
-        if not finite:
+        shares = shares_by_score(scores, self.temperature)
+        if shares is None:
             raise ValueError(f"the score was a NaN or an infinity for all {count} branches, so none can be chosen.")
-        if len(finite) < count:
-            left_out = [j for j, score in enumerate(scores) if not math.isfinite(score)]
+        if left_out := [j for j, score in enumerate(scores) if not is_eligible(score)]:
             warnings.warn(f"branches {left_out} are left out: their score was a NaN or an infinity.", stacklevel=2)
-        best = max(finite)
-        odds = [math.exp((s - best) / self.temperature) if math.isfinite(s) else 0.0 for s in scores]
-        shares = [each / math.fsum(odds) for each in odds]
         branches.mix([shares] * count)
         state["history"].append({"shares": shares, "scores": scores})

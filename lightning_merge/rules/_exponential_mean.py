@@ -5,10 +5,12 @@ from typing import ClassVar, Literal, final
 
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
+from lightning_merge.rules._resolution import watch_resolution
 from lightning_merge.schedules import Duration, RunLength
 from lightning_merge.weights import State, Weights, clone, compensated_lerp_, lerp_, zeros
 
 _DEFAULT_DECAY = 0.999
+_CURE = "`compensated=True` does, for one more copy of the weights."
 _WARMUPS: dict[str, type[TimmWarmup | DiffusersWarmup | EmaPytorchWarmup]] = {
     "timm": TimmWarmup,
     "diffusers": DiffusersWarmup,
@@ -34,7 +36,8 @@ class ExponentialMean(Rule):
         warmup: How the decay grows up to ``decay``: the name of the library whose schedule it is (``"timm"``,
             ``"diffusers"`` or ``"ema_pytorch"``; they differ), or one of ``lightning_merge.rules``' warm-ups.
         compensated: Carry along what rounding loses, for one more copy of the weights. In float32 a weight near 1 that
-            is off by less than ``6e-8 / (1 - decay)`` never moves otherwise: 6e-4 for 0.9999.
+            is off by less than ``6e-8 / (1 - decay)`` never moves otherwise: 6e-4 for 0.9999. A warning says so where
+            it happens.
 
     Raises:
         ValueError: If an argument is outside its range, if both ``decay`` and ``half_life`` are given, or at the first
@@ -91,6 +94,7 @@ class ExponentialMean(Rule):
         if self.compensated:
             compensated_lerp_(state["average"], state["compensation"], weights, 1.0 - decay)
         else:
+            watch_resolution(self, state["updates"] + 1, state["average"], weights, 1.0 - decay, _CURE)
             lerp_(state["average"], weights, 1.0 - decay)
         state["updates"] += 1
         state["initial_share"] *= decay

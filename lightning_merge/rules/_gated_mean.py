@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lightning_merge._choice import best, standing
 from lightning_merge.rules._base import Rule
 from lightning_merge.weights import State, Weights, clone, lerp_
 
@@ -16,7 +17,7 @@ class GatedMean(Rule):
 
     A score is of the candidate itself, so ``offer`` is handed a function that measures weights. ``update`` takes
     weights in unasked. With ``hard``, weights that score better than both the mean and the candidate become the mean,
-    which starts again from them. A NaN is never accepted.
+    which starts again from them. A NaN or minus infinity is never accepted.
 
     Args:
         hard: Whether single weights can take the place of the mean.
@@ -58,15 +59,22 @@ class GatedMean(Rule):
         """
         candidate = clone(state["mean"])
         lerp_(candidate, weights, 1 / (state["count"] + 1))
-        count, found = state["count"] + 1, score(candidate)
-        if self.hard and state["count"] and (alone := score(weights)) > max(found, state["score"]):
-            candidate, count, found = clone(weights), 1, alone
-        if not found >= state["score"]:
+        scores = {"mean": state["score"], "candidate": standing(score(candidate))}
+        if self.hard and state["count"]:
+            scores["alone"] = standing(score(weights))
+        chosen = best(scores)
+        if "candidate" in chosen:
+            self._accept(state, candidate, state["count"] + 1, scores["candidate"])
+            state["ties"] = state.get("ties", 0) + (len(chosen) > 1)
+        elif chosen == ["alone"]:
+            self._accept(state, clone(weights), 1, scores["alone"])
+        else:
             state["rejected"] += 1
             return False
-        state |= {"mean": candidate, "count": count, "score": found}
-        state["updates"] += 1
         return True
+
+    def _accept(self, state: State, mean: Weights, count: int, score: float) -> None:
+        state |= {"mean": mean, "count": count, "score": score, "updates": state["updates"] + 1}
 
     def result(self, state: State) -> Weights | None:
         mean: Weights = state["mean"]
@@ -75,4 +83,5 @@ class GatedMean(Rule):
     def conclude(self, state: State) -> str | None:
         if not state["updates"]:
             return None
-        return f"{state['updates']} weights were accepted and {state['rejected']} rejected."
+        equal = f", {ties} of them at a tie" if (ties := state.get("ties", 0)) else ""
+        return f"{state['updates']} weights were accepted{equal} and {state['rejected']} rejected."

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
 from lightning_merge.weights import State, Weights, clone, lerp_
 
 
@@ -35,6 +36,7 @@ class Mean(Rule):
 
     def update(self, state: State, weights: Weights) -> None:
         state["updates"] += 1
+        watch_resolution(self, state["updates"], state["mean"], weights, 1 / state["updates"], LESS_OFTEN)
         lerp_(state["mean"], weights, 1 / state["updates"])
 
     def result(self, state: State) -> Weights | None:

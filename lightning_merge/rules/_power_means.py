@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
 from lightning_merge.rules._snapshots import OnDisk, OnHost, Snapshots
 from lightning_merge.weights import State, Weights, average_dtype, clone, lerp_, to_devices
 
@@ -75,7 +76,9 @@ class PowerMeans(Rule):
         state["updates"] += 1
         t = state["updates"]
         for sigma, average in zip(self.sigmas, state["averages"], strict=True):
-            lerp_(average, weights, 1.0 - (1.0 - 1.0 / t) ** (gamma_of(sigma) + 1.0))
+            share = 1.0 - (1.0 - 1.0 / t) ** (gamma_of(sigma) + 1.0)
+            watch_resolution(self, t, average, weights, share, LESS_OFTEN)
+            lerp_(average, weights, share)
         if t % self.every == 0:
             state["kept"].append({"time": t, "averages": [self._place.keep(each) for each in state["averages"]]})
 

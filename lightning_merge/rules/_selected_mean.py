@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lightning_merge._choice import is_eligible
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
 from lightning_merge.weights import State, Weights, clone, lerp_
 
 
@@ -50,11 +52,19 @@ class SelectedMean(Rule):
     def update(self, state: State, weights: Weights) -> None:
         state["concluded"] = False
         state["updates"] += 1
-        lerp_(state["mean"], weights, 1 / (state["updates"] + 1))
+        share = 1 / (state["updates"] + 1)
+        watch_resolution(self, state["updates"], state["mean"], weights, share, LESS_OFTEN)
+        lerp_(state["mean"], weights, share)
 
     def select(self, state: State, score: float) -> None:
-        """Takes in the score of the mean as it is, higher is better; of equals the last is best, a NaN never."""
-        if score >= state["score"]:
+        """Takes in the score of the mean as it is, higher is better.
+
+        Of equals the last is best, a NaN or minus infinity never.
+        """
+        if not is_eligible(score):
+            state["unusable"] = state.get("unusable", 0) + 1
+        elif score >= state["score"]:
+            state["ties"] = state.get("ties", 0) + 1 if score == state["score"] else 0
             state |= {"best": clone(state["mean"]), "best_updates": state["updates"], "score": float(score)}
 
     def result(self, state: State) -> Weights | None:
@@ -64,8 +74,11 @@ class SelectedMean(Rule):
     def conclude(self, state: State) -> str | None:
         state["concluded"] = bool(state["best_updates"])
         if not state["concluded"]:
-            return "No score of the mean was taken in, so the last is published." if state["updates"] else None
-        return f"The mean after {state['best_updates']} updates scored best."
+            none = "Every score of the mean was a NaN or infinitely bad" if state.get("unusable") else None
+            none = none or "No score of the mean was taken in"
+            return f"{none}, so the last is published." if state["updates"] else None
+        tied = f", the last of {ties + 1} at a tie" if (ties := state.get("ties", 0)) else ""
+        return f"The mean after {state['best_updates']} updates scored best{tied}."
 
     def initial_share(self, state: State) -> float:
         return 1 / (int(state["best_updates" if state["concluded"] else "updates"]) + 1)

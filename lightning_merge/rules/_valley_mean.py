@@ -22,7 +22,8 @@ class ValleyMean(Rule):
     evaluation are its segment. With ``s`` the first segment whose score is not undercut by the ``n_converge - 1`` that
     follow, the run has *converged*, and a score is low up to ``mean + tolerance * |mean|`` of those ``n_converge``
     scores. After ``n_tolerance`` scores in a row that are not low, the valley is *dead*: the average ends before the
-    first of them and further weights change nothing.
+    first of them and further weights change nothing. With ``n_tolerance < n_converge`` it may be dead when it
+    converges.
 
     - ``"intended"`` begins after the first low score, at most ``n_tolerance - n_converge - 1`` segments before ``s``
       (right after ``s`` if that is negative), and counts every step once.

@@ -58,9 +58,25 @@ class _EverySegmentOnce(Preset):
         return int(segment["weight"])
 
     def begin(self, state: State) -> None:
-        start = self.start(state)
-        state["segments"] = [segment for segment in state["segments"] if segment["index"] >= start]
-        self.advance(state)
+        start, end = self.start(state), self._end_before_convergence(state)
+        state["segments"] = [segment for segment in state["segments"] if start <= segment["index"]]
+        if end is None:
+            self.advance(state)
+            return
+        state["dead"] = True
+        for segment in state["segments"]:
+            if segment["index"] < end:
+                fold(state["average"], segment, self.weight(segment))
+
+    def _end_before_convergence(self, state: State) -> int | None:
+        """Index of the first of ``n_tolerance`` high scores in a row after ``s``, which ended the valley already."""
+        run: list[int] = []
+        for segment in state["segments"]:
+            is_high = segment["index"] > state["minimum"] and segment["score"] > state["threshold"]
+            run = [*run, segment["index"]] if is_high else []
+            if len(run) == self.n_tolerance:
+                return run[0]
+        return None
 
     def advance(self, state: State) -> None:
         # Segments within the tolerance window wait: if the valley ends, it ended before them.

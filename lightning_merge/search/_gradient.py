@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, final
 
 from lightning_merge.search._method import Answer, Method, Proposals
-from lightning_merge.search._spaces import Coefficients, Free, Space
+from lightning_merge.search._spaces import Coefficients, Free, Space, one_hot
 
 _Measuring: TypeAlias = Generator[Coefficients, Answer, Coefficients]
+_Starting: TypeAlias = Generator[Coefficients, Answer, tuple[Coefficients, Answer]]
 
 
 @final
 @dataclass(frozen=True)
 class Gradient(Method):
     """``a <- nearest(a + rate * gradient / |gradient|)`` from the uniform mean on, with a rate that finds itself.
+
+    If the uniform mean is rejected it starts from the best ingredient.
 
     The rate halves whenever that is no better, and grows by half after each success. A score that returns its gradient
     too, ``(score, [derivative by each coefficient])``, is evaluated once a step. Otherwise the gradient is measured by
@@ -50,7 +53,9 @@ class Gradient(Method):
         here: Coefficients = (1.0 / count,) * count
         rate = self.rate
         best = yield here
-        while rate > 1e-9:
+        if best.value == -math.inf:  # no slope leads away from there
+            here, best = yield from _best_ingredient(count, here, best)
+        while rate > 1e-9 and math.isfinite(best.value):
             slope = best.gradient or (yield from self._measure(space, here, best.value, min(self.difference, rate)))
             # Along the space: what a small move by the gradient leaves of it.
             small = 1e-3 / max(1e-30, max(map(abs, slope)))
@@ -81,5 +86,15 @@ class Gradient(Method):
             else:
                 there = tuple((1.0 - size) * a + size * (each == index) for each, a in enumerate(here))
             answer = yield there
-            slopes.append((answer.value - value) / size if answer.value > -math.inf else 0.0)
+            slopes.append((answer.value - value) / size if math.isfinite(answer.value) else 0.0)
         return tuple(slopes)
+
+
+def _best_ingredient(count: int, here: Coefficients, best: Answer) -> _Starting:
+    """The ingredient with the best score, and its answer; what there is if all are rejected."""
+    for index in range(count):
+        there = one_hot(count, index)
+        answer = yield there
+        if answer.value > best.value:
+            here, best = there, answer
+    return here, best

@@ -14,7 +14,7 @@ class Answer:
     """What a method is told about a candidate: higher is better.
 
     Args:
-        value: The score, negated if the lowest is sought; minus infinity for a rejected candidate.
+        value: The score, negated if the lowest is sought; minus infinity for a rejected candidate, and only for one.
         gradient: Derivatives of ``value`` by each coefficient, if the score gives them.
     """
 

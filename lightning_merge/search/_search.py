@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from lightning_merge._choice import Mode, best, is_eligible, standing
 from lightning_merge.search._grid import Grid
 from lightning_merge.search._log import Log
 from lightning_merge.search._method import Answer, Method
@@ -27,7 +28,7 @@ class Evaluation:
 
     Args:
         coefficients: What was scored.
-        score: ``None`` if it was rejected, since its score was a NaN or an infinity.
+        score: ``None`` if it was rejected, since its score was a NaN or an infinity that is bad.
         from_log: Whether the score was read from the log instead of measured.
     """
 
@@ -45,12 +46,14 @@ class Found:
         score: Theirs.
         history: Every evaluation in order, those of the log included.
         complete: Whether the method came to its own end before the budget did.
+        ties: How many candidates before it scored the same.
     """
 
     coefficients: Coefficients
     score: float
     history: list[Evaluation] = field(repr=False)
     complete: bool
+    ties: int = 0
 
 
 def search(
@@ -59,7 +62,7 @@ def search(
     method: Method,
     *,
     space: Literal["simplex", "negative", "free"] | Space = "simplex",
-    mode: Literal["max", "min"] = "max",
+    mode: Mode = "max",
     budget: int | None = None,
     seed: int = 0,
     candidates: Sequence[Sequence[float]] = (),
@@ -74,7 +77,7 @@ def search(
     that was stopped continues where it was, without scoring anything again.
 
     Args:
-        score: Called with a tuple of ``count`` numbers. A NaN or an infinity rejects the candidate.
+        score: Called with a tuple of ``count`` numbers. A NaN, or an infinity that is bad, rejects the candidate.
         count: Number of ingredients; at least 1.
         method: How candidates are chosen.
         space: ``"simplex"`` (at least 0, one in sum), ``"negative"`` (any sign, one in sum), ``"free"`` (any), or
@@ -119,7 +122,7 @@ class _Run:
         self,
         score: Score,
         count: int,
-        mode: Literal["max", "min"],
+        mode: Mode,
         budget: int | None,
         on_evaluation: Callable[[Evaluation], None] | None,
     ) -> None:
@@ -127,6 +130,7 @@ class _Run:
             raise ValueError(f"`mode` must be 'max' or 'min', got {mode!r}.")
         self.score = score
         self.count = count
+        self.mode = mode
         self.sign = 1.0 if mode == "max" else -1.0
         self.budget = math.inf if budget is None else budget
         self.on_evaluation = on_evaluation
@@ -173,15 +177,17 @@ class _Run:
             self.on_evaluation(self.history[-1])
         if score is None:
             return Answer(-math.inf)
-        return Answer(self.sign * score, None if gradient is None else tuple(self.sign * each for each in gradient))
+        return Answer(
+            standing(score, self.mode), None if gradient is None else tuple(self.sign * each for each in gradient)
+        )
 
     def _measure(self, candidate: Coefficients) -> tuple[float | None, Coefficients | None]:
         measured = self.score(candidate)
         value, slopes = measured if isinstance(measured, tuple) else (measured, None)
         score = float(value)
-        if not math.isfinite(score):
+        if not is_eligible(score, self.mode):
             return None, None
-        if slopes is None:
+        if slopes is None or math.isinf(score):  # nothing is uphill of the best infinity
             return score, None
         gradient = tuple(map(float, slopes))
         if len(gradient) != self.count or not all(map(math.isfinite, gradient)):
@@ -189,15 +195,14 @@ class _Run:
         return score, gradient
 
     def found(self, complete: bool) -> Found:
-        accepted = [each for each in self.history if each.score is not None]
-        if not accepted:
+        scores = {each.coefficients: each.score for each in self.history if each.score is not None}
+        if not scores:
             raise ValueError(
                 f"`score` was a NaN or an infinity for all {len(self.history)} candidates, so there is nothing to"
                 " choose from. Check that the ingredients themselves have a finite score."
             )
-        best = max(reversed(accepted), key=lambda each: self.sign * (each.score or 0.0))
-        assert best.score is not None
-        return Found(best.coefficients, best.score, self.history, complete)
+        *others, last = best(scores, self.mode)
+        return Found(last, scores[last], self.history, complete, len(others))
 
 
 def _check(

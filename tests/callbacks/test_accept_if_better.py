@@ -1,5 +1,6 @@
 """What is published at the end: raw, merged or between, by a score; and what a doctor says of a run."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from lightning_merge.calibration import recalibrated_statistics
-from lightning_merge.callbacks import EMA, SWA, SWAD, AcceptIfBetter, Doctor
+from lightning_merge.callbacks import ASWA, EMA, SMA, SWA, SWAD, AcceptIfBetter, Doctor
 from lightning_merge.cli import main
 from lightning_merge.diagnostics import between
 
@@ -149,6 +150,64 @@ def test_inspect_and_verify_know_what_was_accepted(tmp_path: Path, capsys: pytes
     fit(6.6, tmp_path, SWA(start_epoch=0), AcceptIfBetter("val/loss"), ModelCheckpoint(tmp_path))
     assert main(["inspect", str(tmp_path / "swa-final.ckpt")]) == 0
     assert "of which 50% of the way from raw was accepted" in capsys.readouterr().out
+
+
+class Diverging(Target):
+    """Its weights become NaN in the last epoch; what it logs of them is a NaN, or hides it."""
+
+    def __init__(self, blind: bool) -> None:
+        super().__init__(5.0)
+        self.blind = blind
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.current_epoch == 3 else loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        loss = (self.w.detach() - self.target).abs().sum()
+        self.log("val/loss", loss.nan_to_num() if self.blind else loss)
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a NaN or an infinity")
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("shares", [(0.0, 0.25, 0.5, 0.75), (0.5, 0.0), (0.0,)])
+@pytest.mark.parametrize("blind", [False, True], ids=["NaN metric", "metric that hides a NaN"])
+def test_weights_with_a_nan_are_never_published(blind: bool, shares: Any, mode: Any, tmp_path: Path) -> None:
+    module, judge = Diverging(blind), AcceptIfBetter("val/loss", mode, shares)
+    trainer = tiny.trainer(tmp_path, [EMA(decay=0.5), judge], max_epochs=4)
+    trainer.fit(module, tiny.steps(2), tiny.steps(1))
+    assert module.w.isfinite()
+    assert [share for share, score in judge.scores["ema"].items() if math.isnan(score)] == sorted(shares)
+
+
+def test_where_no_share_can_be_chosen_the_merged_weights_are_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        module, _ = fit(float("nan"), tmp_path, SWA(start_epoch=0), AcceptIfBetter("val/loss"))
+    assert module.w.item() == 5.0
+    assert "publishes the merged weights, since no score can be chosen." in caplog.text
+
+
+def test_of_equal_scores_the_largest_share_wins_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        module, _ = fit(6.5, tmp_path, SWA(start_epoch=0), AcceptIfBetter("val/loss", shares=(0.0,)))
+    assert module.w.item() == 5.0  # as far from 6.5 as 8
+    assert "publishes the merged weights, the largest of the equal shares 0%, 100%." in caplog.text
+
+
+def test_a_mode_that_no_name_says_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`mode` of AcceptIfBetter must be given for 'val/score'"):
+        fit(8.0, tmp_path, SWA(start_epoch=0), AcceptIfBetter("val/score"))
+    for average in (ASWA, SMA):
+        with pytest.raises(ValueError, match=rf"`mode` of {average.__name__} must be given for 'val/score'"):
+            average("val/score")
+        assert (average("val/loss").mode, average("val/acc").mode) == ("min", "max")
+    for lower in (SWAD, Doctor):
+        with pytest.raises(ValueError, match=r"`monitor` of .* must be a metric of which lower is better"):
+            lower("val/acc")
 
 
 def test_every_average_is_judged(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_merge.callbacks import EMA, RandomState
 
@@ -47,3 +50,93 @@ def test_random_state_comes_back_from_a_file(tmp_path: Path) -> None:
     callback.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     callback.on_train_start(None, None)  # type: ignore[arg-type]
     assert (torch.rand(1).item(), np.random.rand(), random.random()) == expected
+
+
+class Noisy(tiny.Net):  # type: ignore[misc]
+    """Dropout, noise in training and validation, and hooks that draw numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.orders: list[float] = []
+
+    def on_train_start(self) -> None:
+        torch.rand(3)
+
+    def on_train_epoch_start(self) -> None:
+        torch.rand(2)
+
+    def on_train_epoch_end(self) -> None:
+        torch.rand(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.orders.append(batch[0].sum().item())
+        return super().training_step([nn.functional.dropout(batch[0]), *batch[1:]], batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        noise = random.random() + np.random.rand() + torch.rand(1).item()
+        return super().validation_step([batch[0] + noise, *batch[1:]], batch_idx)
+
+
+AT_TRAIN_END: dict[str, Any] = {}
+AFTER_VALIDATION = {"save_on_train_epoch_end": False}
+SITUATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], bool]] = {
+    # options of ModelCheckpoint, of the Trainer and of the loader; whether there is validation
+    "the default": (AT_TRAIN_END, {}, {}, True),
+    "no validation": (AT_TRAIN_END, {}, {}, False),
+    "after validation": (AFTER_VALIDATION, {}, {}, True),
+    "a sanity check": (AT_TRAIN_END, {"num_sanity_val_steps": 1}, {}, True),
+    "validation in every second epoch": (AT_TRAIN_END, {"check_val_every_n_epoch": 2}, {}, True),
+    "accumulated gradients": (AT_TRAIN_END, {"accumulate_grad_batches": 2}, {}, True),
+    "a loader that is made anew": (AT_TRAIN_END, {"reload_dataloaders_every_n_epochs": 1}, {}, True),
+    "a loader that is made anew now and then": (AT_TRAIN_END, {"reload_dataloaders_every_n_epochs": 2}, {}, True),
+    "a loader that remembers": (AT_TRAIN_END, {}, {"remembers": True}, True),
+    "a loader that remembers, after validation": (AFTER_VALIDATION, {}, {"remembers": True}, True),
+}
+
+
+@pytest.mark.parametrize("averages", [(), (EMA,)], ids=["plain", "EMA"])
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_from_any_epochs_end_a_run_with_random_numbers_is_the_uninterrupted_one(
+    situation: str, averages: Any, tmp_path: Path
+) -> None:
+    files, options, loading, validates = SITUATIONS[situation]
+    data = next(iter(tiny.batches(1, size=24)))
+
+    def run(root: Path, path: Path | None = None) -> tuple[Any, list[float]]:
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        loader: Any = DataLoader
+        if loading:
+            loader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+        module = Noisy()
+        saved = ModelCheckpoint(root, filename="{epoch}", save_top_k=-1, **files)
+        callbacks = [*(average(decay=0.9) for average in averages), RandomState(), saved]
+        module.train_dataloader = lambda: loader(TensorDataset(*data), batch_size=8, shuffle=True)
+        module.val_dataloader = lambda: tiny.validation() if validates else []
+        fit = tiny.trainer(root, callbacks, max_epochs=4, **options)
+        fit.fit(module, ckpt_path=path, weights_only=False)
+        return module, module.orders
+
+    whole, order = run(tmp_path / "whole")
+    written = sorted((tmp_path / "whole").glob("epoch=*.ckpt"))[:-1]
+    assert written
+    for path in written:
+        again, order_again = run(tmp_path / path.stem, path)
+        assert order_again == order[-len(order_again) :]
+        assert tiny.differing(tiny.values(whole), tiny.values(again)) == []
+
+
+def test_a_fit_leaves_the_loops_as_they_were_and_a_state_that_no_fit_used_is_forgotten(tmp_path: Path) -> None:
+    random_state, module = RandomState(), tiny.Net()
+    run = tiny.trainer(tmp_path, [random_state, ModelCheckpoint(tmp_path)], max_epochs=1)
+    run.fit(module, tiny.batches(), tiny.validation())
+    assert "on_advance_start" not in vars(run.fit_loop)
+    assert "on_run_start" not in vars(run.fit_loop.epoch_loop)
+    random_state.load_state_dict(random_state.state_dict())
+    random_state.setup(run, module, "fit")
+    random_state.on_exception(run, module, KeyboardInterrupt())
+    torch.manual_seed(0)
+    random_state.on_train_start(run, module)
+    assert torch.initial_seed() == 0
+    assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(0).get_state())

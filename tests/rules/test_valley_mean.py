@@ -90,6 +90,10 @@ RUNS = {
     "a plateau is a minimum": ([2.0, 1.0, 1.0, 1.0], (3, 3), 1, (3, 1.3, None), each(2, 3), each(1, 3), each(2, 3)),
     "nothing after the minimum is low": (CLIFF[:3], (3, 3), 1, (2, 4.3766666666666667, None), *[each(0, 0)] * 3),
     "dead with nothing but the minimum": (CLIFF, (3, 3), 1, (2, 4.3766666666666667, 3), *[each(0, 0)] * 3),
+    "high after the minimum, but not for long enough": (
+        *([2.0, 1.0, 9.0, 1.0, 9.0], (4, 2), 1, (4, 6.5, None)),
+        *(each(2, 3), each(1, 3), each(2, 3)),
+    ),
     "scores below 0": (BELOW_ZERO, (3, 3), 1, (3, -1.33, 7), each(2, 4), each(1, 4), each(2, 4)),
     "shortest windows": ([1.0, 1.2, 1.1, 1.4, 1.0], (1, 1), 1, (0, 1.3, 3), each(1, 2), each(0, 2), each(1, 2)),
 }
@@ -165,6 +169,27 @@ def test_published_scalars():
     assert found == pytest.approx(published, rel=0, abs=5e-7)
 
 
+# Scores, (n_converge, n_tolerance); evaluation of convergence; the segments that are merged by `intended` and `paper`.
+OVER_BEFORE_IT_CONVERGED = {
+    "two high in a row": ([2.0, 1.0, 1.0, 9.0, 9.0, 1.0, 1.0], (5, 2), 5, (2, 2), (1, 2)),
+    "the last two are high": ([1.0, 1.1, 1.0, 9.0, 9.0, 1.0], (5, 2), 4, (1, 2), (0, 2)),
+    "one is too many": ([1.0, 9.0, 1.0, 1.0], (3, 1), 2, (0, 0), (0, 0)),
+    "high, low, and high for long": ([1.0, 9.0, 1.0, 9.0, 9.0, 1.0], (5, 2), 4, (1, 2), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("preset", ["intended", "paper"])
+@pytest.mark.parametrize("name", OVER_BEFORE_IT_CONVERGED)
+def test_a_valley_that_was_over_before_it_converged_ends_before_its_first_high_score(name, preset):
+    scores, (n_converge, n_tolerance), converged, intended, paper = OVER_BEFORE_IT_CONVERGED[name]
+    rule = ValleyMean(n_converge, n_tolerance, preset=preset)
+    state = rule.init(one_hot(0))
+    for evaluation in run(rule, state, scores, 1):
+        assert rule.converged(state) == rule.finished(state) == (evaluation >= converged)
+    expected = shares(each(*(intended if preset == "intended" else paper)))
+    assert (counts(rule, state) - expected).abs().max() < 1e-12
+
+
 def closed_form(scores: Sequence[float], rule: ValleyMean) -> tuple[int, int] | None:
     """First and last segment of the average with `intended` and `paper`; None if the run does not converge."""
     n, k = rule.n_converge, rule.n_tolerance
@@ -176,7 +201,7 @@ def closed_form(scores: Sequence[float], rule: ValleyMean) -> tuple[int, int] | 
             break
     else:
         return None
-    s, limit = c - n + 1, (1 + rule.tolerance) * sum(window) / n
+    s, limit = c - n + 1, (1 + rule.tolerance) * math.fsum(window) / n
     q = max(0, c - k + 1)
     if rule.preset == "paper":
         start = s
@@ -185,7 +210,7 @@ def closed_form(scores: Sequence[float], rule: ValleyMean) -> tuple[int, int] | 
     else:
         above = [j for j in range(q, s) if low[j] > limit]
         start = min(above[-1] + 2 if above else q + 1, s)
-    for t in range(max(c + 1, s + k - 1), len(low)):
+    for t in range(s + k, len(low)):  # before the run has converged too, if k < n
         if min(low[t - k + 1 : t + 1]) > limit:
             end = t - k
             break

@@ -170,6 +170,7 @@ def test_update_every_10_steps_with_10_steps_per_update_equals_update_at_every_s
     torch.testing.assert_close(sparse.result(sparse_state), dense.result(dense_state), rtol=1e-13, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*updates are below the resolution of float32")
 def test_float32_average_stalls_near_one_and_the_compensated_one_does_not():
     live = {"w": torch.tensor(1.0 + 5e-4)}
     truth = 5e-4 * (1 - 0.9999**60_000)
