@@ -213,8 +213,8 @@ class TWA(Published):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, for BatchNorm statistics."""
-        if self._recent is not None and self.ready:
-            self._recent.hold(batch)
+        if self._recent is not None:
+            self._recent.hold(batch, only_to_try=not self.ready)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -373,7 +373,7 @@ class TWA(Published):
             "stage_steps": self._stage_steps,
             "buffers": self._buffers,
             "calibrated_at": self._calibrated_at,
-            "recent": None if self._recent is None else list(self._recent.batches),
+            "recent": None if self._recent is None else self._recent.saved(),
             "skipped_nonfinite": self.skipped_nonfinite,
         }
 
@@ -387,7 +387,7 @@ class TWA(Published):
         self._buffers = saved["buffers"]
         self._calibrated_at = saved["calibrated_at"]
         if saved["recent"] is not None:
-            self._recent = RecentBatches(saved["recent"])
+            self._recent = RecentBatches.restored(saved["recent"])
         self.skipped_nonfinite = saved["skipped_nonfinite"]
         self.steps = label["steps"]
         self._resumed = True
