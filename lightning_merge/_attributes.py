@@ -4,6 +4,7 @@ import io
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any, final
 
@@ -46,7 +47,7 @@ class Attributes:
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
         self._seen: dict[int, Any] = {}  # by id; it also keeps what is replaced from being given the same one
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
         self._positions: list[tuple[str, Callable[[], Any], Any]] = []
         self._take_module(module, "")
 
@@ -65,7 +66,7 @@ class Attributes:
             if isinstance(each, torch.jit.ScriptModule) or is_metric(each):
                 continue
             own = {key: value for key, value in vars(each).items() if key not in _OF_TORCH}
-            self._undo.append(lambda each=each, own=own: _put_back_attributes(vars(each), own, _OF_TORCH))
+            self._undo.append(partial(_put_back_attributes, vars(each), own, _OF_TORCH))
             for key, value in own.items():
                 self._take(value, f"{name}.{key}" if name else key)
 
@@ -85,12 +86,12 @@ class Attributes:
             self._positions.append((name, position, position()))
         elif _is_of_the_module(value):
             own = dict(vars(value))
-            self._undo.append(lambda: _put_back_attributes(vars(value), own))
+            self._undo.append(partial(_put_back_attributes, vars(value), own))
             for inner in own.values():
                 self._take(inner, name)
 
 
-def _put_back_attributes(live: dict[str, Any], saved: dict[str, Any], others: Iterable[str] = ()) -> None:
+def _put_back_attributes(live: Any, saved: dict[str, Any], others: Iterable[str] = ()) -> None:
     for name in live.keys() - saved.keys() - set(others):
         del live[name]
     for name, value in saved.items():
@@ -105,7 +106,7 @@ def _contents(value: Any) -> Iterator[Any]:
         yield from value
 
 
-def _undo_of(value: Any) -> Callable[[], None] | None:
+def _undo_of(value: Any) -> Callable[[], object] | None:
     """What puts a container or a generator of random numbers back to how it is now; ``None`` for anything else."""
     if isinstance(value, dict | list | set | deque):
         return _undo_container(value)
@@ -115,13 +116,13 @@ def _undo_of(value: Any) -> Callable[[], None] | None:
         kept = value.copy()
         return lambda: None if np.array_equal(value, kept) else np.copyto(value, kept)
     if isinstance(value, random.Random):
-        return lambda state=value.getstate(): value.setstate(state)  # type: ignore[misc]
+        return partial(value.setstate, value.getstate())
     if isinstance(value, np.random.RandomState):
-        return lambda state=value.get_state(): value.set_state(state)  # type: ignore[misc]
+        return partial(value.set_state, value.get_state())
     if isinstance(value, np.random.Generator):
-        return lambda state=value.bit_generator.state: setattr(value.bit_generator, "state", state)  # type: ignore[misc]
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
     if isinstance(value, torch.Generator):
-        return lambda state=value.get_state(): value.set_state(state) and None  # type: ignore[misc]
+        return partial(value.set_state, value.get_state())
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -31,7 +31,7 @@ class Trace:
 
 
 @contextmanager
-def isolated(module: nn.Module, seed: int = 0) -> Iterator[Trace]:
+def isolated(module: nn.Module, seed: int = 0, *, attributes: bool = True) -> Iterator[Trace]:
     """Inside, the module is in eval mode, random numbers come from a seed, and no gradients are kept.
 
     At the end the module is what it was, see ``untouched``, and so are all random states, also after an exception.
@@ -39,6 +39,7 @@ def isolated(module: nn.Module, seed: int = 0) -> Iterator[Trace]:
     Args:
         module: What is run inside.
         seed: Seed of Python, NumPy and torch (on the CPU and on the module's devices); at least 0.
+        attributes: Whether plain attributes are put back too.
     """
     # Not inference mode, which may be on outside: its tensors could not be trained on or copied into buffers later.
     with (
@@ -46,7 +47,7 @@ def isolated(module: nn.Module, seed: int = 0) -> Iterator[Trace]:
         torch.no_grad(),
         _eager(),
         _random_numbers(seed, module),
-        untouched(module) as trace,
+        untouched(module, attributes=attributes) as trace,
     ):
         # Flags rather than eval(), which some modules extend: LoRA layers that merge their weights, for one.
         for each in module.modules():
@@ -55,22 +56,25 @@ def isolated(module: nn.Module, seed: int = 0) -> Iterator[Trace]:
 
 
 @contextmanager
-def untouched(module: nn.Module) -> Iterator[Trace]:
+def untouched(module: nn.Module, *, attributes: bool = True) -> Iterator[Trace]:
     """At the end the module is what it was, also after an exception, and the tensors are the same objects.
 
     That is: modes, parameters and what requires gradients, gradients, buffers, torchmetrics metrics, and plain
-    attributes with what lies in them (counters, lists, memories, random states). It takes a copy of the buffers, of
+    attributes with what lies in them (counters, lists, memories, random states), unless told not to. It takes a copy of the buffers, of
     those metric states that are not lists, and of what of everything else is written to inside.
     """
-    attributes = Attributes(module)
-    parameters = _Parameters(attributes.modules)
+    plain = Attributes(module) if attributes else None
+    modules = list(module.modules()) if plain is None else plain.modules
+    parameters = _Parameters(modules)
     trace = Trace()
-    with _restored(attributes.modules), _CopiesBeforeWriting([*parameters.tensors(), *attributes.tensors]):
+    watched = [*parameters.tensors(), *(() if plain is None else plain.tensors)]
+    with _restored(modules), _CopiesBeforeWriting(watched):
         try:
             yield trace
         finally:
             parameters.put_back()
-            trace.attributes = attributes.restore()
+            if plain is not None:
+                trace.attributes = plain.restore()
 
 
 @final
@@ -78,12 +82,13 @@ class _Parameters:
     """Which parameters modules have, and their gradients; not their values."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._owned = [
-            (own, dict(own))
+        dicts: list[dict[str, Any]] = [
+            own
             for each in modules
             if not isinstance(each, torch.jit.ScriptModule)
             for own in (each._parameters, each._modules)
         ]
+        self._owned = [(own, dict(own)) for own in dicts]
         known = {id(p): p for each in modules for p in each.parameters(recurse=False)}
         self._all = [(p, p.requires_grad, p.grad) for p in known.values() if _has_values(p)]
 
@@ -102,13 +107,13 @@ class _Parameters:
                 parameter.grad = grad
 
 
-class _CopiesBeforeWriting(TorchDispatchMode):
+class _CopiesBeforeWriting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Copies the memory of tensors when something is about to write to it, and puts the copies back at the end."""
 
     supports_higher_order_operators = True
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._watched = {key: storage for t in tensors if (storage := _storage(t)) for key in (storage._cdata,)}
         self._copies: dict[int, Any] = {}
 
@@ -122,7 +127,7 @@ class _CopiesBeforeWriting(TorchDispatchMode):
         return operation(*args, **kwargs)
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         for key, kept in self._copies.items():
             self._watched[key].copy_(kept)
 
@@ -142,7 +147,7 @@ def _storage(tensor: Any) -> Any:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    return not isinstance(tensor, UninitializedTensorMixin)  # of a lazy layer that has not run
+    return not is_lazy(tensor)  # of a lazy layer that has not run
 
 
 @contextmanager

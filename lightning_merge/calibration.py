@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from lightning_merge._isolation import isolated
 from lightning_merge.weights import Weights, average_dtype, canonical, submodules
@@ -205,8 +205,8 @@ def _end_batch(scripted: Mapping[str, Any], seen: dict[str, "_Moments"]) -> None
             seen[name] = seen[name].joined(_Moments(_NOMINAL, mean, variance * (_NOMINAL - 1)))
 
 
-def _has_run(layer: nn.Module) -> bool:
-    return not isinstance(layer.running_mean, UninitializedTensorMixin)
+def _has_run(layer: Any) -> bool:
+    return not is_lazy(layer.running_mean)
 
 
 def _running_mean(layer: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ class RecentBatches:
 
     def on(self, device: torch.device, most: int | None = None) -> list[Callable[[], Any]]:
         """What makes a copy of each batch as it was trained on, oldest first, of the ``most`` newest ones."""
-        newest = list(self._kept)[-most:] if most else []
-        return [lambda kept=kept: kept.on(device) for kept in (list(self._kept) if most is None else newest)]
+        kept = list(self._kept)
+        newest = kept if most is None else kept[len(kept) - most :]
+        return [partial(each.on, device) for each in newest]
 
     def saved(self) -> Any:
         """What a checkpoint holds of them: plain data that ``torch.load(weights_only=True)`` reads, or nothing."""

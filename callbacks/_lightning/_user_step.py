@@ -17,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_merge._isolation import isolated
 from lightning_merge._ranks import gathered
+from lightning_merge.callbacks._lightning._eval_mode import extends_train
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.shards import reshard
 
@@ -43,23 +44,25 @@ WAYS = (Way(train=False, gradients=False), Way(train=False, gradients=True), Way
 
 
 @contextmanager
-def outside_training(trainer: Any, module: LightningModule) -> Iterator[None]:
+def outside_training(trainer: Any, module: LightningModule, *, attributes: bool = True) -> Iterator[None]:
     """For the length of a block, steps run without consequences: nothing is logged, and the module stays as it was.
 
     The module is in eval mode without gradients, and random numbers come from a fixed seed; see ``running`` for another
     way. Attributes that a step changed and that cannot be put back are said, once each.
+
+    Args:
+        trainer: The Trainer.
+        module: The module whose step it is.
+        attributes: Whether plain attributes are put back; not for a step that is written for this and may keep notes.
     """
-    patches = Patches()
-    for name in ("log", "log_dict"):
-        patches.replace(module, name, lambda *args, **kwargs: None)
-    loggers, should_stop = trainer.loggers, trainer.should_stop
-    trainer.loggers = [DummyLogger() for _ in loggers]  # a step may write images to the logger itself
     try:
-        with isolated(module) as trace:
+        with muted(trainer, module), isolated(module, attributes=attributes) as trace:
+            if any(map(extends_train, module.modules())):
+                module.train()  # it forgets what eval mode kept of other weights
+                for each in module.modules():
+                    each.training = False
             yield
     finally:
-        trainer.loggers, trainer.should_stop = loggers, should_stop
-        patches.undo()
         reshard(module)
     if fresh := [name for name in trace.attributes if name not in _said.setdefault(module, set())]:
         _said[module].update(fresh)
@@ -67,6 +70,21 @@ def outside_training(trainer: Any, module: LightningModule) -> Iterator[None]:
             f"A step of {type(module).__name__} that ran outside training has moved {', '.join(map(repr, fresh))},"
             " which cannot be put back. Define `calibration_step(self, batch)`, which runs the forward pass only."
         )
+
+
+@contextmanager
+def muted(trainer: Any, module: LightningModule) -> Iterator[None]:
+    """Inside, what a step logs goes nowhere, and it cannot stop the run."""
+    patches = Patches()
+    for name in ("log", "log_dict"):
+        patches.replace(module, name, lambda *args, **kwargs: None)
+    loggers, should_stop = trainer.loggers, trainer.should_stop
+    trainer.loggers = [DummyLogger() for _ in loggers]  # a step may write images to the logger itself
+    try:
+        yield
+    finally:
+        trainer.loggers, trainer.should_stop = loggers, should_stop
+        patches.undo()
 
 
 @contextmanager
@@ -146,9 +164,10 @@ def first_way_that_runs(ways: tuple[Way, ...], attempt: Callable[[Way], bool]) -
         runs = number if runs is None or found else runs
         if found:
             break
-    everywhere = gathered(runs)
-    if all(number is not None for number in everywhere):
-        return ways[max(everywhere)]
+    everywhere: list[int | None] = gathered(runs)
+    known = [number for number in everywhere if number is not None]
+    if len(known) == len(everywhere):
+        return ways[max(known)]
     return error or RuntimeError("it fails in another process")
 
 
