@@ -213,8 +213,8 @@ class TWA(Published):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, for BatchNorm statistics."""
-        if self._recent is not None:
-            self._recent.hold(batch, only_to_try=not self.ready)
+        if self._recent is not None and self.ready:
+            self._recent.hold(batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

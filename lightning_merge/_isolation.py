@@ -60,8 +60,8 @@ def untouched(module: nn.Module, *, attributes: bool = True) -> Iterator[Trace]:
     """At the end the module is what it was, also after an exception, and the tensors are the same objects.
 
     That is: modes, parameters and what requires gradients, gradients, buffers, torchmetrics metrics, and plain
-    attributes with what lies in them (counters, lists, memories, random states), unless told not to. It takes a copy of the buffers, of
-    those metric states that are not lists, and of what of everything else is written to inside.
+    attributes with what lies in them (counters, lists, memories, random states), unless told not to. It takes a copy
+    of the buffers, of those metric states that are not lists, and of what of everything else is written to inside.
     """
     plain = Attributes(module) if attributes else None
     modules = list(module.modules()) if plain is None else plain.modules
