@@ -73,11 +73,12 @@ class Attributes:
     def _take(self, value: Any, name: str) -> None:
         if value is None or isinstance(value, _STATELESS) or id(value) in self._seen or len(self._seen) > _MOST:
             return
+        if isinstance(value, nn.Module):
+            self._take_module(value, name)
+            return
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self.tensors.append(value)
-        elif isinstance(value, nn.Module):
-            self._take_module(value, name)
         elif (undo := _undo_of(value)) is not None:
             self._undo.append(undo)
             for inner in _contents(value):
@@ -180,6 +181,8 @@ def _frame_of(generator: Any) -> Any:
 
 
 def _shown(value: Any) -> Any:
+    if isinstance(value, enumerate | zip | map | filter):
+        return [_shown(part) for part in value.__reduce__()[1]]  # what they go on from
     if hasattr(value, "__length_hint__"):
         return value.__length_hint__()
     numbers = {key: item for key, item in getattr(value, "__dict__", {}).items() if isinstance(item, int | float)}

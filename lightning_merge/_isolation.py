@@ -97,7 +97,7 @@ class _Parameters:
 
     def put_back(self) -> None:
         for live, own in self._owned:
-            if list(live.items()) != list(own.items()):
+            if list(live) != list(own) or any(live[name] is not each for name, each in own.items()):
                 live.clear()
                 live.update(own)
         for parameter, requires_grad, grad in self._all:

@@ -1,7 +1,6 @@
 """BatchNorm statistics of the live weights, measured by the module's own step on kept batches."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -110,23 +109,10 @@ def _statistics(
         with running(trainer, module, way, recent.in_eval or frozenset()):
             calibration(module, copy())
 
-    with _modes_of_training(module, recent), outside_training(trainer, module):
-        return recalibrated_statistics(module, copies, forward)
-
-
-@contextmanager
-def _modes_of_training(module: LightningModule, recent: RecentBatches) -> Iterator[None]:
-    """The module in the modes of training, by which one tells frozen layers, also where validation calls for it."""
     if module.training:
         recent.in_eval = names_in_eval(module)
-    if module.training or recent.in_eval is None:
-        yield
-        return
-    modes = {each: each.training for each in module.modules()}
-    for name, each in module.named_modules():
-        each.training = name not in recent.in_eval
-    try:
-        yield
-    finally:
-        for each, mode in modes.items():
-            each.training = mode
+    with outside_training(trainer, module):
+        if recent.in_eval is not None:  # one tells frozen layers by it, also where validation calls for statistics
+            for name, each in module.named_modules():
+                each.training = name not in recent.in_eval
+        return recalibrated_statistics(module, copies, forward)
