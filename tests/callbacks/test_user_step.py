@@ -270,7 +270,7 @@ CALLBACKS: dict[str, Any] = {
 def test_a_step_that_cannot_run_outside_training_is_refused_at_the_first_batch(name: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, [CALLBACKS[name](tmp_path)], max_epochs=6)
     with pytest.raises(
-        ValueError, match="(?s)does not run outside training: AssertionError: not in a loop.*calibration_step"
+        ValueError, match=r"(?s)does not run outside training: AssertionError: not in a loop.*calibration_step"
     ):
         run.fit(of(NeverOutsideParts)(norm=True), batches())
     assert run.global_step <= 1
@@ -300,7 +300,9 @@ class IteratorParts(NetParts):
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_step_that_fetches_its_batches_itself_needs_a_calibration_step(name: str, tmp_path: Path) -> None:
     run = trainer(tmp_path, [CALLBACKS[name](tmp_path)], max_epochs=1)
-    with pytest.raises(ValueError, match="`dataloader_iter` and fetches its batches itself. Define `calibration_step"):
+    with pytest.raises(
+        ValueError, match=r"`dataloader_iter` and fetches its batches itself\. Define `calibration_step"
+    ):
         run.fit(of(IteratorParts)(norm=True), batches())
     assert run.global_step == 0
 
