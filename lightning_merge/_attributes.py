@@ -2,9 +2,11 @@
 
 import io
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any, final
 
@@ -25,6 +27,7 @@ _LARGE = 2**26
 
 _STATELESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float, complex)
 _NOT_OF_THE_MODULE = {"Trainer", "Fabric", "Optimizer", "Dataset", "DataLoader", "LightningDataModule", "Logger"}
+_WITH_THREADS = {"threading", "_thread", "queue", "_queue", "multiprocessing", "concurrent", "asyncio", "socket"}
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_merge", "lightning_fabric", "omegaconf", "logging"}
 
 
@@ -33,7 +36,8 @@ class Attributes:
     """The plain attributes of a module and of all below it, with what lies in their containers and objects.
 
     Containers are remembered by a copy of what is in them, objects by their attributes, generators of random numbers
-    by their state. Of iterators and open files only the position can be seen.
+    by their state. Of iterators, open files and objects of other people's libraries only a change can be seen. What
+    threads of its own work on is left alone, and so are trainers, data sets, optimizers, and loggers.
 
     Args:
         module: Whose attributes.
@@ -85,8 +89,11 @@ class Attributes:
                 self._take(inner, name)
         elif (position := _position_of(value)) is not None:
             self._positions.append((name, position, position()))
-        elif _is_of_the_module(value):
-            own = dict(vars(value))
+        elif (own := _own_attributes(value)) is not None:
+            if _is_of_a_library(type(value)):
+                self._positions.append((name, partial(_shown, value), _shown(value)))
+                return
+            own = dict(own)
             self._undo.append(partial(_put_back_attributes, vars(value), own))
             for inner in own.values():
                 self._take(inner, name)
@@ -101,6 +108,8 @@ def _put_back_attributes(live: Any, saved: dict[str, Any], others: Iterable[str]
 
 
 def _contents(value: Any) -> Iterator[Any]:
+    if not hasattr(value, "__len__") or len(value) > _MOST:
+        return
     if isinstance(value, dict):
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset | deque):
@@ -189,10 +198,23 @@ def _shown(value: Any) -> Any:
     return numbers or (value if isinstance(value, int | float | str) else type(value).__name__ and repr(value))
 
 
-def _is_of_the_module(value: Any) -> bool:
-    """Whether it is an object that the module keeps, whose attributes can be put back."""
-    kind = type(value)
-    if not isinstance(getattr(value, "__dict__", None), dict) or isinstance(value, BaseException):
-        return False
-    names = {cls.__name__ for cls in kind.__mro__}
-    return kind.__module__.partition(".")[0] not in _LIBRARIES and not names & _NOT_OF_THE_MODULE
+def _own_attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object that the module keeps; ``None`` if it is not the module's to keep."""
+    own, kind = getattr(value, "__dict__", None), type(value)
+    if not isinstance(own, dict) or isinstance(value, BaseException):
+        return None
+    if _package(kind) in _LIBRARIES | _WITH_THREADS or _NOT_OF_THE_MODULE & {cls.__name__ for cls in kind.__mro__}:
+        return None
+    # What other threads work on must not be put back under their hands.
+    return None if any(_package(type(each)) in _WITH_THREADS for each in own.values()) else own
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
+
+
+@cache
+def _is_of_a_library(kind: Any) -> bool:
+    """Whether its class was installed: only it knows what its attributes mean together."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return bool({"site-packages", "dist-packages"} & set(Path(file).parts))

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from timm.utils import AverageMeter
 from torch import nn
 from torchmetrics import MeanMetric
 
@@ -149,3 +151,26 @@ def test_a_lazy_and_a_scripted_module_are_put_back() -> None:
         assert not torch.equal(module[1].running_mean, before["1.running_mean"])
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert module[1].training
+
+
+class Prefetched:
+    """Works on its list in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.lock, self.ready = threading.Lock(), [1]
+
+
+def test_what_has_threads_of_its_own_is_left_alone() -> None:
+    module: Any = nn.Linear(2, 2)
+    module.prefetched = Prefetched()
+    with isolated(module):
+        module.prefetched.ready.append(2)
+    assert module.prefetched.ready == [1, 2]
+
+
+def test_a_change_of_an_object_of_a_library_is_named() -> None:
+    module: Any = nn.Linear(2, 2)
+    module.meter = AverageMeter()
+    with isolated(module) as trace:
+        module.meter.update(1.0)
+    assert trace.attributes == ["meter"]
