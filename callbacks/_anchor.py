@@ -7,16 +7,13 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_merge import weights
-from lightning_merge._isolation import isolated
-from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
+from lightning_merge.callbacks._task_run._fisher import fisher_information, prepare_fisher
 from lightning_merge.continual import head_parameters
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
@@ -52,7 +49,7 @@ class Anchor(Callback):
 
     Raises:
         ValueError: If an argument is out of range, or at fit start if the module is not that of the first task, or the
-            strategy shards parameters.
+            strategy shards parameters, or, with ``"fisher"``, if ``training_step`` gives no loss of single samples.
 
     Example:
         >>> Anchor(strength=100.0, importance="fisher", at="last").samples
@@ -110,6 +107,8 @@ class Anchor(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gets ready to pull after each applied step, before an average of the same run takes the weights in."""
+        if self._recent is not None:
+            prepare_fisher(trainer, pl_module, self._held(pl_module), self._recent)
         self._pulled = {parameter: name for name, parameter in self._held(pl_module).items()}
         for optimizer in trainer.optimizers:
             handle = optimizer.register_step_post_hook(self._pull)
@@ -152,7 +151,7 @@ class Anchor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the task's Fisher information, and moves the anchor if it follows the last task."""
         if self._recent is not None:
-            added = self._measure(trainer, pl_module, self._recent)
+            added = fisher_information(trainer, pl_module, self._held(pl_module), self._recent, self.samples)
             self._fisher = {name: self._fisher.get(name, 0) + tensor for name, tensor in added.items()}
         if self.at == "last":
             self._anchor = weights.clone(self._held(pl_module))
@@ -164,7 +163,7 @@ class Anchor(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the anchor, so that a resumed task is held as before."""
-        recent = [] if self._recent is None else list(self._recent.batches)
+        recent = [] if self._recent is None else self._recent.saved()
         checkpoint[_KEY] = {**self._saved(), "recent": recent}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -172,7 +171,7 @@ class Anchor(Callback):
         if _KEY in checkpoint and trainer.training:
             self._restore(checkpoint[_KEY])
             if self._recent is not None:
-                self._recent = RecentBatches(checkpoint[_KEY]["recent"])
+                self._recent = RecentBatches.restored(checkpoint[_KEY]["recent"])
 
     def _held(self, module: LightningModule) -> dict[str, torch.nn.Parameter]:
         head = head_parameters(module, self.head)
@@ -183,42 +182,3 @@ class Anchor(Callback):
 
     def _restore(self, saved: dict[str, Weights]) -> None:
         self._anchor, self._fisher = saved["anchor"], saved["fisher"]
-
-    def _measure(self, trainer: Trainer, module: LightningModule, recent: RecentBatches) -> Weights:
-        held = self._held(module)
-        total, count = weights.zeros(held), 0
-        patches = Patches()
-        patches.replace(module, "log", lambda *args, **kwargs: None)
-        patches.replace(module, "log_dict", lambda *args, **kwargs: None)
-        try:
-            with isolated(module), torch.enable_grad():
-                for sample in self._each(recent, trainer.strategy.root_device):
-                    with trainer.precision_plugin.train_step_context():
-                        output: Any = module.training_step(sample, 0)
-                    loss = output["loss"] if isinstance(output, dict) else output
-                    gradients = torch.autograd.grad(loss, list(held.values()), allow_unused=True)
-                    for square, gradient in zip(total.values(), gradients, strict=True):
-                        if gradient is not None:
-                            square.addcmul_(gradient.to(square), gradient.to(square))
-                    count += 1
-        finally:
-            patches.undo()
-        fisher = {name: square / max(1, count) for name, square in total.items()}
-        weights.mean_over_ranks_(fisher)
-        return fisher
-
-    def _each(self, recent: RecentBatches, device: torch.device) -> Any:
-        """Batches of one sample, the most recent first."""
-        left = self.samples
-        for batch in reversed(recent.batches):
-            size = 0
-
-            def measure(tensor: Tensor) -> Tensor:
-                nonlocal size
-                size = max(size, len(tensor) if tensor.dim() else 0)
-                return tensor
-
-            apply_to_collection(batch, Tensor, measure)
-            for index in range(min(size, left)):
-                yield apply_to_collection(batch, Tensor, lambda t, i=index: t[i : i + 1].to(device))
-            left -= min(size, left)

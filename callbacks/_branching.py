@@ -383,7 +383,7 @@ class Branching(Published):
             "branches": branches,
             "good": {} if self.equal else self._divergence.good,
             "policy": self._policy_state,
-            "recent": None if self._recent is None else list(self._recent.batches),
+            "recent": None if self._recent is None else self._recent.saved(),
         }
 
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
@@ -396,7 +396,7 @@ class Branching(Published):
         self._divergence.good = saved["good"]
         self._policy_state = saved["policy"]
         if saved["recent"] is not None:
-            self._recent = RecentBatches(saved["recent"])
+            self._recent = RecentBatches.restored(saved["recent"])
         self._set = None
         self._resumed = True
 

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_merge import calibration, weights
+from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
-from lightning_merge.callbacks._lightning._run import recalibrate
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.callbacks._task_run._low_rank import LowRank
 from lightning_merge.callbacks._task_run._stored_samples import StoredSamples, calibrated_head, reaching
@@ -220,6 +220,7 @@ class ContinualMerging(Callback):
             )
         if self.selection.buffers == "recompute" and calibration.batch_norm_layers(pl_module):
             self._recent = self._recent if self._resumed and self._recent else RecentBatches()
+            prepare(trainer, pl_module, "ContinualMerging", self._recent)
         if self.store_samples_per_class and not (self._resumed and self._samples):
             self._samples = StoredSamples(self.store_samples_per_class)
         rank_zero_info(
@@ -381,7 +382,7 @@ class ContinualMerging(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds which task it is, and the batches kept, so that a resumed task ends bit for bit alike."""
         if self._active:
-            recent = [] if self._recent is None else list(self._recent.batches)
+            recent = [] if self._recent is None else self._recent.saved()
             checkpoint[_KEY] = {"format": 1, "holds": "raw", "task": self._task, "title": self._title, "recent": recent}
             if self._samples is not None:
                 checkpoint[_KEY]["samples"] = dict(self._samples.by_class)
@@ -399,7 +400,7 @@ class ContinualMerging(Callback):
             )
         self._resumed = True
         if section["recent"]:
-            self._recent = RecentBatches(section["recent"])
+            self._recent = RecentBatches.restored(section["recent"])
         if self.store_samples_per_class:
             self._samples = StoredSamples(self.store_samples_per_class, section.get("samples"))
 

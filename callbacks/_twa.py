@@ -386,7 +386,7 @@ class TWA(Published):
             "stage_steps": self._stage_steps,
             "buffers": self._buffers,
             "calibrated_at": self._calibrated_at,
-            "recent": None if self._recent is None else list(self._recent.batches),
+            "recent": None if self._recent is None else self._recent.saved(),
             "skipped_nonfinite": self.skipped_nonfinite,
         }
 
@@ -400,7 +400,7 @@ class TWA(Published):
         self._buffers = saved["buffers"]
         self._calibrated_at = saved["calibrated_at"]
         if saved["recent"] is not None:
-            self._recent = RecentBatches(saved["recent"])
+            self._recent = RecentBatches.restored(saved["recent"])
         self.skipped_nonfinite = saved["skipped_nonfinite"]
         self.steps = label["steps"]
         self._resumed = True

@@ -237,8 +237,8 @@ class WeightMerging(Published):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""
         by_the_end = Moment(self.steps, trainer.current_epoch + 1, epoch_end=True)
-        if self._recent is not None and self._active_schedule.started(by_the_end):
-            self._recent.hold(batch)
+        if self._recent is not None:
+            self._recent.hold(batch, only_to_try=not self._active_schedule.started(by_the_end))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -471,7 +471,7 @@ class WeightMerging(Published):
             "evaluations": self.evaluations,
             "buffers": self._buffers,
             "calibrated_at": self._calibrated_at,
-            "recent": None if self._recent is None else list(self._recent.batches),
+            "recent": None if self._recent is None else self._recent.saved(),
             "last_epoch": self._last_epoch,
             "update_window": None if self.update_window is None else list(self.update_window),
             "skipped_nonfinite": self.skipped_nonfinite,
@@ -486,7 +486,7 @@ class WeightMerging(Published):
         self.evaluations = saved["evaluations"]
         self._calibrated_at = saved["calibrated_at"]
         if saved["recent"] is not None:
-            self._recent = RecentBatches(saved["recent"])
+            self._recent = RecentBatches.restored(saved["recent"])
         self._last_epoch = saved["last_epoch"]
         self.update_window = None if saved["update_window"] is None else tuple(saved["update_window"])
         self.skipped_nonfinite = saved["skipped_nonfinite"]

@@ -2,46 +2,162 @@
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from lightning_merge._attributes import Attributes
 from lightning_merge.weights import is_metric
 
 
+@final
+@dataclass
+class Trace:
+    """What a run has left behind that could not be put back; known once the run is over.
+
+    Attributes:
+        attributes: Names of attributes of the module.
+    """
+
+    attributes: list[str] = field(default_factory=list)
+
+
 @contextmanager
-def isolated(module: nn.Module, seed: int = 0) -> Iterator[None]:
+def isolated(module: nn.Module, seed: int = 0, *, attributes: bool = True) -> Iterator[Trace]:
     """Inside, the module is in eval mode, random numbers come from a seed, and no gradients are kept.
 
-    At the end the module's modes, buffers and torchmetrics metrics and all random states are what they were, also
-    after an exception. The tensors stay the same objects. It takes a copy of the buffers and of those metric states
-    that are not lists.
+    At the end the module is what it was, see ``untouched``, and so are all random states, also after an exception.
 
     Args:
-        module: What is run inside. Parameters are not restored.
+        module: What is run inside.
         seed: Seed of Python, NumPy and torch (on the CPU and on the module's devices); at least 0.
+        attributes: Whether plain attributes are put back too.
     """
     # Not inference mode, which may be on outside: its tensors could not be trained on or copied into buffers later.
-    with torch.inference_mode(False), torch.no_grad(), _eager(), _random_numbers(seed, module), _restored(module):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _eager(),
+        _random_numbers(seed, module),
+        untouched(module, attributes=attributes) as trace,
+    ):
         # Flags rather than eval(), which some modules extend: LoRA layers that merge their weights, for one.
         for each in module.modules():
             each.training = False
-        yield
+        yield trace
 
 
 @contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    modes = {each: each.training for each in module.modules()}
-    buffers = {each: dict(each._buffers) for each in module.modules()}
+def untouched(module: nn.Module, *, attributes: bool = True) -> Iterator[Trace]:
+    """At the end the module is what it was, also after an exception, and the tensors are the same objects.
+
+    That is: modes, parameters and what requires gradients, gradients, buffers, torchmetrics metrics, and plain
+    attributes with what lies in them (counters, lists, memories, random states), unless told not to. It takes a copy
+    of the buffers, of those metric states that are not lists, and of what of everything else is written to inside.
+    """
+    plain = Attributes(module) if attributes else None
+    modules = list(module.modules()) if plain is None else plain.modules
+    parameters = _Parameters(modules)
+    trace = Trace()
+    watched = [*parameters.tensors(), *(() if plain is None else plain.tensors)]
+    with _restored(modules), _CopiesBeforeWriting(watched):
+        try:
+            yield trace
+        finally:
+            parameters.put_back()
+            if plain is not None:
+                trace.attributes = plain.restore()
+
+
+@final
+class _Parameters:
+    """Which parameters modules have, and their gradients; not their values."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        dicts: list[dict[str, Any]] = [
+            own
+            for each in modules
+            if not isinstance(each, torch.jit.ScriptModule)
+            for own in (each._parameters, each._modules)
+        ]
+        self._owned = [(own, dict(own)) for own in dicts]
+        known = {id(p): p for each in modules for p in each.parameters(recurse=False)}
+        self._all = [(p, p.requires_grad, p.grad) for p in known.values() if _has_values(p)]
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for p, _, grad in self._all for tensor in (p, grad) if tensor is not None]
+
+    def put_back(self) -> None:
+        for live, own in self._owned:
+            if list(live) != list(own) or any(live[name] is not each for name, each in own.items()):
+                live.clear()
+                live.update(own)
+        for parameter, requires_grad, grad in self._all:
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+
+class _CopiesBeforeWriting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies the memory of tensors when something is about to write to it, and puts the copies back at the end."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watched = {key: storage for t in tensors if (storage := _storage(t)) for key in (storage._cdata,)}
+        self._copies: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(operation, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for number, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._keep(args[number] if number < len(args) else kwargs.get(argument.name))
+        return operation(*args, **kwargs)
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        for key, kept in self._copies.items():
+            self._watched[key].copy_(kept)
+
+    def _keep(self, written: Any) -> None:
+        for tensor in written if isinstance(written, list | tuple) else [written]:
+            storage = _storage(tensor) if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata in self._watched and storage._cdata not in self._copies:
+                self._copies[storage._cdata] = storage.clone()
+
+
+def _storage(tensor: Any) -> Any:
+    """The memory of a tensor, or of the part of a sharded one that is here; ``None`` where there is no such thing."""
+    try:
+        return getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, or not there yet
+        return None
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not is_lazy(tensor)  # of a lazy layer that has not run
+
+
+@contextmanager
+def _restored(modules: list[nn.Module]) -> Iterator[None]:
+    modes = {each: each.training for each in modules}
+    buffers = {each: dict(each._buffers.items()) for each in modules}
     # A metric keeps its state in plain attributes. Containers are copied, so that what is appended later is dropped.
-    metrics = {each: tree_map(_same, dict(vars(each))) for each in module.modules() if is_metric(each)}
+    metrics = {each: tree_map(_same, dict(vars(each))) for each in modules if is_metric(each)}
     owned = [tensor for own in (*buffers.values(), *metrics.values()) for tensor in own.values()]
-    tensors = {id(tensor): tensor for tensor in owned if isinstance(tensor, Tensor)}
+    tensors = {id(tensor): tensor for tensor in owned if isinstance(tensor, Tensor) and _has_values(tensor)}
     values = {key: tensor.clone() for key, tensor in tensors.items()}
     try:
         yield
@@ -53,8 +169,9 @@ def _restored(module: nn.Module) -> Iterator[None]:
         for each, mode in modes.items():
             each.training = mode
         for each, own in buffers.items():
-            each._buffers.clear()
-            each._buffers.update(own)
+            if not isinstance(each, torch.jit.ScriptModule):  # whose buffers are never other objects
+                each._buffers.clear()
+                each._buffers.update(own)
         # In inference mode, since validation may have made a metric's state an inference tensor.
         with torch.inference_mode():
             for key, tensor in tensors.items():

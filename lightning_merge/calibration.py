@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from lightning_merge._isolation import isolated
 from lightning_merge.weights import Weights, average_dtype, canonical, submodules
@@ -19,27 +20,41 @@ from lightning_merge.weights import Weights, average_dtype, canonical, submodule
 _CHUNK = 2**23
 """Activations that are widened to float64 at a time: 64 MB."""
 
+_NOMINAL = 2**20
+"""Values that a batch counts for in a scripted layer, which does not say how many there were."""
 
-def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+
+def batch_norm_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The BatchNorm layers of a module that keep running statistics, by canonical name; shared ones appear once.
 
-    Every kind: 1d to 3d, ``SyncBatchNorm``, timm's ``BatchNormAct2d``. In a module in train mode, a layer in eval mode
-    is one that the user froze: training itself normalises by its statistics, so it is left out.
+    Every kind: 1d to 3d, lazy ones, ``SyncBatchNorm``, timm's ``BatchNormAct2d``, and those inside of what
+    ``torch.jit.script`` made. In a module in train mode, a layer in eval mode is one that the user froze: training
+    itself normalises by its statistics, so it is left out.
 
     Example:
         >>> list(batch_norm_layers(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
         ['1']
     """
-    found: dict[str, _BatchNorm] = {}
+    found: dict[str, nn.Module] = {}
     for name, layer in submodules(module):
         if (
-            isinstance(layer, _BatchNorm)
+            _is_batch_norm(layer)
             and layer.running_mean is not None
             and (layer.training or not module.training)
             and layer not in found.values()
         ):
             found[canonical(name)] = layer
     return found
+
+
+def _is_batch_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) or (
+        _is_scripted(layer) and str(layer.original_name).startswith("BatchNorm") and hasattr(layer, "running_mean")
+    )
+
+
+def _is_scripted(layer: nn.Module) -> bool:
+    return isinstance(layer, torch.jit.ScriptModule)
 
 
 def recalibrated_statistics(
@@ -54,8 +69,12 @@ def recalibrated_statistics(
 
     During the pass every layer is in eval mode (dropout is off), but BatchNorm layers normalise by the statistics of
     their batch, as in training. Random numbers come from a fixed seed. The module is left as it was, also after an
-    exception: modes, buffers, torchmetrics metrics, random states. Beside a copy of the buffers and of the metrics'
-    states, and what the forward pass needs, this takes 64 MB.
+    exception: modes, parameters, gradients, buffers, torchmetrics metrics, plain attributes, random states. Beside a
+    copy of the buffers, of the metrics' states and of what else the forward pass writes to, and what it needs itself,
+    this takes 64 MB.
+
+    A layer inside of what ``torch.jit.script`` made cannot be looked into: it is run in train mode, and there the mean
+    over batches of their means, and of their variances with that of the means, is taken.
 
     Under ``torch.distributed`` every process of the group must call this. Each brings batches of its own, as many as
     it likes (as many as the others if there is a ``SyncBatchNorm``), and all get the statistics of all batches.
@@ -81,7 +100,7 @@ def recalibrated_statistics(
     References:
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    layers = batch_norm_layers(module)
+    layers = {name: layer for name, layer in batch_norm_layers(module).items() if _has_run(layer)}
     if not layers:
         return {}
     result: Weights = {}
@@ -112,7 +131,7 @@ class _Moments:
     squares: Tensor
 
     @classmethod
-    def none(cls, layer: _BatchNorm) -> "_Moments":
+    def none(cls, layer: nn.Module) -> "_Moments":
         zeros = torch.zeros_like(_running_mean(layer), dtype=_widest(_running_mean(layer).device))
         return cls(0, zeros, zeros)
 
@@ -145,7 +164,7 @@ class _Moments:
 
 
 def _run(
-    layers: Mapping[str, _BatchNorm],
+    layers: Mapping[str, nn.Module],
     seen: dict[str, _Moments],
     batches: Iterable[Any],
     forward: Callable[[Any], Any],
@@ -154,18 +173,46 @@ def _run(
     """Runs every batch, adding what reaches each layer to ``seen``; the number of batches."""
     count = 0
     with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(_measurement(seen, name, group), with_kwargs=True)
+        scripted = {name: layer for name, layer in layers.items() if _is_scripted(layer)}
+        for name in layers.keys() - scripted.keys():
+            hook = layers[name].register_forward_pre_hook(_measurement(seen, name, group), with_kwargs=True)
             hooks.callback(hook.remove)
         for batch in batches:
+            _begin_batch(scripted)
             forward(batch)
+            _end_batch(scripted, seen)
             count += 1
     return count
 
 
-def _running_mean(layer: _BatchNorm) -> Tensor:
+def _begin_batch(scripted: Mapping[str, Any]) -> None:
+    """In train mode the layer writes to its own statistics, which begin at 0. They are put back at the end."""
+    for layer in scripted.values():
+        layer.training = True
+        with torch.no_grad():
+            for tensor in (layer.running_mean, layer.running_var, layer.num_batches_tracked):
+                tensor.zero_()
+
+
+def _end_batch(scripted: Mapping[str, Any], seen: dict[str, "_Moments"]) -> None:
+    for name, layer in scripted.items():
+        layer.training = False
+        calls = int(layer.num_batches_tracked)
+        share = 1.0 if layer.momentum is None else 1 - (1 - layer.momentum) ** calls
+        if calls and share:
+            wide = _widest(layer.running_mean.device)
+            mean, variance = (tensor.to(wide) / share for tensor in (layer.running_mean, layer.running_var))
+            seen[name] = seen[name].joined(_Moments(_NOMINAL, mean, variance * (_NOMINAL - 1)))
+
+
+def _has_run(layer: Any) -> bool:
+    return not is_lazy(layer.running_mean)
+
+
+def _running_mean(layer: Any) -> Tensor:
     assert layer.running_mean is not None
-    return layer.running_mean
+    mean: Tensor = layer.running_mean
+    return mean
 
 
 def _widest(device: torch.device) -> torch.dtype:
@@ -181,6 +228,7 @@ def _measurement(
     counts the batch and refuses a single value per channel.
     """
 
+    @torch.no_grad()  # the forward pass may need gradients, its statistics do not
     def measure(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values: Tensor = args[0] if args else next(iter(kwargs.values()))
         batch = _Moments.of(values) if values.numel() else _Moments.none(layer)

@@ -9,9 +9,8 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_merge._isolation import isolated
 from lightning_merge._ranks import several
-from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._lightning._user_step import outside_training, transferred
 
 Score: TypeAlias = Callable[[Any, Any], tuple[float | Tensor, float | Tensor]]
 """``score(module, batch)``: the sum of what is to be high over the batch, and the count to divide it by."""
@@ -41,20 +40,16 @@ def measured(trainer: Any, module: Any, score: Score | None) -> float:
     The module is in eval mode, without gradients, in the precision of validation; every call draws the same random
     numbers, logs nothing, and leaves modes, buffers, metrics and random states as they were.
     """
-    patches = Patches()
-    patches.replace(module, "log", lambda *args, **kwargs: None)
-    patches.replace(module, "log_dict", lambda *args, **kwargs: None)
     totals = torch.zeros(2, dtype=torch.float64)
     trainer.validating = True
     try:
-        with isolated(module):
+        with outside_training(trainer, module, attributes=False):
             for batch in _batches(trainer, module):
                 with trainer.precision_plugin.val_step_context():
                     parts = module.score_step(batch) if score is None else score(module, batch)
                 totals += torch.tensor([float(part) for part in parts], dtype=torch.float64)
     finally:
         trainer.training = True
-        patches.undo()
     if several():
         totals = totals.to(trainer.strategy.root_device)
         dist.all_reduce(totals)
@@ -78,5 +73,4 @@ def _batches(trainer: Any, module: LightningModule) -> Iterator[Any]:
         loaders = list(zip(loop._combined_loader.flattened, loop.max_batches, strict=True))
     for number, (loader, most) in enumerate(loaders):
         for batch in islice(loader, None if most == float("inf") else int(most)):
-            converted = trainer.precision_plugin.convert_input(batch)
-            yield trainer.strategy.batch_to_device(converted, dataloader_idx=number)
+            yield transferred(trainer, module, batch, number)

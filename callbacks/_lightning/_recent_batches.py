@@ -1,12 +1,14 @@
 """The last training batches, kept for measuring BatchNorm statistics again."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_merge.callbacks._lightning._batch_copies import BatchCopy, is_plain
 
 
 class RecentBatches:
@@ -19,41 +21,101 @@ class RecentBatches:
         kept: Batches that are kept already, oldest first.
         batches: Batches to keep; at least 1.
         bytes: Most memory they may take. The newest batch is always kept, whatever its size.
+
+    Attributes:
+        trial: Called with the first batch that was trained on, once, to find out whether it can be used at all.
+        way: How the module's step runs on them outside training, once that is known.
+        in_eval: Names of the submodules that training leaves in eval mode, once these are known.
+        fetched: What gives the batch that was trained on, where only ``training_step`` knows it beforehand.
     """
 
     def __init__(self, kept: Iterable[Any] = (), *, batches: int = 32, bytes: int = 256 * 2**20) -> None:
-        self.batches: deque[Any] = deque(kept, maxlen=batches)
+        self._kept: deque[BatchCopy] = deque(map(BatchCopy.of, kept), maxlen=batches)
         self.bytes = bytes
-        self._sizes = deque(map(_size, self.batches), maxlen=batches)
-        self._held: Any = None
+        self.trial: Callable[[BatchCopy], None] | None = None
+        self.way: Any = None
+        self.in_eval: frozenset[str] | None = None
+        self.fetched: Callable[[], Any] | None = None
+        self._held: BatchCopy | None = None
+        self._holds = False
+        self._only_to_try = False
+        self._said = False
 
-    def hold(self, batch: Any) -> None:
-        """Copies a batch that is about to be trained on, since the step may change it in place."""
-        self._held = apply_to_collection(batch, Tensor, _host_copy)
+    @classmethod
+    def restored(cls, saved: Any) -> "RecentBatches":
+        """Those of a file, as ``saved`` gave them."""
+        if not isinstance(saved, dict):
+            return cls(saved)
+        recent = cls()
+        recent._kept.extend(map(BatchCopy.of, saved["batches"]))
+        for kept, on_host in zip(recent._kept, saved["on_host"], strict=True):
+            kept.on_host = on_host
+        return recent
+
+    @property
+    def batches(self) -> list[Any]:
+        """The batches, oldest first; whoever may write to one takes a copy of it from ``on``."""
+        return [kept.batch for kept in self._kept]
+
+    def on(self, device: torch.device, most: int | None = None) -> list[Callable[[], Any]]:
+        """What makes a copy of each batch as it was trained on, oldest first, of the ``most`` newest ones."""
+        kept = list(self._kept)
+        newest = kept if most is None else kept[len(kept) - most :]
+        return [partial(each.on, device) for each in newest]
+
+    def saved(self) -> Any:
+        """What a checkpoint holds of them: plain data that ``torch.load(weights_only=True)`` reads, or nothing."""
+        strange = next((kept.batch for kept in self._kept if not is_plain(kept.batch)), None)
+        if strange is not None:
+            if not self._said:
+                self._said = True
+                rank_zero_info(
+                    f"Batches for measuring BatchNorm statistics stay out of checkpoints: a batch ({_kinds(strange)})"
+                    " is not plain tensors, numbers and strings in dicts, lists and tuples, and a file with it would"
+                    " not load with `weights_only=True`. A resumed run collects batches again."
+                )
+            return []
+        if any(any(kept.on_host) for kept in self._kept):
+            return {"batches": self.batches, "on_host": [kept.on_host for kept in self._kept]}
+        return self.batches
+
+    def hold(self, batch: Any, *, only_to_try: bool = False) -> None:
+        """Copies a batch that is about to be trained on, since the step may change it in place.
+
+        Args:
+            batch: The batch, on the device that it is trained on.
+            only_to_try: Whether it is not to be kept, but only to be tried if none has been yet.
+
+        Raises:
+            ValueError: If it holds something that cannot be copied.
+        """
+        if only_to_try and self.trial is None:
+            return
+        self._only_to_try = only_to_try
+        self._holds = self.fetched is not None or batch is not None
+        self._held = BatchCopy.of(batch) if self._holds and self.fetched is None else None
 
     def keep(self) -> None:
         """Keeps the held batch, now that it was trained on: a resumed run trains again on one that was not."""
-        if self._held is None:
+        if not self._holds:
             return
-        self.batches.append(self._held)
-        self._sizes.append(_size(self._held))
-        self._held = None
-        while len(self.batches) > 1 and sum(self._sizes) > self.bytes:
-            self.batches.popleft()
-            self._sizes.popleft()
+        held, self._held, self._holds = self._held, None, False
+        if held is None:
+            assert self.fetched is not None
+            held = BatchCopy.of(self.fetched())
+        if self.trial is not None:
+            # After the step of training itself: what fails there as well is no matter of being run outside it.
+            trial, self.trial = self.trial, None
+            trial(held)
+        if self._only_to_try:
+            return
+        self._kept.append(held)
+        while len(self._kept) > 1 and sum(kept.size for kept in self._kept) > self.bytes:
+            self._kept.popleft()
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
-
-
-def _size(batch: Any) -> int:
-    total = 0
-
-    def count(tensor: Tensor) -> Tensor:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-        return tensor
-
-    apply_to_collection(batch, torch.Tensor, count)
-    return total
+def _kinds(batch: Any) -> str:
+    """The class of a batch, and of what is in it if it is a container."""
+    items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
+    inner = sorted({type(item).__name__ for item in items if not is_plain(item)})
+    return type(batch).__name__ + (f" of {', '.join(inner)}" if inner else "")

@@ -1,22 +1,12 @@
-"""What a callback asks of the running Trainer: how long it will run, and a forward pass on kept batches."""
+"""What a callback asks of the running Trainer: how long it will run, and where its loader is."""
 
-import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.seed import isolate_rng
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lightning_merge._ranks import gathered
-from lightning_merge.calibration import recalibrated_statistics
-from lightning_merge.callbacks._lightning._patches import Patches
-from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.schedules import RunLength
-from lightning_merge.weights import Weights
 
 
 def planned_epochs(trainer: Any) -> int | None:
@@ -73,39 +63,3 @@ def restore_loader_position(trainer: Any) -> None:
         loop._load_combined_loader_states()
         with isolate_rng():  # a new iterator draws a seed, and the random state may have been restored already
             iter(loop._data_fetcher)
-
-
-def recalibrate(trainer: Any, module: LightningModule, name: str, recent: RecentBatches) -> Weights:
-    """BatchNorm statistics of the live weights, measured on the kept batches; training notices nothing of it."""
-    calibration_step = getattr(module, "calibration_step", None)
-    takes_index = len(inspect.signature(module.training_step).parameters) > 1
-
-    def forward(batch: Any) -> None:
-        # A copy, since a step may write to its batch and the kept one is used again.
-        batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.to(trainer.strategy.root_device, copy=True))
-        with trainer.precision_plugin.train_step_context():
-            if calibration_step is not None:
-                calibration_step(batch)
-            elif takes_index:
-                module.training_step(batch, 0)
-            else:
-                module.training_step(batch)
-
-    bar = trainer.progress_bar_callback
-    # As many in every process: a sharded module, or SyncBatchNorm, communicates in each forward pass.
-    most = min(gathered(len(recent.batches)))
-    shown = tqdm(
-        list(recent.batches)[-most:],
-        desc=f"{name}: measuring BatchNorm statistics",
-        unit="batch",
-        leave=False,
-        delay=1.0,  # seconds: what is done at once needs no bar
-        disable=bar is None or not bar.is_enabled,
-    )
-    patches = Patches()
-    patches.replace(module, "log", lambda *args, **kwargs: None)
-    patches.replace(module, "log_dict", lambda *args, **kwargs: None)
-    try:
-        return recalibrated_statistics(module, shown, forward)
-    finally:
-        patches.undo()

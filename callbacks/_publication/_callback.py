@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_merge import calibration, weights
 from lightning_merge._ranks import settings_of, several
+from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
-from lightning_merge.callbacks._lightning._run import recalibrate, restore_loader_position
+from lightning_merge.callbacks._lightning._run import restore_loader_position
 from lightning_merge.callbacks._publication._session import Ending, Publisher
 from lightning_merge.diagnostics import between
 from lightning_merge.schedules import Moment
@@ -356,12 +357,8 @@ class Published(Callback, ABC):
         """From here on batches are kept, if there are statistics to measure again."""
         module = self._module
         assert module is not None
+        assert self._publisher is not None
         if not calibration.batch_norm_layers(module):
             return
-        if not module.automatic_optimization and not hasattr(module, "calibration_step"):
-            raise ValueError(
-                f"{self.title} measures BatchNorm statistics again (`buffers='recompute'`) by `training_step`, which"
-                " steps optimizers under manual optimization. Define `calibration_step(self, batch)` on"
-                f" {type(module).__name__}, which runs the forward pass, or choose another `buffers`."
-            )
         self._recent = self._recent or RecentBatches()
+        prepare(self._publisher.trainer, module, self.title, self._recent)

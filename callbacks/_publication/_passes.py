@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge._ranks import several
+from lightning_merge.callbacks._lightning._eval_mode import forget_what_eval_mode_kept
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._canary import Canary
 from lightning_merge.callbacks._publication._ledger import RAW, Entry, Ledger
@@ -287,6 +288,10 @@ class Validation:
                 merged = self._publisher.set_of(pass_.average) if tensors is None else tensors
                 stack.enter_context(self._canary.watch(self._publisher, pass_.average, merged))
                 stack.enter_context(self._publisher.swapped(pass_.average, merged))
+            if pass_.average is not None or any(average.validate != "raw" for average in self._publisher.averages):
+                # Lightning puts flags back after a validation, and calls no `train()`.
+                forget_what_eval_mode_kept(self._publisher.module)
+                stack.callback(forget_what_eval_mode_kept, self._publisher.module)
             outer, self._current = self._current, pass_
             results.log = prefixed
             try:

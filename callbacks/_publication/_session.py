@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement, gathered, settings_of, several
+from lightning_merge.callbacks._lightning._eval_mode import written_in_eval
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
 from lightning_merge.callbacks._publication._checkpoint import Checkpoints
@@ -336,7 +337,9 @@ class Publisher:
         """Any tensors in the place of an average's: in the live dtype, buffers equal on all ranks."""
         live = average.tensors
         published = weights.like({name: t for name, t in tensors.items() if name in live}, live)
-        # Buffers are handed out as copies: a DDP forward broadcasts into them, and they are small.
+        # Parameters that a forward pass writes to are handed out as copies.
+        published |= weights.copies({name: published[name] for name in written_in_eval(self.module) & published.keys()})
+        # So are buffers: a DDP forward broadcasts into them, and they are small.
         buffers = weights.copies({name: published[name] for name in average.buffer_names if name in published})
         if not self.interrupted:
             weights.mean_over_ranks_(buffers)

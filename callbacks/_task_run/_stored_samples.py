@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_merge.callbacks._lightning._user_step import outside_training
 from lightning_merge.continual import masked_cross_entropy
 from lightning_merge.weights import Weights
 
@@ -83,24 +84,19 @@ def calibrated_head(trainer: Any, module: LightningModule, layer: nn.Linear, by_
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-@torch.no_grad()
 def reaching(trainer: Any, module: LightningModule, layer: nn.Linear, samples: Tensor) -> Tensor:
-    """What the head is called on, of shape (N, in_features); the module is in evaluation mode meanwhile.
+    """What the head is called on, of shape (N, in_features); the module is in evaluation mode, and stays as it was.
 
     Raises:
         ValueError: If it is called on something else, or not once.
     """
     seen: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().float()))
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
     try:
-        with trainer.precision_plugin.forward_context():
+        with outside_training(trainer, module), trainer.precision_plugin.forward_context():
             module(samples.to(trainer.strategy.root_device))
     finally:
         hook.remove()
-        for each, training in modes.items():
-            each.training = training
     if len(seen) != 1 or seen[0].shape != (len(samples), layer.in_features):
         shapes = [tuple(each.shape) for each in seen]
         raise ValueError(

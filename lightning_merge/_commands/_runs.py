@@ -58,8 +58,9 @@ class Bench:
         from itertools import islice
 
         from lightning_merge.calibration import batch_norm_layers
+        from lightning_merge.callbacks._lightning._recalibrate import recalibrate
         from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
-        from lightning_merge.callbacks._lightning._run import recalibrate
+        from lightning_merge.callbacks._lightning._user_step import transferred
         from lightning_merge.weights import canonical
 
         if not batch_norm_layers(self.model):
@@ -68,7 +69,7 @@ class Bench:
             self.metrics(weights)  # sets up devices and data
         self.model.load_state_dict(weights)
         loader = self._training_loader()
-        recent = RecentBatches(islice(loader, batches))
+        recent = RecentBatches(transferred(self.trainer, self.model, batch) for batch in islice(loader, batches))
         with quiet():
             fresh = recalibrate(self.trainer, self.model, "doctor", recent)
         keys = {canonical(key): key for key in weights}

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_merge.inventory import Inventory
 from lightning_merge.optim._blocks import PIECE, Draw
 from lightning_merge.optim._shards import Part, local, part, work_dtype
 from lightning_merge.optim._task_vector import Source, Stored, named, tensors_of
-from lightning_merge.weights import named_parameters
 
 Form = Literal["paper", "official"]
 Rescale = Literal["none", "inverse_p", "l1"]
@@ -529,7 +529,9 @@ def _names(optimizer: Optimizer, module: nn.Module | None, reference: Source | N
     source = module if module is not None else reference if isinstance(reference, nn.Module) else None
     known: dict[Tensor, str] = {}
     if source is not None:
-        known = {parameter: name for name, parameter in named_parameters(source).items()}
+        found = Inventory(source)
+        known = {parameter: name for name, parameter in found.parameters.items()}
+        known |= {other: name for name, others in found.ties.items() for other in others}
     for group in optimizer.param_groups:
         for i, parameter in enumerate(group["params"]):
             if parameter not in known and "param_names" in group:

@@ -419,3 +419,42 @@ def test_processes_pool_what_they_saw(pooled, layer):
 @pytest.mark.multiprocess
 def test_process_without_a_batch_gets_what_the_others_saw(pooled):
     assert torch.load(pooled / "uneven-1.pt")["running_var"].item() == pytest.approx(27.2)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_a_scripted_layer_is_measured_too(momentum: float | None):
+    plain = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, momentum=momentum), nn.ReLU(), nn.BatchNorm1d(4))
+    scripted = torch.jit.script(plain)
+    batches = [torch.randn(8, 3) + shift for shift in range(3)]
+    expected = recalibrated_statistics(plain, batches, plain)
+    before = {name: tensor.clone() for name, tensor in scripted.state_dict().items()}
+    found = recalibrated_statistics(scripted, batches, scripted)
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        # Deviations about the mean of all values are weighted by n - 1 values of a batch here, by n there.
+        torch.testing.assert_close(tensor, expected[name], rtol=0.2, atol=1e-5)
+        if name.endswith("mean") and name.startswith("1"):
+            torch.testing.assert_close(tensor, expected[name])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in scripted.state_dict().items())
+
+
+def test_a_lazy_layer_that_has_not_run_is_left_out():
+    module = nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyBatchNorm1d())
+    module[0](torch.randn(4, 2))
+    assert recalibrated_statistics(module, RAGGED, lambda batch: module[0](batch.expand(-1, 2))).keys() == {
+        "0.running_mean",
+        "0.running_var",
+    }
+
+
+def test_a_forward_pass_may_need_gradients():
+    layer = nn.BatchNorm1d(1)
+
+    def forward(batch: torch.Tensor) -> None:
+        with torch.enable_grad():
+            given = batch.clone().requires_grad_()
+            (slope,) = torch.autograd.grad(layer(given).square().sum(), given, create_graph=True)
+            layer(slope)
+
+    found = recalibrated_statistics(layer, RAGGED, forward)
+    assert not any(tensor.requires_grad for tensor in found.values())

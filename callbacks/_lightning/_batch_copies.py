@@ -1,0 +1,107 @@
+"""Copies of batches in host memory, whatever they are made of, and back on the device."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class BatchCopy:
+    """A copy of a batch in host memory.
+
+    Attributes:
+        batch: The copy.
+        size: Bytes of the tensors and arrays in it, those in objects too.
+        on_host: Which of its tensors, in the order they are met, were in host memory beside others that were not.
+    """
+
+    batch: Any
+    size: int
+    on_host: list[bool]
+
+    @classmethod
+    def of(cls, batch: Any) -> "BatchCopy":
+        """Copies a batch.
+
+        Raises:
+            ValueError: If it holds something that cannot be copied.
+        """
+        devices: list[torch.device] = []
+        size = 0
+
+        def to_host(tensor: Tensor) -> Tensor:
+            nonlocal size
+            devices.append(tensor.device)
+            size += tensor.numel() * tensor.element_size()
+            return tensor.detach().to("cpu", copy=True)
+
+        copied, arrays = _copied(batch, to_host)
+        on_host = [device.type == "cpu" for device in devices]
+        return cls(copied, size + arrays, [] if all(on_host) else on_host)
+
+    def on(self, device: torch.device) -> Any:
+        """A copy of the copy, on this device; what the step was given in host memory is given there again."""
+        left = iter(self.on_host)
+        target = {True: torch.device("cpu"), False: device}
+        return _copied(self.batch, lambda tensor: tensor.to(target[next(left, False)], copy=True))[0]
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is tensors, numbers, strings and ``None`` in dicts, lists and tuples, and of no other class."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(type(key) in (str, int) and is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (Tensor, bool, int, float, str)
+
+
+def _copied(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, int]:
+    """The batch with every tensor converted and all else copied, and the bytes of the arrays in it."""
+    memo: dict[int, Any] = {}
+    try:
+        with _ConvertedTensors(convert):
+            copied = _walk(batch, convert, memo)
+    except Exception as error:
+        raise ValueError(
+            f"a batch ({type(batch).__name__}) cannot be copied: {type(error).__name__}: {error}. Batches are kept for"
+            " measuring BatchNorm statistics again. Give its class a `__deepcopy__`, leave out of the batch what cannot"
+            " be copied, or choose another `buffers`."
+        ) from error
+    return copied, sum(each.nbytes for each in memo.values() if isinstance(each, np.ndarray))
+
+
+def _walk(value: Any, convert: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:
+    # Containers here and not by `deepcopy`, which hands tensors of a class of their own to that class.
+    if isinstance(value, Tensor):
+        if id(value) not in memo:
+            memo[id(value)] = convert(value)
+        return memo[id(value)]
+    if type(value) in (list, tuple):
+        return type(value)(_walk(item, convert, memo) for item in value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)._make(_walk(item, convert, memo) for item in value)  # type: ignore[attr-defined]
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _walk(item, convert, memo)) for key, item in value.items())
+    return deepcopy(value, memo)
+
+
+class _ConvertedTensors(TorchFunctionMode):
+    """Inside, ``deepcopy`` converts each tensor, wherever in an object it lies."""
+
+    def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._convert = convert
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        tensor, memo = args
+        memo[id(tensor)] = self._convert(tensor)
+        return memo[id(tensor)]
