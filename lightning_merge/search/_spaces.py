@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
+from lightning_merge._checks import LISTED, number, settle
+
 Coefficients: TypeAlias = tuple[float, ...]
 """One number per ingredient (a checkpoint, a branch), in their order."""
 
@@ -92,7 +94,8 @@ class _Bounded(Space):
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (-math.inf < self.low <= 0.0 and 1.0 <= self.high < math.inf):
+        settle(self, low=number("low", self.low), high=number("high", self.high))
+        if not (self.low <= 0.0 and self.high >= 1.0):
             raise ValueError(f"`low` must be at most 0 and `high` at least 1, got {self.low} and {self.high}.")
 
 
@@ -207,6 +210,8 @@ def _marks(low: float, high: float, step: float) -> list[float]:
 
 
 def _whole(length: str, value: float, step: float) -> int:
+    if not 0.0 < step or value / step > LISTED:
+        raise ValueError(f"`step` must divide {length} into at most {LISTED} steps, got {step}.")
     count = round(value / step)
     if abs(count * step - value) > _ROUNDING or count < 1:
         raise ValueError(f"`step` must divide {length} into whole steps, got {step}.")
