@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from lightning_merge._checks import LISTED, function, instance, numbers, one_of, path, sequence
+from lightning_merge._checks import LISTED, flag, function, instance, number, numbers, one_of, path, sequence, settle
 from lightning_merge._checks import seed as checked_seed
 from lightning_merge._checks import whole as checked_count
 from lightning_merge.search._grid import Grid
@@ -38,6 +38,10 @@ class Evaluation:
     score: float | None
     from_log: bool = False
 
+    def __post_init__(self) -> None:
+        settle(self, coefficients=numbers("coefficients", self.coefficients), from_log=flag("from_log", self.from_log))
+        settle(self, score=None if self.score is None else number("score", self.score))
+
 
 @dataclass(frozen=True)
 class Found:
@@ -54,6 +58,12 @@ class Found:
     score: float
     history: list[Evaluation] = field(repr=False)
     complete: bool
+
+    def __post_init__(self) -> None:
+        settle(self, coefficients=numbers("coefficients", self.coefficients), score=number("score", self.score))
+        for each in sequence("history", self.history, "evaluations"):
+            instance("history", each, Evaluation, "evaluations")
+        flag("complete", self.complete)
 
 
 def search(

@@ -67,8 +67,8 @@ class Simplex(Space):
     def from_unit(self, numbers: Sequence[float]) -> Coefficients:
         # Breaks the stick so that numbers that are uniform in [0, 1] give points that are uniform on the simplex.
         rest, broken = 1.0, []
-        for index, number in enumerate(numbers):
-            piece = rest * (1.0 - number ** (1.0 / (len(numbers) - index)))
+        for index, each in enumerate(numbers):
+            piece = rest * (1.0 - each ** (1.0 / (len(numbers) - index)))
             broken.append(piece)
             rest -= piece
         return (*broken, rest)
@@ -126,7 +126,7 @@ class Negative(_Bounded):
         return count - 1
 
     def from_unit(self, numbers: Sequence[float]) -> Coefficients:
-        chosen = [self.low + (self.high - self.low) * number for number in numbers]
+        chosen = [self.low + (self.high - self.low) * each for each in numbers]
         return self.nearest((1.0 - math.fsum(chosen), *chosen))
 
     def to_unit(self, values: Sequence[float]) -> list[float]:
@@ -166,7 +166,7 @@ class Free(_Bounded):
         return count
 
     def from_unit(self, numbers: Sequence[float]) -> Coefficients:
-        return tuple(self.low + (self.high - self.low) * number for number in numbers)
+        return tuple(self.low + (self.high - self.low) * each for each in numbers)
 
     def to_unit(self, values: Sequence[float]) -> list[float]:
         return [(value - self.low) / (self.high - self.low) for value in values]
@@ -210,7 +210,7 @@ def _marks(low: float, high: float, step: float) -> list[float]:
 
 
 def _whole(length: str, value: float, step: float) -> int:
-    if not 0.0 < step or value / step > LISTED:
+    if not step > 0.0 or value / step > LISTED:
         raise ValueError(f"`step` must divide {length} into at most {LISTED} steps, got {step}.")
     count = round(value / step)
     if abs(count * step - value) > _ROUNDING or count < 1:
