@@ -8,6 +8,7 @@ from typing import final
 
 from torch import Tensor
 
+from lightning_merge._checks import path as checked_path
 from lightning_merge.continual._bank import _safetensors as safetensors_torch
 from lightning_merge.weights import Weights
 
@@ -34,7 +35,7 @@ class StreamState:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = Path(checked_path("folder", folder))
 
     @property
     def has_base(self) -> bool:
