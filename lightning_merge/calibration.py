@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_merge._checks import function, instance
 from lightning_merge._isolation import isolated
 from lightning_merge.weights import Weights, average_dtype, canonical, submodules
 
@@ -30,6 +31,7 @@ def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
         >>> list(batch_norm_layers(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
         ['1']
     """
+    instance("module", module, nn.Module, "a module")
     found: dict[str, _BatchNorm] = {}
     for name, layer in submodules(module):
         if (
@@ -70,6 +72,7 @@ def recalibrated_statistics(
         New tensors for ``<layer>.running_mean`` and ``<layer>.running_var``. A layer that no batch reached is left out.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If there is a layer to measure but no batch.
 
     Example:
@@ -82,6 +85,8 @@ def recalibrated_statistics(
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     layers = batch_norm_layers(module)
+    instance("batches", batches, Iterable, "batches to iterate over")
+    function("forward", forward)
     if not layers:
         return {}
     result: Weights = {}
