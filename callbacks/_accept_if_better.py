@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_merge._checks import monitor as checked_monitor
+from lightning_merge._checks import numbers, one_of
 from lightning_merge.diagnostics import between
 from lightning_merge.weights import Weights
 
@@ -42,9 +44,10 @@ class AcceptIfBetter(Callback):
         self, monitor: str, mode: Literal["min", "max"] = "min", shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
     ) -> None:
         refuse_other_mode(mode)
-        if not shares or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"`shares` must be numbers in [0, 1], at least one, got {shares!r}.")
-        self.monitor = monitor
+        shares = numbers("shares", shares, "[0, 1]", "numbers in [0, 1], at least one")
+        if not shares:
+            raise ValueError("`shares` must be numbers in [0, 1], at least one, got ().")
+        self.monitor = checked_monitor("monitor", monitor)
         self.mode = mode
         self.shares = (*sorted({float(share) for share in shares} - {1.0}), 1.0)
         self.scores: dict[str, dict[float, float]] = {}
@@ -94,8 +97,7 @@ def refuse_without_validation(owner: str, trainer: Any) -> None:
 
 def refuse_other_mode(mode: str) -> None:
     """For callbacks that choose by a metric."""
-    if mode not in ("min", "max"):
-        raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+    one_of("mode", mode, ("min", "max"))
 
 
 def refuse_unlogged(owner: str, monitor: str, trainer: Any) -> None:

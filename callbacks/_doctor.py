@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_merge._checks import monitor as checked_monitor
+from lightning_merge._checks import whole
 from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
-from lightning_merge.diagnostics import Examination, examine
+from lightning_merge.diagnostics import MOST_POINTS, Examination, examine
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
@@ -38,10 +40,8 @@ class Doctor(Callback):
     """
 
     def __init__(self, monitor: str = "val/loss", points: int = 3) -> None:
-        if points < 1:
-            raise ValueError(f"`points` must be at least 1, got {points}.")
-        self.monitor = monitor
-        self.points = points
+        self.monitor = checked_monitor("monitor", monitor)
+        self.points = whole("points", points, 1, MOST_POINTS)
         self.examinations: dict[str, Examination] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

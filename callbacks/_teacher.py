@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from lightning.pytorch import LightningModule
 
+from lightning_merge._checks import instance, text
 from lightning_merge.calibration import batch_norm_layers
 from lightning_merge.callbacks._publication._callback import Published
 
@@ -35,6 +36,8 @@ def teacher(module: LightningModule, name: str) -> Iterator[None]:
     References:
         Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017, section 2.
     """
+    instance("module", module, LightningModule, "a LightningModule")
+    text("name", name, "the name of an average")
     found = {callback.name: callback for callback in module.trainer.callbacks if isinstance(callback, Published)}  # type: ignore[attr-defined]
     if name not in found:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Literal, final
 
 from torch import Tensor, nn
 
-from lightning_merge._checks import flag, names, one_of, settle
+from lightning_merge._checks import flag, instance, names, one_of, settle
 from lightning_merge.weights import is_averaged, named_buffers, named_parameters
 
 BufferPolicy = Literal["average", "copy", "recompute"]
@@ -81,6 +81,15 @@ class Selection:
         return any(fnmatchcase(name, pattern) for pattern in self.include) and not any(
             fnmatchcase(name, pattern) for pattern in self.exclude
         )
+
+
+def chosen(selection: Selection | None, default: Selection) -> Selection:
+    """The selection that was given as ``selection``, or the default where none was.
+
+    Raises:
+        TypeError: If it is no selection; an empty list or text is none either.
+    """
+    return default if selection is None else instance("selection", selection, Selection)
 
 
 def lora(buffers: BufferPolicy = "copy") -> Selection:
