@@ -168,7 +168,7 @@ class Anchor(Callback):
                 self._recent = RecentBatches(checkpoint[_KEY]["recent"])
 
     def _held(self, module: LightningModule) -> dict[str, torch.nn.Parameter]:
-        head = head_parameters(module, self.head)
+        head = head_parameters(module, self.head, "head")
         return {name: p for name, p in self.selection.parameters(module).items() if name not in head}
 
     def _saved(self) -> dict[str, Weights]:

@@ -162,7 +162,7 @@ class StochasticWeightAveraging(SWA):
         annealing_epochs: int = 10,
         annealing_strategy: Literal["cos", "linear"] = "cos",
         avg_fn: AvgFn | None = None,
-        device: torch.device | str | None = "cpu",
+        device: torch.device | str | int | None = "cpu",
         name: str = "swa",
     ) -> None:
         _check_functions(avg_fn=avg_fn)
@@ -263,12 +263,15 @@ def _check_functions(**given: object) -> None:
 
 
 def _checked_device(device: Any) -> Any:
-    if device is None or (isinstance(device, int) and not isinstance(device, bool) and device >= 0):
+    if device is None or isinstance(device, torch.device):
         return device
+    if not isinstance(device, str):
+        return whole("device", device, 0, 127)  # more than torch counts
     try:
-        return device if torch.device(device) and not isinstance(device, bool) else None
-    except (RuntimeError, TypeError):
-        raise ValueError(f"`device` must be None or a device, got {device!r}.") from None
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be None or a device, got {device!r}: {error}") from None
+    return device
 
 
 def _refuse(owner: str, kwargs: dict[str, Any], why: str) -> None:

@@ -188,7 +188,7 @@ class ContinualMerging(Callback):
             return
         refuse_sharding(trainer.strategy, "ContinualMerging")
         _refuse_order(trainer, self)
-        self._head_names = head_parameters(pl_module, self.head)
+        self._head_names = head_parameters(pl_module, self.head, "head")
         if self.store_samples_per_class:
             _head_layer(pl_module, self._head_names)  # there is one
         merged = [name for name in self.selection.parameters(pl_module) if name not in self._head_names]

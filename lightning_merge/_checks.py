@@ -82,7 +82,12 @@ def real(name: str, value: object, says: str = "a number") -> float:
     found = _plain(value)
     if isinstance(found, bool) or not isinstance(found, Real):
         _refuse_type(name, says if "number" in says or "whole" in says else f"a number {says}", value)
-    return found if isinstance(found, (int, float)) else float(found)
+    if isinstance(found, float) or (isinstance(found, int) and abs(found) <= _COUNTED):
+        return found
+    try:
+        return float(found)
+    except OverflowError:
+        raise ValueError(f"`{name}` must be {says}, got {_shown(value)}, which is too large for a number.") from None
 
 
 def numbers(name: str, values: object, interval: str = "(-inf, inf)", says: str | None = None) -> tuple[float, ...]:

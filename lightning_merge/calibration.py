@@ -85,8 +85,12 @@ def recalibrated_statistics(
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
     layers = batch_norm_layers(module)
+    if isinstance(batches, str):
+        raise TypeError(f"`batches` must be batches to iterate over, got {batches!r}.")
     instance("batches", batches, Iterable, "batches to iterate over")
     function("forward", forward)
+    if group is not None:
+        instance("group", group, dist.ProcessGroup, "a group of processes")
     if not layers:
         return {}
     result: Weights = {}

@@ -61,6 +61,7 @@ def norm(weights: Mapping[str, Tensor]) -> float:
         >>> norm({"w": torch.tensor([3.0, 4.0]), "bn.running_mean": torch.tensor([100.0])})
         5.0
     """
+    named("weights", weights)
     return math.sqrt(dot(weights, weights))
 
 
@@ -81,6 +82,7 @@ def cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
         >>> cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])})
         0.7071067811865475
     """
+    _alike(left, right)
     lengths = norm(left) * norm(right)
     return dot(left, right) / lengths if lengths else 0.0
 
@@ -193,7 +195,7 @@ def never_measured(weights: Mapping[str, Tensor]) -> list[str]:
     """BatchNorm layers whose statistics are still those of the start: mean 0 and variance 1."""
     return [
         name.removesuffix(".running_mean")
-        for name, running_mean in weights.items()
+        for name, running_mean in named("weights", weights).items()
         if name.endswith("running_mean")
         and not bool(running_mean.any())
         and bool((weights[name.replace("running_mean", "running_var")] == 1).all())
@@ -211,8 +213,11 @@ def statistics_shift(stored: Mapping[str, Tensor], measured: Mapping[str, Tensor
         >>> round(statistics_shift(stored, measured), 3)
         3.0
     """
+    named("stored", stored)
     worst = 0.0
-    for name in measured:
+    for name in named("measured", measured):
+        if name.endswith("running_mean") and name not in stored:
+            raise ValueError(f"`stored` lacks `{name}`, which was measured.")
         if name.endswith("running_mean"):
             variance = name.replace("running_mean", "running_var")
             # A channel that is constant says nothing; 1e-5 is what BatchNorm itself adds.

@@ -49,6 +49,7 @@ class RunLength:
         for field in ("steps", "epochs", "steps_per_epoch"):
             value = getattr(self, field)
             settle(self, **{field: None if value is None else whole(field, value, 0)})
+        instance("unknown_since", self.unknown_since, str, "a text")
 
 
 class Schedule(ABC):

@@ -89,6 +89,7 @@ def chosen(selection: Selection | None, default: Selection) -> Selection:
     Raises:
         TypeError: If it is no selection; an empty list or text is none either.
     """
+    instance("default", default, Selection)
     return default if selection is None else instance("selection", selection, Selection)
 
 

@@ -36,6 +36,8 @@ def planned_length(trainer: Any) -> RunLength:
     epochs = planned_epochs(trainer)
     module = trainer.lightning_module
     if not module.automatic_optimization:
+        if len(trainer.optimizers) == 1 and trainer.max_steps >= 0 and epochs is None:
+            return RunLength(steps=trainer.max_steps)  # which Lightning counts on the optimizers
         reason = f"{type(module).__name__} steps its optimizers itself (manual optimization), so nobody knows how often"
         return RunLength(epochs=epochs, unknown_since=reason)
     trainer.fit_loop.setup_data()

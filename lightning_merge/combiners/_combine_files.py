@@ -51,9 +51,9 @@ def combine_files(
     labels = [label("tasks", task) for task in (range(len(files)) if tasks is None else sequence("tasks", tasks))]
     if not files or len(labels) != len(files):
         raise ValueError(f"`files` must be at least one, and `tasks` as many, got {len(files)} and {len(labels)}.")
-    layout = _open(base)
+    layout = _opened("base", base)
     for file in files:
-        if (difference := first_mismatch(layout, _open(file))) is not None:
+        if (difference := first_mismatch(layout, _opened("files", file))) is not None:
             raise ValueError(f"{file} is of another model than {base}: {difference}.")
     groups = list(_groups(layout))
     del layout
@@ -96,6 +96,13 @@ def _read(file: str | Path, names: list[str]) -> Weights:
     """Copies of some tensors of a file, which is mapped into memory only meanwhile."""
     weights = _open(file)
     return {name: weights[name].clone() for name in names}
+
+
+def _opened(argument: str, file: str | Path) -> Weights:
+    try:
+        return _open(file)
+    except ValueError as error:
+        raise ValueError(f"`{argument}`: {error}") from error
 
 
 def _open(file: str | Path) -> Weights:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_merge._checks import instance, number, sequence, whole
+from lightning_merge._checks import instance, number, sequence, text, whole
 from lightning_merge._checks import names as checked_names
 from lightning_merge._mergeable import named
 from lightning_merge.weights import Weights, canonical, named_parameters, submodules
@@ -127,12 +127,13 @@ def grow_head(head: nn.Linear, num_classes: int) -> nn.Linear:
     return grown
 
 
-def head_parameters(module: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+def head_parameters(module: nn.Module, patterns: Sequence[str] | None, argument: str = "patterns") -> list[str]:
     """Canonical names of the head's parameters: what the patterns match, or those of the last ``nn.Linear``.
 
     Args:
         module: The whole module.
         patterns: Globs over parameter names; ``None`` to look for the last linear layer, in the order of definition.
+        argument: What to call them in messages.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -142,16 +143,17 @@ def head_parameters(module: nn.Module, patterns: Sequence[str] | None) -> list[s
         ['2.weight', '2.bias']
     """
     instance("module", module, nn.Module, "a module")
+    text("argument", argument)
     parameters = named_parameters(module)
     if patterns is None:
         linear = [name for name, layer in submodules(module) if isinstance(layer, nn.Linear)]
         own = {f"{canonical(linear[-1])}.{name}".lstrip(".") for name in ("weight", "bias")} if linear else set()
         return [name for name in parameters if name in own]
-    for pattern in (patterns := checked_names("patterns", patterns)):
+    for pattern in (patterns := checked_names(argument, patterns)):
         if not any(fnmatchcase(name, pattern) for name in parameters):
             some = ", ".join(list(parameters)[-4:])
             raise ValueError(
-                f"`head` must match parameters, got {pattern!r}, which matches none; the last are: {some}."
+                f"`{argument}` must match parameters, got {pattern!r}, which matches none; the last are: {some}."
             )
     return [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

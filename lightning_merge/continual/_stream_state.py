@@ -34,7 +34,7 @@ class StreamState:
         tensor([1., 1.])
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(checked_path("folder", folder))
 
     @property

@@ -68,8 +68,11 @@ class ExponentialMean(Rule):
     compensated: bool = False
 
     def __post_init__(self) -> None:
+        given = self.half_life
         if self.half_life is not None:
             self._set_half_life(Duration.parse(self.half_life, "half_life"))
+            if self.decay == 1.0:
+                raise ValueError(f"`half_life` must be shorter: after {given!r} nothing would ever change.")
         elif self.decay is None:
             object.__setattr__(self, "decay", _DEFAULT_DECAY)
         if self.decay is not None:

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
-from lightning_merge._checks import numbers, real, settle
+from lightning_merge._checks import number, numbers, settle
 from lightning_merge.search._spaces import Coefficients, Space
 
 
@@ -23,7 +23,7 @@ class Answer:
     gradient: Coefficients | None = None
 
     def __post_init__(self) -> None:
-        settle(self, value=real("value", self.value))
+        settle(self, value=number("value", self.value, "[-inf, inf]", "a number"))
         if self.gradient is not None:
             settle(self, gradient=numbers("gradient", self.gradient, "[-inf, inf]"))
 

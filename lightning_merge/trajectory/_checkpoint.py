@@ -84,6 +84,8 @@ class Checkpoint:
     def __init__(self, path: str | os.PathLike[str], weights: WhichWeights = "published") -> None:
         one_of("weights", weights, WhichWeights)
         self.path = Path(checked_path("path", path))
+        if not self.path.exists():
+            raise ValueError(f"`path`: there is no file {self.path}.")
         self.step: int | None = None
         self.epoch: int | None = None
         self.places = self._safetensors() if self.path.suffix == ".safetensors" else self._torch(weights)
