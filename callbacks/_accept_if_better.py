@@ -7,6 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_merge import weights
+from lightning_merge._checks import monitor as checked_monitor
+from lightning_merge._checks import numbers, one_of
 from lightning_merge._choice import Mode, best, mode_by_name, mode_of
 from lightning_merge._ranks import gathered
 from lightning_merge.diagnostics import between
@@ -49,10 +51,11 @@ class AcceptIfBetter(Callback):
         self, monitor: str, mode: Mode | None = None, shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
     ) -> None:
         refuse_other_mode(mode)
-        if not shares or not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"`shares` must be numbers in [0, 1], at least one, got {shares!r}.")
-        self.monitor = monitor
-        self.mode = mode_by_name(monitor) if mode is None else mode
+        shares = numbers("shares", shares, "[0, 1]", "numbers in [0, 1], at least one")
+        if not shares:
+            raise ValueError("`shares` must be numbers in [0, 1], at least one, got ().")
+        self.monitor = checked_monitor("monitor", monitor)
+        self.mode = mode_by_name(self.monitor) if mode is None else mode
         self.shares = (*sorted({float(share) for share in shares} - {1.0}), 1.0)
         self.scores: dict[str, dict[float, float]] = {}
 
@@ -125,8 +128,8 @@ def refuse_without_validation(owner: str, trainer: Any) -> None:
 
 def refuse_other_mode(mode: str | None) -> None:
     """For callbacks that choose by a metric; ``None`` is left to its name."""
-    if mode not in ("min", "max", None):
-        raise ValueError(f"`mode` must be 'min' or 'max', got {mode!r}.")
+    if mode is not None:
+        one_of("mode", mode, ("min", "max"))
 
 
 def refuse_unlogged(owner: str, monitor: str, trainer: Any) -> None:

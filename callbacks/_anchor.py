@@ -3,7 +3,7 @@
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,11 +11,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_merge import weights
+from lightning_merge._checks import names, number, one_of, path, whole
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.callbacks._task_run._fisher import fisher_information, prepare_fisher
 from lightning_merge.continual import head_parameters
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 from lightning_merge.weights import Weights
 
 Importance = Literal["identity", "fisher"]
@@ -70,21 +71,13 @@ class Anchor(Callback):
         head: str | list[str] | None = None,
         file: str | Path | None = None,
     ) -> None:
-        if not 0 <= strength < float("inf"):
-            raise ValueError(f"`strength` must be at least 0 and finite, got {strength}.")
-        if importance not in get_args(Importance):
-            raise ValueError(f"`importance` must be 'identity' or 'fisher', got {importance!r}.")
-        if at not in get_args(AnchorAt):
-            raise ValueError(f"`at` must be 'base' or 'last', got {at!r}.")
-        if samples < 1:
-            raise ValueError(f"`samples` must be at least 1, got {samples}.")
-        self.strength = strength
-        self.importance: Importance = importance
-        self.at: AnchorAt = at
-        self.samples = samples
-        self.selection = Selection(trainable=True) if selection is None else selection
-        self.head = [head] if isinstance(head, str) else head
-        self.file = None if file is None else Path(file)
+        self.strength = number("strength", strength, "[0, inf)", "at least 0 and finite")
+        self.importance: Importance = one_of("importance", importance, Importance)
+        self.at: AnchorAt = one_of("at", at, AnchorAt)
+        self.samples = whole("samples", samples, 1)
+        self.selection = chosen(selection, Selection(trainable=True))
+        self.head = None if head is None else list(names("head", head))
+        self.file = None if file is None else Path(path("file", file))
         self._anchor: Weights = {}
         self._fisher: Weights = {}
         self._recent: RecentBatches | None = None
@@ -174,7 +167,7 @@ class Anchor(Callback):
                 self._recent = RecentBatches.restored(checkpoint[_KEY]["recent"])
 
     def _held(self, module: LightningModule) -> dict[str, torch.nn.Parameter]:
-        head = head_parameters(module, self.head)
+        head = head_parameters(module, self.head, "head")
         return {name: p for name, p in self.selection.parameters(module).items() if name not in head}
 
     def _saved(self) -> dict[str, Weights]:

@@ -3,12 +3,14 @@
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge import weights
+from lightning_merge._checks import monitor as checked_monitor
+from lightning_merge._checks import start, whole
 from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import GatedMean
 from lightning_merge.schedules import EveryNEpochs
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 from lightning_merge.weights import Weights
 
 
@@ -58,11 +60,14 @@ class ASWA(WeightMerging):
         selection: Selection | None = None,
         optimizer: int = 0,
     ) -> None:
+        monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
+        every_n_epochs = whole("every_n_epochs", every_n_epochs, 1)
+        start_epoch = start("start_epoch", start_epoch)
         super().__init__(
             GatedMean(hard),
             schedule=EveryNEpochs(every_n_epochs, start=start_epoch),
-            selection=selection or Selection(buffers="recompute"),
+            selection=chosen(selection, Selection(buffers="recompute")),
             validate=validate,
             name=name,
             optimizer=optimizer,

@@ -10,7 +10,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._checks import function, instance, one_of, sequence, whole
 from lightning_merge.branches import Branches, Policy
+from lightning_merge.branches._base import MOST
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run import _placement as placement
 from lightning_merge.callbacks._branch_run._divergence import Divergence
@@ -101,16 +103,15 @@ class Branching(Published):
         optimizer: int = 0,
     ) -> None:
         super().__init__(validate, name, optimizer)
-        schedule = EveryNSteps() if schedule is None else schedule
-        for argument, value, kind in (("policy", policy, Policy), ("schedule", schedule, Schedule)):
-            if not isinstance(value, kind):
-                raise TypeError(f"`{argument}` must be a {kind.__name__} of lightning_merge, got {value!r}.")
-        if branches < 1:
-            raise ValueError(f"`branches` must be at least 1, got {branches}.")
-        if augmentations is not None and len(augmentations) != branches:
-            raise ValueError(
-                f"`augmentations` must have one entry for each of the {branches} branches, got {len(augmentations)}."
-            )
+        instance("policy", policy, Policy)
+        schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
+        branches = whole("branches", branches, 1, MOST)
+        if score is not None:
+            function("score", score)
+        if selection is not None:
+            instance("selection", selection, Selection)
+        if augmentations is not None:
+            augmentations = _checked_augmentations(augmentations, branches)
         for argument, chosen, allowed in (
             ("batches", batches, Batches),
             ("optimizer_state", optimizer_state, OptimizerState),
@@ -118,10 +119,7 @@ class Branching(Published):
             ("inactive", inactive, Inactive),
             ("schedulers", schedulers, Literal["group", "step"]),
         ):
-            if chosen not in get_args(allowed):
-                raise ValueError(
-                    f"`{argument}` must be one of {', '.join(map(repr, get_args(allowed)))}, got {chosen!r}."
-                )
+            one_of(argument, chosen, allowed, f"one of {', '.join(map(repr, get_args(allowed)))}")
         self.policy = policy
         self.schedule = schedule
         self.branches = branches
@@ -416,3 +414,13 @@ class Branching(Published):
                 f" {self._progress.epochs} epochs. What is published is the mean of branches that never met; merge"
                 " earlier."
             )
+
+
+def _checked_augmentations(augmentations: object, branches: int) -> tuple[Augmentation, ...]:
+    says = f"a function for each of the {branches} branches"
+    found = sequence("augmentations", augmentations, says)
+    if len(found) != branches:
+        raise ValueError(f"`augmentations` must have one entry for each of the {branches} branches, got {len(found)}.")
+    if not all(map(callable, found)):
+        raise TypeError(f"`augmentations` must be {says}, got {found!r}.")
+    return found

@@ -9,7 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_merge.callbacks._swa import SWA
+from lightning_merge._checks import flag, function, number, one_of, whole
+from lightning_merge._checks import real as checked_real
+from lightning_merge.callbacks._swa import SWA, checked_rates
 from lightning_merge.callbacks._weight_merging import WeightMerging
 from lightning_merge.rules import ExponentialMean, Mean, Rule
 from lightning_merge.schedules import EveryNEpochs, Moment, RunLength, Schedule
@@ -51,19 +53,21 @@ class WeightAveraging(WeightMerging):
         **kwargs: Any,
     ) -> None:
         _refuse(type(self).__name__, kwargs, "They are passed to torch's AveragedModel, which is not used here.")
+        _check_functions(avg_fn=avg_fn, multi_avg_fn=multi_avg_fn)
         if avg_fn is not None and multi_avg_fn is not None:
             raise ValueError("give `avg_fn` or `multi_avg_fn`, not both.")
         custom = avg_fn is not None or multi_avg_fn is not None
         self._set_up(_CustomMean(avg_fn, multi_avg_fn) if custom else Mean(), device, use_buffers, name)
 
     def _set_up(self, rule: Rule, device: torch.device | str | int | None, use_buffers: bool, name: str) -> None:
+        use_buffers = flag("use_buffers", use_buffers)
         super().__init__(
             rule,
             schedule=_Asked(self),
             selection=Selection(buffers="average" if use_buffers else "copy"),
             name=name,
         )
-        self.device = device
+        self.device = _checked_device(device)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """Whether the weights are taken in after this step, or at the end of this epoch; both count from 0."""
@@ -109,12 +113,15 @@ class EMAWeightAveraging(WeightAveraging):
         **kwargs: Any,
     ) -> None:
         _refuse(type(self).__name__, kwargs, "`avg_fn` and `multi_avg_fn` belong to WeightAveraging.")
-        if update_every_n_steps < 0:
-            raise ValueError(f"`update_every_n_steps` must be at least 0, got {update_every_n_steps}.")
-        self.update_every_n_steps = update_every_n_steps
-        self.update_starting_at_step = update_starting_at_step
-        self.update_starting_at_epoch = update_starting_at_epoch
-        self._set_up(ExponentialMean(decay), device, use_buffers, name)
+        self.update_every_n_steps = whole("update_every_n_steps", update_every_n_steps, 0)
+        first = {
+            "update_starting_at_step": update_starting_at_step,
+            "update_starting_at_epoch": update_starting_at_epoch,
+        }
+        checked = {key: None if value is None else whole(key, value, 0) for key, value in first.items()}
+        self.update_starting_at_step = checked["update_starting_at_step"]
+        self.update_starting_at_epoch = checked["update_starting_at_epoch"]
+        self._set_up(ExponentialMean(number("decay", decay, "[0, 1)")), device, use_buffers, name)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """See the arguments of the class."""
@@ -155,21 +162,24 @@ class StochasticWeightAveraging(SWA):
         annealing_epochs: int = 10,
         annealing_strategy: Literal["cos", "linear"] = "cos",
         avg_fn: AvgFn | None = None,
-        device: torch.device | str | None = "cpu",
+        device: torch.device | str | int | None = "cpu",
         name: str = "swa",
     ) -> None:
+        _check_functions(avg_fn=avg_fn)
+        says = "a whole number of at least 1 or a share in [0, 1]"
+        swa_epoch_start = checked_real("swa_epoch_start", swa_epoch_start, says)
         if isinstance(swa_epoch_start, int) and swa_epoch_start < 1:
             raise ValueError(f"`swa_epoch_start` must be at least 1 as a whole number, got {swa_epoch_start}.")
         if not 0 <= swa_epoch_start <= 1 and isinstance(swa_epoch_start, float):
             raise ValueError(f"`swa_epoch_start` must be in [0, 1] as a share, got {swa_epoch_start}.")
         super().__init__(
-            swa_lr=swa_lrs,
-            anneal_epochs=annealing_epochs,
-            anneal_strategy=annealing_strategy,
+            swa_lr=checked_rates("swa_lrs", swa_lrs),
+            anneal_epochs=whole("annealing_epochs", annealing_epochs, 0),
+            anneal_strategy=one_of("annealing_strategy", annealing_strategy, ("cos", "linear")),
             name=name,
         )
         self.swa_epoch_start = swa_epoch_start
-        self.device = device
+        self.device = _checked_device(device)
         if avg_fn is not None:
             self.rule = self._active_rule = _CustomMean(avg_fn)
 
@@ -244,6 +254,24 @@ class _CustomMean(Rule):
 
     def result(self, state: State) -> Weights | None:
         return state["average"] if state["updates"] else None
+
+
+def _check_functions(**given: object) -> None:
+    for argument, value in given.items():
+        if value is not None:
+            function(argument, value)
+
+
+def _checked_device(device: Any) -> Any:
+    if device is None or isinstance(device, torch.device):
+        return device
+    if not isinstance(device, str):
+        return whole("device", device, 0, 127)  # more than torch counts
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be None or a device, got {device!r}: {error}") from None
+    return device
 
 
 def _refuse(owner: str, kwargs: dict[str, Any], why: str) -> None:

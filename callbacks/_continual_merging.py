@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,12 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_merge import calibration, weights
+from lightning_merge._checks import flag, instance, names, one_of, path, whole
 from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.callbacks._task_run._low_rank import LowRank
 from lightning_merge.callbacks._task_run._stored_samples import StoredSamples, calibrated_head, reaching
 from lightning_merge.combiners import Combiner, add_vector, task_vector
+from lightning_merge.combiners._vectors import refuse_unfit
 from lightning_merge.continual import PRESETS, Bank, InitFrom, Preset, StreamState, head_parameters, join_head
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
@@ -87,17 +89,16 @@ class ContinualMerging(Callback):
     ) -> None:
         chosen = _preset(preset)
         self.combiner = chosen.combiner if scale is None else _scaled(chosen.combiner, scale)
-        self.init_from: InitFrom = chosen.init_from if init_from is None else init_from
-        if self.init_from not in get_args(InitFrom):
-            raise ValueError(f"`init_from` must be 'base', 'merged' or 'last', got {init_from!r}.")
-        if heads not in get_args(Heads):
-            raise ValueError(f"`heads` must be 'freeze', 'per_task' or 'grow', got {heads!r}.")
-        self.heads: Heads = heads
-        self.head = [head] if isinstance(head, str) else head
-        self.selection = Selection(trainable=True, buffers="recompute") if selection is None else selection
-        self.folder = Path(bank)
-        self.keep_vectors = keep_vectors
+        self.init_from: InitFrom = chosen.init_from if init_from is None else one_of("init_from", init_from, InitFrom)
+        self.heads: Heads = one_of("heads", heads, Heads)
+        self.head = None if head is None else list(names("head", head))
+        default = Selection(trainable=True, buffers="recompute")
+        self.selection = default if selection is None else instance("selection", selection, Selection)
+        self.folder = Path(path("bank", bank))
+        self.keep_vectors = flag("keep_vectors", keep_vectors)
+        lora_rank = whole("lora_rank", lora_rank, 1)
         self.lora = LowRank(lora_rank) if chosen.lora else None
+        store_samples_per_class = whole("store_samples_per_class", store_samples_per_class)
         if store_samples_per_class < 0 or (store_samples_per_class and heads != "grow"):
             raise ValueError(
                 "`store_samples_per_class` must be at least 0, and 0 unless `heads` is 'grow', for they train the head"
@@ -187,13 +188,15 @@ class ContinualMerging(Callback):
             return
         refuse_sharding(trainer.strategy, "ContinualMerging")
         _refuse_order(trainer, self)
-        self._head_names = head_parameters(pl_module, self.head)
+        self._head_names = head_parameters(pl_module, self.head, "head")
         if self.store_samples_per_class:
             _head_layer(pl_module, self._head_names)  # there is one
         merged = [name for name in self.selection.parameters(pl_module) if name not in self._head_names]
         self._names = list(LowRank.targets(pl_module, merged)) if self.lora else merged
         if not self._names:
             raise ValueError(f"there is nothing to merge: {self.selection} leaves only the head, {self._head_names}.")
+        live_parameters = weights.named_parameters(pl_module)
+        refuse_unfit({name: live_parameters[name] for name in self._names}, "of the model")  # now, not after the task
         self._trained_before = {name: p.requires_grad for name, p in weights.named_parameters(pl_module).items()}
         start = _on_one_process(trainer, lambda: self._open(pl_module, trainer))
         self._task, self._base = start["done"], start["base"]
@@ -489,8 +492,8 @@ class ContinualMerging(Callback):
 
 def _head_layer(module: LightningModule, names: Sequence[str]) -> nn.Linear:
     """The layer whose parameters the head is."""
-    for path, layer in weights.submodules(module):
-        own = [weights.canonical(f"{path}.{name}".lstrip(".")) for name, _ in layer.named_parameters(recurse=False)]
+    for place, layer in weights.submodules(module):
+        own = [weights.canonical(f"{place}.{name}".lstrip(".")) for name, _ in layer.named_parameters(recurse=False)]
         if isinstance(layer, nn.Linear) and own == list(names):
             return layer
     raise ValueError(
@@ -501,9 +504,7 @@ def _head_layer(module: LightningModule, names: Sequence[str]) -> nn.Linear:
 def _preset(preset: str | Combiner) -> Preset:
     if isinstance(preset, Combiner):
         return Preset(preset, "base")
-    if preset not in PRESETS:
-        raise ValueError(f"`preset` must be a combiner or one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
-    return PRESETS[preset]
+    return PRESETS[one_of("preset", preset, tuple(PRESETS), f"a combiner or one of {', '.join(map(repr, PRESETS))}")]
 
 
 def _scaled(combiner: Combiner, scale: float) -> Combiner:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lightning_merge._checks import whole
 from lightning_merge.branches import Average
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run._turns import Augmentation
@@ -62,8 +63,7 @@ class DART(Branching):
         name: str = "dart",
         optimizer: int = 0,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        every_n_steps = whole("every_n_steps", every_n_steps, 1)
         super().__init__(
             Average(),
             LocalSteps(every_n_steps, start),

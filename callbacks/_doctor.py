@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_merge._checks import monitor as checked_monitor
+from lightning_merge._checks import whole
 from lightning_merge._choice import refuse_higher_is_better
 from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
-from lightning_merge.diagnostics import Examination, examine
+from lightning_merge.diagnostics import MOST_POINTS, Examination, examine
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
@@ -39,11 +41,9 @@ class Doctor(Callback):
     """
 
     def __init__(self, monitor: str = "val/loss", points: int = 3) -> None:
-        if points < 1:
-            raise ValueError(f"`points` must be at least 1, got {points}.")
-        refuse_higher_is_better(type(self).__name__, monitor)
-        self.monitor = monitor
-        self.points = points
+        self.monitor = checked_monitor("monitor", monitor)
+        refuse_higher_is_better(type(self).__name__, self.monitor)
+        self.points = whole("points", points, 1, MOST_POINTS)
         self.examinations: dict[str, Examination] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

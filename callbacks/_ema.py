@@ -2,10 +2,11 @@
 
 from typing import Literal
 
+from lightning_merge._checks import start, whole
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ExponentialMean
 from lightning_merge.schedules import EveryNSteps
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 
 
 class EMA(WeightMerging):
@@ -28,6 +29,7 @@ class EMA(WeightMerging):
         optimizer: Index of the optimizer whose steps are counted.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of its range, or at fit start if a share or epochs are asked of a run whose
             length is not known.
 
@@ -54,12 +56,14 @@ class EMA(WeightMerging):
         selection: Selection | None = None,
         optimizer: int = 0,
     ) -> None:
+        every_n_steps = whole("every_n_steps", every_n_steps, 1)
+        start_step = start("start_step", start_step)
         super().__init__(
             ExponentialMean(
                 decay, half_life=half_life, steps_per_update=every_n_steps, warmup=warmup, compensated=compensated
             ),
             schedule=EveryNSteps(every_n_steps, start=start_step),
-            selection=selection or Selection(buffers="average"),
+            selection=chosen(selection, Selection(buffers="average")),
             validate=validate,
             name=name,
             optimizer=optimizer,

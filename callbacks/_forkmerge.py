@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_merge._checks import instance, names, number, whole
 from lightning_merge.branches import BestMix
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
@@ -88,9 +89,11 @@ class ForkMerge(Branching):
         name: str = "forkmerge",
         optimizer: int = 0,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        every_n_steps = whole("every_n_steps", every_n_steps, 1)
         _check_tasks(branches)
+        if search is not None:
+            instance("search", search, Method, "a method of `lightning_merge.search`")
+        heads = names("heads", heads)
         super().__init__(
             BestMix(search, previous, budget),
             EveryNSteps(every_n_steps),
@@ -100,7 +103,7 @@ class ForkMerge(Branching):
             optimizer_state=optimizer_state,
             buffers=buffers,
             inactive=inactive,
-            selection=Selection(exclude=tuple(heads), trainable=True),
+            selection=Selection(exclude=heads, trainable=True),
             validate=validate,
             name=name,
             optimizer=optimizer,
@@ -179,8 +182,13 @@ def _check_tasks(branches: Mapping[str, Mapping[str, float]]) -> None:
     if not isinstance(branches, Mapping) or not branches:
         raise ValueError(f"`branches` must name at least one branch and its tasks, got {branches!r}.")
     for name, tasks in branches.items():
-        if not isinstance(tasks, Mapping) or any(not w >= 0 for w in tasks.values()) or not any(tasks.values()):
-            raise ValueError(
-                f"`branches` must give each branch task weights of at least 0, one of them more than 0, got {tasks!r}"
-                f" for {name!r}."
-            )
+        says = "give each branch task weights of at least 0, one of them more than 0"
+        given = f"got {tasks!r} for {name!r}"
+        if not isinstance(name, str) or not isinstance(tasks, Mapping):
+            raise TypeError(f"`branches` must {says}, by name, {given}.")
+        try:
+            weights = [number("branches", weight, "[0, inf)") for weight in tasks.values()]
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`branches` must {says}, {given}.") from None
+        if not any(weights):
+            raise ValueError(f"`branches` must {says}, {given}.")

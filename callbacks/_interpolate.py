@@ -2,10 +2,11 @@
 
 from typing import Literal, final
 
+from lightning_merge._checks import real, whole
 from lightning_merge.callbacks._weight_merging import WeightMerging
 from lightning_merge.rules import Interpolation
 from lightning_merge.schedules import EveryNEpochs, FromStart
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 
 
 @final
@@ -36,12 +37,14 @@ class Interpolate(WeightMerging):
         validate: Literal["merged", "raw", "both"] = "merged",
         name: str = "interpolated",
     ) -> None:
+        alpha = real("alpha", alpha, "a number in (0, 1]")
         if not 0.0 < alpha <= 1.0:
             raise ValueError(f"`alpha` must be in (0, 1], got {alpha}. Above 1, use Extrapolate.")
+        every_n_epochs = whole("every_n_epochs", every_n_epochs, 1)
         super().__init__(
             Interpolation(alpha, anchor),
             schedule=FromStart(EveryNEpochs(every_n_epochs)),
-            selection=selection or Selection(),
+            selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
         )
@@ -72,12 +75,14 @@ class Extrapolate(WeightMerging):
         validate: Literal["merged", "raw", "both"] = "merged",
         name: str = "extrapolated",
     ) -> None:
+        alpha = real("alpha", alpha, "a number in (1, 10]")
         if not 1.0 < alpha <= 10.0:
             raise ValueError(f"`alpha` must be in (1, 10], got {alpha}. Up to 1, use Interpolate.")
+        every_n_epochs = whole("every_n_epochs", every_n_epochs, 1)
         super().__init__(
             Interpolation(alpha, anchor),
             schedule=FromStart(EveryNEpochs(every_n_epochs)),
-            selection=selection or Selection(),
+            selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
         )

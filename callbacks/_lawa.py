@@ -2,10 +2,12 @@
 
 from typing import Literal
 
+from lightning_merge._checks import start as checked_start
+from lightning_merge._checks import whole
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import WindowMean
-from lightning_merge.schedules import EveryNEpochs, EveryNSteps
-from lightning_merge.selections import Selection
+from lightning_merge.schedules import EveryNEpochs, EveryNSteps, Schedule
+from lightning_merge.selections import Selection, chosen
 
 
 class LAWA(WeightMerging):
@@ -56,11 +58,16 @@ class LAWA(WeightMerging):
             raise ValueError(
                 f"give `every_n_epochs` or `every_n_steps`, not both; got {every_n_epochs} and {every_n_steps}."
             )
-        epochs = EveryNEpochs(1 if every_n_epochs is None else every_n_epochs, start)
+        start = checked_start("start", start)
+        if every_n_steps is None:
+            every_n_epochs = whole("every_n_epochs", 1 if every_n_epochs is None else every_n_epochs, 1)
+            schedule: Schedule = EveryNEpochs(every_n_epochs, start)
+        else:
+            schedule = EveryNSteps(whole("every_n_steps", every_n_steps, 1), start)
         super().__init__(
             WindowMean(k, store=store, directory=directory),
-            schedule=epochs if every_n_steps is None else EveryNSteps(every_n_steps, start),
-            selection=selection or Selection(buffers="recompute"),
+            schedule=schedule,
+            selection=chosen(selection, Selection(buffers="recompute")),
             validate=validate,
             name=name,
             optimizer=optimizer,

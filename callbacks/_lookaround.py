@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from lightning_merge._checks import whole
 from lightning_merge.branches import Average
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run._turns import Augmentation
@@ -66,8 +67,7 @@ class Lookaround(Branching):
         name: str = "lookaround",
         optimizer: int = 0,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        every_n_steps = whole("every_n_steps", every_n_steps, 1)
         super().__init__(
             Average(),
             EveryNSteps(every_n_steps),

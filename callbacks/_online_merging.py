@@ -1,16 +1,20 @@
 """Online merging for an unchanged module: its optimizers are wrapped when the fit starts."""
 
+import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_merge._checks import instance, number, one_of, whole
+from lightning_merge._checks import seed as checked_seed
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.optim import OnDARE, OnTIES
-from lightning_merge.selections import Selection
+from lightning_merge.optim._online import AlphaSchedule, Form, Rescale, checked_chunk_size
+from lightning_merge.selections import Selection, chosen
 from lightning_merge.weights import named_parameters
 
 _METHODS = {"ondare": OnDARE, "onties": OnTIES}
@@ -69,19 +73,24 @@ class OnlineMerging(Callback):
         tau_dtype: Literal["float32", "bfloat16"] = "float32",
         chunk_size: int | None = 2**22,
     ) -> None:
-        if method not in _METHODS:
-            raise ValueError(f"`method` must be one of {', '.join(map(repr, _METHODS))}, got {method!r}.")
+        one_of("method", method, tuple(_METHODS), f"one of {', '.join(map(repr, _METHODS))}")
         if pretrained is None:
             raise ValueError(
                 "`pretrained` must be the model that the reference was fine-tuned from, as a checkpoint, named tensors"
                 " or a module; or 'zero' if the reference is a difference already."
             )
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"`density` must be in (0, 1], got {density}.")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
-        if tau_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"`tau_dtype` must be 'float32' or 'bfloat16', got {tau_dtype!r}.")
+        for argument, given in (("pretrained", pretrained), ("reference", reference)):
+            if given is not None:
+                says = "a checkpoint's path, named tensors or a module"
+                instance(argument, given, (str, os.PathLike, Mapping, nn.Module), says)
+        one_of("tau_dtype", tau_dtype, ("float32", "bfloat16"))
+        for argument, choice, kind in (
+            ("form", form, Form),
+            ("rescale", rescale, (*get_args(Rescale), None)),
+            ("alpha_schedule", alpha_schedule, AlphaSchedule),
+        ):
+            one_of(argument, choice, kind)
+        tau_every = whole("tau_every", tau_every, 1)
         if tau_every != 1 and method != "ondare":
             raise ValueError(
                 f"`tau_every` must be 1 for {method!r}, whose signs are voted at every merge, got {tau_every}."
@@ -89,16 +98,16 @@ class OnlineMerging(Callback):
         self.method = method
         self.pretrained = pretrained
         self.reference = reference
-        self.selection = Selection(trainable=True) if selection is None else selection
+        self.selection = chosen(selection, Selection(trainable=True))
         self.settings: dict[str, Any] = {
-            "density": density,
-            "alpha": alpha,
+            "density": number("density", density, "(0, 1]"),
+            "alpha": number("alpha", alpha, "[0, 1]"),
             "form": form,
             "alpha_schedule": alpha_schedule,
-            "merge_every": merge_every,
-            "seed": seed,
-            "min_numel": min_numel,
-            "chunk_size": chunk_size,
+            "merge_every": whole("merge_every", merge_every, 1),
+            "seed": checked_seed("seed", seed),
+            "min_numel": whole("min_numel", min_numel, 0),
+            "chunk_size": None if chunk_size is None else checked_chunk_size(chunk_size),
             **({} if tau_every == 1 else {"tau_every": tau_every}),
             **({} if rescale is None else {"rescale": rescale}),
         }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import PowerMeans
 from lightning_merge.schedules import EveryNSteps
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 from lightning_merge.weights import Weights
 
 
@@ -48,7 +48,7 @@ class PostHocEMA(WeightMerging):
         super().__init__(
             PowerMeans(sigmas, every, directory),
             schedule=EveryNSteps(),
-            selection=selection or Selection(),
+            selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
             optimizer=optimizer,

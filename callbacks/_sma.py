@@ -2,12 +2,14 @@
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_merge._checks import monitor as checked_monitor
+from lightning_merge._checks import start
 from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import SelectedMean
 from lightning_merge.schedules import EveryNSteps
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 
 
 class SMA(WeightMerging):
@@ -50,7 +52,9 @@ class SMA(WeightMerging):
         selection: Selection | None = None,
         optimizer: int = 0,
     ) -> None:
+        monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
+        start_step = start("start_step", start_step)
         if validate == "raw":
             raise ValueError(
                 "`validate` must be 'merged' or 'both' for SMA, which is chosen by how it does, got 'raw'."
@@ -58,7 +62,7 @@ class SMA(WeightMerging):
         super().__init__(
             SelectedMean(),
             schedule=EveryNSteps(1, start=start_step),
-            selection=selection or Selection(buffers="recompute"),
+            selection=chosen(selection, Selection(buffers="recompute")),
             validate=validate,
             name=name,
             optimizer=optimizer,

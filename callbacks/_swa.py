@@ -6,10 +6,11 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_merge._checks import number, numbers, one_of, start, whole
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNEpochs, anneal
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 
 
 class SWA(WeightMerging):
@@ -56,16 +57,15 @@ class SWA(WeightMerging):
         selection: Selection | None = None,
         optimizer: int = 0,
     ) -> None:
-        if swa_lr is not None and not all(rate > 0 for rate in _rates(swa_lr)):
-            raise ValueError(f"`swa_lr` must be more than 0, got {swa_lr}.")
-        if anneal_epochs < 0:
-            raise ValueError(f"`anneal_epochs` must be at least 0, got {anneal_epochs}.")
-        if anneal_strategy not in ("cos", "linear"):
-            raise ValueError(f"`anneal_strategy` must be 'cos' or 'linear', got {anneal_strategy!r}.")
+        swa_lr = None if swa_lr is None else checked_rates("swa_lr", swa_lr)
+        anneal_epochs = whole("anneal_epochs", anneal_epochs, 0)
+        one_of("anneal_strategy", anneal_strategy, ("cos", "linear"))
+        every_n_epochs = whole("every_n_epochs", every_n_epochs, 1)
+        start_epoch = start("start_epoch", start_epoch)
         super().__init__(
             Mean(),
             schedule=EveryNEpochs(every_n_epochs, start=start_epoch),
-            selection=selection or Selection(buffers="recompute"),
+            selection=chosen(selection, Selection(buffers="recompute")),
             validate=validate,
             name=name,
             optimizer=optimizer,
@@ -104,6 +104,16 @@ class SWA(WeightMerging):
             f"{self.title}: the learning rate goes from {base:g} to {self.swa_lr} over {self.anneal_epochs} epochs."
             f"{rest}"
         )
+
+
+def checked_rates(argument: str, given: float | Sequence[float]) -> float | Sequence[float]:
+    """One learning rate, or one for each parameter group."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        return number(argument, given, "(0, inf)")
+    rates = list(numbers(argument, given, "(0, inf)", "more than 0, one rate or one for each parameter group"))
+    if not rates:
+        raise ValueError(f"`{argument}` must hold one rate or one for each parameter group, got none.")
+    return rates
 
 
 def _rates(swa_lr: float | Sequence[float]) -> list[float]:

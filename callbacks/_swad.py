@@ -2,10 +2,12 @@
 
 from typing import Literal
 
+from lightning_merge._checks import flag
+from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ValleyMean
 from lightning_merge.schedules import EveryNSteps
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 
 
 class SWAD(WeightMerging):
@@ -55,10 +57,10 @@ class SWAD(WeightMerging):
         super().__init__(
             ValleyMean(n_converge, n_tolerance, tolerance, preset),
             schedule=EveryNSteps(),
-            selection=selection or Selection(buffers="recompute"),
+            selection=chosen(selection, Selection(buffers="recompute")),
             validate=validate,
             name=name,
             optimizer=optimizer,
-            monitor=monitor,
-            stop_when_finished=stop,
+            monitor=checked_monitor("monitor", monitor),
+            stop_when_finished=flag("stop", stop),
         )

@@ -1,17 +1,17 @@
 """The average as a teacher: a forward pass under it inside ``training_step``, without a second module."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from lightning.pytorch import LightningModule
 
+from lightning_merge._checks import instance, text
 from lightning_merge.calibration import batch_norm_layers
 from lightning_merge.callbacks._publication._callback import Published
 
 
-@contextmanager
-def teacher(module: LightningModule, name: str) -> Iterator[None]:
+def teacher(module: LightningModule, name: str) -> AbstractContextManager[None]:
     """Within the block the module holds the weights of an average, in eval mode and without gradients.
 
     Before and after it everything is the student's: weights, modes, and the graph of a forward pass made before. No
@@ -22,6 +22,7 @@ def teacher(module: LightningModule, name: str) -> Iterator[None]:
         name: Which average of the Trainer, as ``"ema"``.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If the Trainer has no average of this name, or its BatchNorm statistics are only measured when it is
             published (``buffers="recompute"``).
 
@@ -35,6 +36,10 @@ def teacher(module: LightningModule, name: str) -> Iterator[None]:
     References:
         Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017, section 2.
     """
+    instance("module", module, LightningModule, "a LightningModule")
+    text("name", name, "the name of an average")
+    if module._trainer is None:
+        raise ValueError(f"`name` is of an average of the Trainer that trains `module`, got {name!r} and no Trainer.")
     found = {callback.name: callback for callback in module.trainer.callbacks if isinstance(callback, Published)}  # type: ignore[attr-defined]
     if name not in found:
         raise ValueError(
@@ -47,6 +52,11 @@ def teacher(module: LightningModule, name: str) -> Iterator[None]:
             f"{average.title} measures BatchNorm statistics only when it is published, and a teacher is asked at every"
             " step. Give it `Selection(buffers='average')` or `Selection(buffers='copy')`."
         )
+    return _in_place(module, average)
+
+
+@contextmanager
+def _in_place(module: LightningModule, average: Published) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

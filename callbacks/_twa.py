@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_merge import weights
+from lightning_merge._checks import number, one_of, path
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import planned_length
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.optim import Subspace
 from lightning_merge.optim._subspace import Form, Store, check_settings
 from lightning_merge.schedules import Duration, Moment
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 from lightning_merge.trajectory import Trajectory
 from lightning_merge.weights import State, Weights
 
@@ -84,23 +85,23 @@ class TWA(Published):
         selection: Selection | None = None,
     ) -> None:
         super().__init__(validate, name, optimizer=0)
-        check_settings(form, store, inner, momentum, weight_decay)
-        if not lr > 0:
-            raise ValueError(f"`lr` must be more than 0, got {lr}.")
-        if schedule not in ("linear", "constant"):
-            raise ValueError(f"`schedule` must be 'linear' or 'constant', got {schedule!r}.")
-        self.every = Duration.parse(every)
-        self.stage = Duration.parse(stage)
-        self.start = None if start == 0 else Duration.parse(start)
-        self.lr = lr
+        momentum, weight_decay = check_settings(form, store, inner, momentum, weight_decay, "inner")
+        one_of("schedule", schedule, ("linear", "constant"))
+        self.every = Duration.parse(every, "every")
+        self.stage = Duration.parse(stage, "stage")
+        none = not isinstance(start, str | bool) and start == 0
+        self.start = None if none else Duration.parse(start, "start")
+        self.lr = number("lr", lr, "(0, inf)")
         self.schedule = schedule
         self.inner = inner
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.form = form
         self.store = store
+        if checkpoints is not None and not isinstance(checkpoints, Trajectory):
+            checkpoints = path("checkpoints", checkpoints)
         self.checkpoints = checkpoints
-        self.selection = selection or Selection(buffers="recompute")
+        self.selection = chosen(selection, Selection(buffers="recompute"))
         self.skipped_nonfinite = 0
 
         self._interval = self._first = self._stage_start = self._end = 0  # in applied steps, known at fit start
@@ -232,7 +233,8 @@ class TWA(Published):
     def _plan(self, trainer: Trainer, given: int | None) -> None:
         run = planned_length(trainer)
         if run.steps is None:
-            raise ValueError(f"{self.title} needs a run of known length: set `max_steps` or `max_epochs`.")
+            why = run.unknown_since or "set `max_steps` or `max_epochs`"
+            raise ValueError(f"{self.title} needs a run of known length: {why}.")
         self._end = run.steps
         if given is not None:
             self._stage_start, self._planned = 0, given

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge import weights
+from lightning_merge._checks import number, whole
 from lightning_merge.branches import Combine
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run._turns import Augmentation
@@ -75,12 +76,9 @@ class WARP(Branching):
         name: str = "warp",
         optimizer: int = 0,
     ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
-        if not 0.0 < scale <= 1.0:
-            raise ValueError(f"`scale` must be in (0, 1], got {scale}.")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
+        every_n_steps = whole("every_n_steps", every_n_steps, 1)
+        scale = number("scale", scale, "(0, 1]")
+        decay = number("decay", decay, "[0, 1)")
         super().__init__(
             Combine(SLERP(scale=scale)),
             EveryNSteps(every_n_steps),

@@ -8,6 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._checks import flag, instance
+from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._choice import refuse_higher_is_better
 from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
@@ -15,7 +17,7 @@ from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
-from lightning_merge.selections import Selection
+from lightning_merge.selections import Selection, chosen
 from lightning_merge.weights import State, Weights
 
 __all__ = ["Validate", "WeightMerging"]
@@ -73,15 +75,9 @@ class WeightMerging(Published):
         monitor: str | None = None,
         stop_when_finished: bool = False,
     ) -> None:
-        schedule = EveryNSteps() if schedule is None else schedule
-        selection = Selection() if selection is None else selection
-        for argument, value, kind in (
-            ("rule", rule, Rule),
-            ("schedule", schedule, Schedule),
-            ("selection", selection, Selection),
-        ):
-            if not isinstance(value, kind):
-                raise TypeError(f"`{argument}` must be a {kind.__name__} of lightning_merge, got {value!r}.")
+        instance("rule", rule, Rule)
+        schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
+        selection = chosen(selection, Selection())
         super().__init__(validate, name, optimizer)
         if (monitor is not None) != rule.decides_on_score:
             need = "needs the metric it decides on" if rule.decides_on_score else "decides on no metric"
@@ -93,8 +89,8 @@ class WeightMerging(Published):
         self.rule = rule
         self.schedule = schedule
         self.selection = selection
-        self.monitor = monitor
-        self.stop_when_finished = stop_when_finished
+        self.monitor = None if monitor is None else checked_monitor("monitor", monitor)
+        self.stop_when_finished = flag("stop_when_finished", stop_when_finished)
 
         self.skipped_nonfinite = 0
         self.evaluations = 0

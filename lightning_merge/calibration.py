@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from lightning_merge._checks import function, instance
 from lightning_merge._isolation import isolated
 from lightning_merge.weights import Weights, average_dtype, canonical, submodules
 
@@ -35,6 +36,7 @@ def batch_norm_layers(module: nn.Module) -> dict[str, nn.Module]:
         >>> list(batch_norm_layers(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
         ['1']
     """
+    instance("module", module, nn.Module, "a module")
     found: dict[str, nn.Module] = {}
     for name, layer in submodules(module):
         if (
@@ -89,6 +91,7 @@ def recalibrated_statistics(
         New tensors for ``<layer>.running_mean`` and ``<layer>.running_var``. A layer that no batch reached is left out.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If there is a layer to measure but no batch.
 
     Example:
@@ -100,6 +103,12 @@ def recalibrated_statistics(
     References:
         Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
+    if isinstance(batches, str):
+        raise TypeError(f"`batches` must be batches to iterate over, got {batches!r}.")
+    instance("batches", batches, Iterable, "batches to iterate over")
+    function("forward", forward)
+    if group is not None:
+        instance("group", group, dist.ProcessGroup, "a group of processes")
     layers = {name: layer for name, layer in batch_norm_layers(module).items() if _has_run(layer)}
     if not layers:
         return {}

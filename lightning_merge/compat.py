@@ -6,6 +6,8 @@ the numbers is in ``docs/migrating.md``.
 
 from pathlib import Path
 
+from lightning_merge._checks import path as checked_path
+from lightning_merge._checks import text
 from lightning_merge._weight_sets import open_file
 from lightning_merge.callbacks._compat import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning_merge.weights import Weights
@@ -23,6 +25,17 @@ def read_weights(path: str | Path, name: str | None = None) -> Weights:
             measured on. ``lightning-merge inspect`` lists them.
 
     Raises:
+        TypeError: If ``path`` is no path, or ``name`` no text.
         ValueError: If the file cannot be read or holds no such set; the message lists those it holds.
     """
-    return open_file(path).choose(name).weights
+    if name is not None:
+        text("name", name, "the name of a set of weights")
+    checked_path("path", path)
+    try:
+        opened = open_file(path)
+    except ValueError as error:
+        raise ValueError(f"`path`: {error}") from error
+    try:
+        return opened.choose(name).weights
+    except ValueError as error:
+        raise ValueError(f"`name`: {error}") from error

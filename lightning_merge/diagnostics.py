@@ -13,6 +13,8 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import function, instance, number, real, whole
+from lightning_merge._mergeable import named, several_named
 from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_averaged, nonfinite
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -29,6 +31,9 @@ _BARRIER = 0.1
 _STALE = 1.0
 """Distance between stored and measured BatchNorm statistics that counts as stale, in standard deviations."""
 
+MOST_POINTS = 10_000
+"""Points on a line between two sets of weights: each is measured."""
+
 _START = 0.3
 """Share of an average that may still be the weights of the start."""
 
@@ -38,13 +43,14 @@ _START = 0.3
 
 def parameters(weights: Mapping[str, Tensor]) -> Weights:
     """What lengths and angles are about: floating-point tensors without the statistics of BatchNorm layers."""
+    named("weights", weights)
     return {name: t for name, t in weights.items() if is_averaged(t) and name.rpartition(".")[2] not in _STATISTICS}
 
 
 @torch.no_grad()
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """Sum of the products of all parameters, in float64."""
-    kept = parameters(left)
+    kept = parameters(_alike(left, right))
     return sum(float(torch.sum(_wide(t) * _wide(right[name]))) for name, t in kept.items())
 
 
@@ -55,6 +61,7 @@ def norm(weights: Mapping[str, Tensor]) -> float:
         >>> norm({"w": torch.tensor([3.0, 4.0]), "bn.running_mean": torch.tensor([100.0])})
         5.0
     """
+    named("weights", weights)
     return math.sqrt(dot(weights, weights))
 
 
@@ -75,14 +82,20 @@ def cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
         >>> cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])})
         0.7071067811865475
     """
+    _alike(left, right)
     lengths = norm(left) * norm(right)
     return dot(left, right) / lengths if lengths else 0.0
 
 
 @torch.no_grad()
 def difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Weights:
-    """``left - right`` of all parameters, in float64."""
-    return {name: _wide(t) - _wide(right[name]) for name, t in parameters(left).items()}
+    """``left - right`` of all parameters, in float64.
+
+    Raises:
+        TypeError: If they are not named tensors.
+        ValueError: If names or shapes differ.
+    """
+    return {name: _wide(t) - _wide(right[name]) for name, t in parameters(_alike(left, right)).items()}
 
 
 def successive_cosines(path: Sequence[Mapping[str, Tensor]]) -> list[float]:
@@ -95,7 +108,7 @@ def successive_cosines(path: Sequence[Mapping[str, Tensor]]) -> list[float]:
         >>> successive_cosines([{"w": torch.tensor([x])} for x in (0.0, 1.0, 3.0, 2.0)])
         [1.0, -1.0]
     """
-    steps = [difference(after, before) for before, after in pairwise(path)]
+    steps = [difference(after, before) for before, after in pairwise(several_named("path", path))]
     return [cosine(before, after) for before, after in pairwise(steps)]
 
 
@@ -107,6 +120,9 @@ def sign_conflicts(vectors: Sequence[Mapping[str, Tensor]]) -> float:
         >>> sign_conflicts([{"w": torch.tensor([1.0, 1.0, 0.0])}, {"w": torch.tensor([2.0, -1.0, 5.0])}])
         0.5
     """
+    vectors = several_named("vectors", vectors)
+    if not vectors:
+        raise ValueError("`vectors` must hold at least one vector, got none.")
     shared = opposed = 0
     for name in parameters(vectors[0]):
         signs = torch.stack([torch.sign(vector[name]) for vector in vectors])
@@ -124,6 +140,8 @@ def between(left: Mapping[str, Tensor], right: Mapping[str, Tensor], share: floa
         >>> between({"w": torch.tensor(0.0)}, {"w": torch.tensor(4.0)}, 0.25)
         {'w': tensor(1.)}
     """
+    _alike(left, right)
+    share = number("share", share)
     nearer = left if share < 0.5 else right
     return {
         name: torch.lerp(_average(t), _average(right[name]).to(t.device), share).to(t.dtype)
@@ -135,6 +153,9 @@ def between(left: Mapping[str, Tensor], right: Mapping[str, Tensor], share: floa
 
 def mean(candidates: Sequence[Mapping[str, Tensor]]) -> Weights:
     """The uniform mean, in the precision of the first; integer tensors are those of the last."""
+    candidates = several_named("candidates", candidates)
+    if not candidates:
+        raise ValueError("`candidates` must hold at least one set of weights, got none.")
     result: Weights = dict(candidates[0])
     for count, weights in enumerate(candidates[1:], start=2):
         result = between(result, weights, 1 / count) | {n: t for n, t in weights.items() if not is_averaged(t)}
@@ -159,6 +180,10 @@ def barrier(losses: Mapping[float, float]) -> float:
     References:
         Frankle et al., "Linear mode connectivity and the lottery ticket hypothesis", ICML 2020, section 2.
     """
+    instance("losses", losses, Mapping, "losses by share of the way")
+    for share, loss in losses.items():
+        number("losses", share, says="by share of the way, a number")
+        real("losses", loss, "numbers by share of the way")
     if not {0.0, 1.0} < losses.keys():
         raise ValueError(f"`losses` must hold the shares 0, 1 and one between, got {sorted(losses)}.")
     rises = [loss - (1 - t) * losses[0.0] - t * losses[1.0] for t, loss in losses.items() if 0.0 < t < 1.0]
@@ -177,7 +202,7 @@ def never_measured(weights: Mapping[str, Tensor]) -> list[str]:
     """BatchNorm layers whose statistics are still those of the start: mean 0 and variance 1."""
     return [
         name.removesuffix(".running_mean")
-        for name, running_mean in weights.items()
+        for name, running_mean in named("weights", weights).items()
         if name.endswith("running_mean")
         and not bool(running_mean.any())
         and bool((weights[name.replace("running_mean", "running_var")] == 1).all())
@@ -195,8 +220,11 @@ def statistics_shift(stored: Mapping[str, Tensor], measured: Mapping[str, Tensor
         >>> round(statistics_shift(stored, measured), 3)
         3.0
     """
+    named("stored", stored)
     worst = 0.0
-    for name in measured:
+    for name in named("measured", measured):
+        if name.endswith("running_mean") and name not in stored:
+            raise ValueError(f"`stored` lacks `{name}`, which was measured.")
         if name.endswith("running_mean"):
             variance = name.replace("running_mean", "running_var")
             # A channel that is constant says nothing; 1e-5 is what BatchNorm itself adds.
@@ -277,6 +305,7 @@ def examine(
         points: How many points between two sets the loss is measured at; at least 1.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If there is no candidate, if two are of different models, or if ``points`` is less than 1.
 
     Example:
@@ -286,10 +315,19 @@ def examine(
         >>> examine(near | {"c": {"w": torch.tensor([0.0, float("nan")])}}).verdict
         'not finite'
     """
+    instance("candidates", candidates, Mapping, "sets of weights by name")
+    for weights in candidates.values():
+        named("candidates", weights)
     if not candidates:
         raise ValueError("`candidates` must hold at least one set of weights, got none.")
-    if points < 1:
-        raise ValueError(f"`points` must be at least 1, got {points}.")
+    if base is not None:
+        named("base", base)
+    for argument, given in (("loss", loss), ("measure_statistics", measure_statistics)):
+        if given is not None:
+            function(argument, given)
+    if initial_shares is not None:
+        instance("initial_shares", initial_shares, Mapping, "shares by name")
+    points = whole("points", points, 1, MOST_POINTS)
     first_name, first = next(iter(candidates.items()))
     for name, weights in [*candidates.items(), *([("the base", base)] if base is not None else [])]:
         if problem := first_mismatch(first, weights):
@@ -457,6 +495,15 @@ def _line(
 
 
 # ---- tensors
+
+
+def _alike(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The left ones, if the right ones have all of their parameters."""
+    kept = parameters(named("left", left))
+    found = {name: t for name, t in named("right", right).items() if name in kept}
+    if problem := first_mismatch(kept, found):
+        raise ValueError(f"`right` is of another model than `left`: {problem}.")
+    return left
 
 
 def _matrices(weights: Mapping[str, Tensor]) -> Weights:

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal, Self, final
 
+from lightning_merge._checks import instance, number, one_of, real, settle, start, whole
+
 
 @final
 @dataclass(frozen=True)
@@ -31,11 +33,23 @@ class RunLength:
         steps: Optimizer steps of the whole run.
         epochs: Epochs of the whole run.
         steps_per_epoch: Optimizer steps of one epoch.
+        unknown_since: Why steps are not known, where the Trainer's settings are not the reason; for messages.
+
+    Raises:
+        TypeError: If one of them is not a whole number.
+        ValueError: If one of them is negative.
     """
 
     steps: int | None = None
     epochs: int | None = None
     steps_per_epoch: int | None = None
+    unknown_since: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "epochs", "steps_per_epoch"):
+            value = getattr(self, field)
+            settle(self, **{field: None if value is None else whole(field, value, 0)})
+        instance("unknown_since", self.unknown_since, str, "a text")
 
 
 class Schedule(ABC):
@@ -78,8 +92,7 @@ class EveryNSteps(Schedule):
     start: int | float = 0
 
     def __post_init__(self) -> None:
-        _check_interval(self.n)
-        _check_start("start", self.start)
+        settle(self, n=whole("n", self.n, 1), start=start("start", self.start))
 
     def started(self, moment: Moment) -> bool:
         return moment.step >= self.start
@@ -89,7 +102,7 @@ class EveryNSteps(Schedule):
         return not moment.epoch_end and steps > 0 and steps % self.n == 0
 
     def resolve(self, run: RunLength) -> Self:
-        return replace(self, start=_resolve_start(self.start, run.steps, "steps"))
+        return replace(self, start=_resolve_start(self.start, run.steps, "steps", run.unknown_since))
 
 
 @final
@@ -118,8 +131,7 @@ class LocalSteps(Schedule):
     start: int | float = 0
 
     def __post_init__(self) -> None:
-        _check_interval(self.n)
-        _check_start("start", self.start)
+        settle(self, n=whole("n", self.n, 1), start=start("start", self.start))
 
     def started(self, moment: Moment) -> bool:
         return True
@@ -129,7 +141,7 @@ class LocalSteps(Schedule):
         return not moment.epoch_end and moment.step > 0 and (steps <= 0 or steps % self.n == 0)
 
     def resolve(self, run: RunLength) -> Self:
-        return replace(self, start=_resolve_start(self.start, run.steps, "steps"))
+        return replace(self, start=_resolve_start(self.start, run.steps, "steps", run.unknown_since))
 
 
 @final
@@ -160,8 +172,7 @@ class EveryNEpochs(Schedule):
     start: int | float = 0
 
     def __post_init__(self) -> None:
-        _check_interval(self.n)
-        _check_start("start", self.start)
+        settle(self, n=whole("n", self.n, 1), start=start("start", self.start))
 
     def started(self, moment: Moment) -> bool:
         return moment.epoch >= max(self.start, 1)
@@ -186,6 +197,9 @@ class FromStart(Schedule):
     """
 
     schedule: Schedule
+
+    def __post_init__(self) -> None:
+        instance("schedule", self.schedule, Schedule)
 
     def started(self, moment: Moment) -> bool:
         return True
@@ -220,33 +234,41 @@ class Duration:
     unit: Literal["steps", "epochs", "run"] = "steps"
 
     def __post_init__(self) -> None:
-        if self.unit not in ("steps", "epochs", "run"):
-            raise ValueError(f"`unit` must be 'steps', 'epochs' or 'run', got {self.unit!r}.")
-        if not (0 < self.value < math.inf) or (self.unit == "run" and self.value > 1):
-            allowed = "in (0, 1]" if self.unit == "run" else "more than 0"
-            raise ValueError(f"a duration in {self.unit} must be {allowed}, got {self.value}.")
+        one_of("unit", self.unit, ("steps", "epochs", "run"))
+        settle(self, value=number("value", self.value, "(0, 1]" if self.unit == "run" else "(0, inf)"))
 
     @classmethod
-    def parse(cls, text: "str | float | Duration") -> "Duration":
-        """A duration from ``500``, ``"500 steps"``, ``"2 epochs"`` or ``"5%"``."""
+    def parse(cls, text: "str | float | Duration", argument: str = "text") -> "Duration":
+        """A duration from ``500``, ``"500 steps"``, ``"2 epochs"`` or ``"5%"``.
+
+        Args:
+            text: What was given. A number counts steps, so it is at least 1.
+            argument: What to call it in messages.
+
+        Raises:
+            TypeError: If it is neither text nor number.
+            ValueError: If it reads like none of these, or is out of range.
+        """
         if isinstance(text, Duration):
             return text
-        if isinstance(text, (int, float)):
-            return cls(float(text))
-        number, _, unit = text.strip().partition(" ")
+        if not isinstance(text, str):
+            given = real(argument, text, f"a number of steps, or {_READS}")
+            return cls(_of_steps(argument, text, number(argument, given, "(0, inf)")))
+        amount, _, unit = text.strip().partition(" ")
         unit = unit.strip()
         try:
-            if number.endswith("%") and not unit:
-                return cls(float(number[:-1]) / 100, "run")
-            if unit in ("", "step", "steps"):
-                return cls(float(number))
+            if amount.endswith("%") and not unit:
+                return cls(float(amount[:-1]) / 100, "run")
+            if unit in ("step", "steps"):
+                return cls(float(amount))
             if unit in ("epoch", "epochs"):
-                return cls(float(number), "epochs")
+                return cls(float(amount), "epochs")
+            value = float(amount) if not unit else math.nan
         except ValueError as error:
-            raise ValueError(
-                f"a duration must read like '500 steps', '2 epochs' or '5%', got {text!r}: {error}"
-            ) from None
-        raise ValueError(f"a duration must read like '500 steps', '2 epochs' or '5%', got {text!r}.")
+            raise ValueError(f"`{argument}`: a duration must {_READS}, got {text!r}: {error}") from None
+        if not 0 < value < math.inf:
+            raise ValueError(f"`{argument}`: a duration must {_READS}, got {text!r}.")
+        return cls(_of_steps(argument, text, value))
 
     def steps(self, run: RunLength) -> float:
         """The same length in applied optimizer steps of this run."""
@@ -255,8 +277,9 @@ class Duration:
         scale = run.steps_per_epoch if self.unit == "epochs" else run.steps
         if scale is None:
             raise ValueError(
-                f"a duration of {self.value:g} {self.unit} needs a run of known length: set `max_steps`, or"
-                " `max_epochs` with a loader that has a length, or give the duration in steps."
+                f"a duration of {self.value:g} {self.unit} needs a run of known length:"
+                f" {run.unknown_since or 'set `max_steps`, or `max_epochs` with a loader that has a length'}, or give"
+                " the duration in steps."
             )
         return self.value * scale
 
@@ -269,34 +292,47 @@ def anneal(
     ``base + (target - base) * a`` with ``a = s`` (linear) or ``(1 - cos(pi s)) / 2``, ``s = min(1, elapsed / length)``.
     The closed form of ``torch.optim.swa_utils.SWALR``, so it does not depend on what others write to the optimizer.
 
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If ``strategy`` is neither.
+
     Example:
         >>> [round(anneal(0.1, 0.02, epoch, 4, "linear"), 6) for epoch in range(6)]
         [0.1, 0.08, 0.06, 0.04, 0.02, 0.02]
     """
+    base, target, elapsed, length = (
+        number(name, value)
+        for name, value in (("base", base), ("target", target), ("elapsed", elapsed), ("length", length))
+    )
+    one_of("strategy", strategy, ("cos", "linear"))
     share = 1.0 if length <= 0 else min(1.0, elapsed / length)
     if strategy == "cos":
         share = (1 - math.cos(math.pi * share)) / 2
     return target * share + base * (1 - share)
 
 
-def _check_interval(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"`n` must be at least 1, got {n}.")
+_READS = "read like '500 steps', '2 epochs' or '5%'"
 
 
-def _check_start(name: str, start: int | float) -> None:
-    if start < 0 or (isinstance(start, float) and start >= 1):
-        raise ValueError(f"`{name}` must be a whole number of at least 0 or a share of the run in [0, 1), got {start}.")
+def _of_steps(argument: str, given: object, value: float) -> float:
+    """A bare number, which counts steps: below 1 it was meant as a share of the run."""
+    if value < 1:
+        raise ValueError(
+            f"`{argument}` counts optimizer steps if it is a number, at least 1, got {given!r}. For a share of the run"
+            f" write '{value * 100:g}%'."
+        )
+    return float(value)
 
 
-def _resolve_start(start: int | float, length: int | None, unit: str) -> int:
+def _resolve_start(start: int | float, length: int | None, unit: str, unknown_since: str = "") -> int:
     if isinstance(start, int):
         return start
     if start == 0:
         return 0
     if length is None:
         raise ValueError(
-            f"`start={start}` is a share of the run, but the number of {unit} is not known: set `max_steps` or"
-            f" `max_epochs` (and a loader that has a length), or give the start as a whole number of {unit}."
+            f"`start={start}` is a share of the run, but the number of {unit} is not known:"
+            f" {unknown_since or 'set `max_steps` or `max_epochs` (and a loader that has a length)'}, or give the start"
+            f" as a whole number of {unit}."
         )
     return math.ceil(round(start * length, 9))

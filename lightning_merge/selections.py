@@ -6,6 +6,7 @@ from typing import Literal, final
 
 from torch import Tensor, nn
 
+from lightning_merge._checks import flag, instance, names, one_of, settle
 from lightning_merge.inventory import Inventory
 from lightning_merge.weights import is_averaged
 
@@ -26,7 +27,8 @@ class Selection:
             as ``copy``, and the statistics of BatchNorm layers are measured again under the merged weights.
 
     Raises:
-        ValueError: If ``buffers`` is none of these, or at fit start if no parameter matches.
+        TypeError: If patterns are no texts, or ``trainable`` no flag.
+        ValueError: If ``buffers`` is none of these, ``include`` is empty, or at fit start if no parameter matches.
 
     Example:
         >>> from torch import nn
@@ -41,12 +43,12 @@ class Selection:
     buffers: BufferPolicy = "average"
 
     def __post_init__(self) -> None:
-        if self.buffers not in ("average", "copy", "recompute"):
-            raise ValueError(f"`buffers` must be 'average', 'copy' or 'recompute', got {self.buffers!r}.")
+        one_of("buffers", self.buffers, BufferPolicy)
         # A string would be read as its letters; a list comes from YAML.
-        for field in ("include", "exclude"):
-            value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        settle(self, include=names("include", self.include), exclude=names("exclude", self.exclude))
+        settle(self, trainable=flag("trainable", self.trainable))
+        if not self.include:
+            raise ValueError("`include` must hold at least one pattern, got none: '*' selects everything.")
 
     def parameters(self, module: nn.Module | Inventory) -> dict[str, nn.Parameter]:
         """The selected floating-point parameters of a module, by canonical name.
@@ -104,6 +106,16 @@ def _inventory(module: nn.Module | Inventory) -> Inventory:
     return module if isinstance(module, Inventory) else Inventory(module)
 
 
+def chosen(selection: Selection | None, default: Selection) -> Selection:
+    """The selection that was given as ``selection``, or the default where none was.
+
+    Raises:
+        TypeError: If it is no selection; an empty list or text is none either.
+    """
+    instance("default", default, Selection)
+    return default if selection is None else instance("selection", selection, Selection)
+
+
 def lora(buffers: BufferPolicy = "copy") -> Selection:
     """Only the adapters of LoRA layers: parameters whose name holds ``lora_``.
 
@@ -121,4 +133,4 @@ def without(*patterns: str, buffers: BufferPolicy = "average") -> Selection:
         >>> without("head.*").exclude
         ('head.*',)
     """
-    return Selection(exclude=patterns, buffers=buffers)
+    return Selection(exclude=names("patterns", patterns), buffers=buffers)

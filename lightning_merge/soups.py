@@ -8,8 +8,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import number, numbers, sequence, settle
+from lightning_merge._mergeable import carried, named, refuse_lora_in, several_named
 from lightning_merge.combiners import slerp
-from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_averaged
+from lightning_merge.combiners._vectors import refuse_unfit
+from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_averaged, nonfinite
 
 
 @torch.no_grad()
@@ -23,7 +26,10 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
         weights: One share per model, together 1; by default equal ones. Negative ones extrapolate.
 
     Raises:
-        ValueError: If there is no model, names or shapes differ, or the weights are not one per model and together 1.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If there is no model, names or shapes differ, the weights are not one per model and together 1, a
+            tensor that counts holds a NaN or an infinity, or is one that no mean is defined for: 8-bit floats, tensors
+            of a class of its own, both factors of a LoRA layer.
 
     Example:
         >>> soup([{"w": torch.tensor(1.0)}, {"w": torch.tensor(5.0)}], [0.75, 0.25])
@@ -32,24 +38,38 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
     References:
         Ramé et al., Rewarded soups, NeurIPS 2023. Wortsman et al., Model soups, ICML 2022.
     """
+    models = several_named("models", models)
     if not models:
         raise ValueError("`models` must hold at least one model, got none.")
-    shares = [1 / len(models)] * len(models) if weights is None else list(weights)
+    says = f"{len(models)} numbers that together are 1"
+    shares = [1 / len(models)] * len(models) if weights is None else list(numbers("weights", weights, says=says))
     if len(shares) != len(models) or abs(sum(shares) - 1) > 1e-6:
         raise ValueError(f"`weights` must be {len(models)} numbers that together are 1, got {shares}.")
     for i, model in enumerate(models[1:], 2):
         if difference := first_mismatch(models[0], model):
             raise ValueError(f"model {i} of `models` is another model than the first: {difference}.")
+    parts = [(i, model, share) for i, (model, share) in enumerate(zip(models, shares, strict=True), 1) if share]
+    refuse_lora_in([model for _, model, _ in parts])
     mixed: Weights = {}
     for name, last in models[-1].items():
-        if not is_averaged(last):
-            mixed[name] = last.clone()
+        if not all(is_averaged(model[name]) for model in models):
+            mixed[name] = carried(name, [model[name] for model in models])
             continue
-        total = torch.zeros_like(last, dtype=average_dtype(last))
-        for model, share in zip(models, shares, strict=True):
-            total.add_(model[name], alpha=share)
-        mixed[name] = total
+        mixed[name] = _total(name, parts, average_dtype(last))
     return mixed
+
+
+def _total(name: str, parts: Sequence[tuple[int, Mapping[str, Tensor], float]], dtype: torch.dtype) -> Tensor:
+    """The weighted sum of one tensor; what does not count is not read."""
+    total = torch.zeros_like(parts[0][1][name], dtype=dtype)
+    for _, model, share in parts:
+        total.add_(model[name].to(total), alpha=share)
+    if nonfinite({name: total}):
+        for i, model, _ in parts:
+            if nonfinite({name: model[name]}):
+                raise ValueError(f"`{name}` of model {i} of `models` holds a NaN or an infinity. Leave that model out.")
+        raise ValueError(f"`{name}` is too large for {dtype} with these `weights`.")
+    return total
 
 
 def cocktail_weights(losses: Sequence[float], temperature: float = 5.0) -> list[float]:
@@ -69,10 +89,10 @@ def cocktail_weights(losses: Sequence[float], temperature: float = 5.0) -> list[
     References:
         Xiao et al., LM-Cocktail, 2023; the temperature is that of the published code.
     """
-    if not losses or not all(math.isfinite(loss) for loss in losses):
+    losses = numbers("losses", losses, says="finite numbers, at least one")
+    if not losses:
         raise ValueError(f"`losses` must be finite numbers, at least one, got {list(losses)}.")
-    if temperature <= 0:
-        raise ValueError(f"`temperature` must be above 0, got {temperature}.")
+    temperature = number("temperature", temperature, "(0, inf)", "above 0")
     best = min(losses)
     parts = [math.exp((best - loss) / temperature) for loss in losses]
     return [part / sum(parts) for part in parts]
@@ -86,17 +106,23 @@ def pareto_front(scores: Sequence[Sequence[float]]) -> list[int]:
     Args:
         scores: For each point its scores, higher is better; equally many for each.
 
+    Raises:
+        TypeError: If they are not numbers.
+        ValueError: If one is a NaN, or a point has more scores than another.
+
     Example:
         >>> pareto_front([(1.0, 0.0), (0.6, 0.6), (0.5, 0.5), (0.0, 1.0)])
         [0, 1, 3]
     """
+    says = "scores for each point, equally many and none a NaN"
+    points = [numbers("scores", point, "[-inf, inf]", says) for point in sequence("scores", scores, says)]
+    if len({len(point) for point in points}) > 1:
+        raise ValueError(f"`scores` must be {says}, got {points}.")
     return [
         i
-        for i, mine in enumerate(scores)
+        for i, mine in enumerate(points)
         if not any(map(math.isnan, mine))
-        and not any(
-            all(a >= b for a, b in zip(other, mine, strict=True)) and tuple(other) != tuple(mine) for other in scores
-        )
+        and not any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in points)
     ]
 
 
@@ -126,26 +152,35 @@ class WARP:
     eta: float = 0.3
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.eta <= 1.0:
-            raise ValueError(f"`eta` must be in (0, 1], got {self.eta}.")
+        settle(self, eta=number("eta", self.eta, "(0, 1]"))
 
     @torch.no_grad()
     def merge(self, start: Mapping[str, Tensor], policies: Sequence[Mapping[str, Tensor]]) -> Weights:
         """The start of the next round; the n-th policy has a share of 1/n when it is taken in.
 
         Raises:
-            ValueError: If there are fewer than two policies, or names or shapes differ.
+            TypeError: If an argument is of the wrong type.
+            ValueError: If there are fewer than two policies, names or shapes differ, or a tensor holds a NaN, complex
+                numbers, or what no mean is defined for.
         """
+        named("start", start)
+        policies = several_named("policies", policies)
         if len(policies) < 2:
             raise ValueError(f"`policies` must be at least 2 models, got {len(policies)}.")
         for i, policy in enumerate(policies, 1):
             if difference := first_mismatch(start, policy):
                 raise ValueError(f"policy {i} is another model than `start`: {difference}.")
+        refuse_lora_in([start, *policies])
         merged: Weights = {}
         for name, begun in start.items():
-            if not is_averaged(begun):
-                merged[name] = policies[-1][name].clone()
+            if not all(is_averaged(model[name]) for model in (start, *policies)):
+                merged[name] = carried(name, [policy[name] for policy in policies])
                 continue
+            refuse_unfit({name: begun}, "of `start`")
+            for i, model in enumerate((start, *policies)):
+                if nonfinite({name: model[name]}):
+                    where = f"policy {i} of `policies`" if i else "`start`"
+                    raise ValueError(f"`{name}` of {where} holds a NaN or an infinity.")
             begun = begun.to(average_dtype(begun))
             total = policies[0][name].to(begun) - begun
             for n, policy in enumerate(policies[1:], 2):

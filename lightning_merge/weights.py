@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lightning_merge._checks import one_of, whole
 from lightning_merge.inventory import canonical as canonical
 from lightning_merge.inventory import is_metric as is_metric
 from lightning_merge.inventory import laid_out_as, view
@@ -141,12 +142,21 @@ def parts(weights: Mapping[str, Tensor], locality: str = "element", size: int = 
     Args:
         weights: Any.
         locality: ``"element"`` cuts tensors, ``"tensor"`` keeps each in one part, ``"model"`` gives a single part.
-        size: Numbers in a part.
+        size: Numbers in a part; at least 1.
+
+    Raises:
+        TypeError: If ``size`` is not a whole number.
+        ValueError: If an argument is out of range; before the first part is asked for.
 
     Example:
         >>> list(parts({"a": torch.zeros(5), "b": torch.zeros(1)}, "element", size=3))
         [{'a': slice(0, 3, None)}, {'a': slice(3, 5, None), 'b': slice(0, 1, None)}]
     """
+    one_of("locality", locality, ("element", "tensor", "model"))
+    return _parts(weights, locality, whole("size", size, 1))
+
+
+def _parts(weights: Mapping[str, Tensor], locality: str, size: int) -> Iterator[dict[str, slice]]:
     if locality == "model":
         yield {name: slice(None) for name in weights}
         return
@@ -236,6 +246,20 @@ def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
     if all(bool(torch.stack(norms).isfinite().all()) for norms in _norms(list(averaged.values()))):
         return set()
     return {name for name, t in averaged.items() if not bool(t.isfinite().all())}
+
+
+@torch.no_grad()
+def largest(weights: Mapping[str, Tensor]) -> dict[str, float]:
+    """The largest magnitude of each tensor of real numbers; 0 of an empty one."""
+    groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    found = dict.fromkeys(weights, 0.0)
+    for name, tensor in weights.items():
+        if tensor.numel():
+            groups.setdefault((tensor.dtype, tensor.device), []).append(name)
+    for names in groups.values():  # one synchronisation per dtype and device
+        norms = torch._foreach_norm([weights[name] for name in names], float("inf"))
+        found |= zip(names, torch.stack(norms).tolist(), strict=True)
+    return found
 
 
 def _norms(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -2,8 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge.schedules import RunLength
@@ -16,21 +19,55 @@ def planned_epochs(trainer: Any) -> int | None:
 
 
 def planned_length(trainer: Any) -> RunLength:
-    """The length of the run as far as it is known; looks at the training loader."""
+    """The length of the run as far as it is known; looks at the training loader.
+
+    Steps are those of one optimizer, as averages count them: unknown where the module takes them itself.
+    """
+    epochs = planned_epochs(trainer)
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        if len(trainer.optimizers) == 1 and trainer.max_steps >= 0 and epochs is None:
+            return RunLength(steps=trainer.max_steps)  # which Lightning counts on the optimizers
+        reason = f"{type(module).__name__} steps its optimizers itself (manual optimization), so nobody knows how often"
+        return RunLength(epochs=epochs, unknown_since=reason)
     trainer.fit_loop.setup_data()
     batches = trainer.num_training_batches
-    per_epoch = None if math.isinf(batches) else math.ceil(batches / trainer.accumulate_grad_batches)
-    epochs = planned_epochs(trainer)
+    stages = _accumulation(trainer, batches) if math.isfinite(batches) else []
     bounds = []
-    if epochs is not None and per_epoch is not None:
-        bounds.append(epochs * per_epoch)
+    if epochs is not None and stages:
+        bounds.append(_steps_within(stages, epochs))
     if trainer.max_steps >= 0:
-        # Lightning's `max_steps` counts the steps of all optimizers.
-        bounds.append(trainer.max_steps // max(1, len(trainer.optimizers)))
+        bounds.append(trainer.max_steps)
     steps = min(bounds, default=None)
-    if epochs is None and steps is not None and per_epoch:
-        epochs = math.ceil(steps / per_epoch)
-    return RunLength(steps=steps, epochs=epochs, steps_per_epoch=per_epoch)
+    if epochs is None and steps is not None and stages:
+        epochs = _epochs_for(stages, steps)
+    if len({per_epoch for _, per_epoch in stages}) == 1:
+        return RunLength(steps=steps, epochs=epochs, steps_per_epoch=stages[0][1])
+    reason = "GradientAccumulationScheduler changes how many steps an epoch has" if stages else ""
+    return RunLength(steps=steps, epochs=epochs, unknown_since=reason)
+
+
+def _accumulation(trainer: Any, batches: int) -> list[tuple[int, int]]:
+    """Epochs from which on an epoch has so many optimizer steps, the first being 0."""
+    schedulers = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
+    changes = schedulers[0].scheduling if schedulers else {0: trainer.accumulate_grad_batches}
+    return [(epoch, math.ceil(batches / changes[epoch])) for epoch in sorted(changes)]
+
+
+def _steps_within(stages: list[tuple[int, int]], epochs: int) -> int:
+    """Steps of so many epochs."""
+    ends = [*(start for start, _ in stages[1:]), epochs]
+    return sum(max(0, min(end, epochs) - start) * each for (start, each), end in zip(stages, ends, strict=True))
+
+
+def _epochs_for(stages: list[tuple[int, int]], steps: int) -> int:
+    """Epochs that so many steps take."""
+    for (start, each), (end, _) in pairwise(stages):
+        if steps <= (end - start) * each:
+            return start + math.ceil(steps / each)
+        steps -= (end - start) * each
+    start, each = stages[-1]
+    return start + (math.ceil(steps / each) if each else 0)
 
 
 def resolved(trainer: Any, things: Sequence[Any], steps_per: int = 1) -> list[Any]:
@@ -49,7 +86,7 @@ def resolved(trainer: Any, things: Sequence[Any], steps_per: int = 1) -> list[An
     except ValueError:
         run = planned_length(trainer)
         steps, per_epoch = (None if n is None else n // steps_per for n in (run.steps, run.steps_per_epoch))
-        run = RunLength(steps=steps, epochs=run.epochs, steps_per_epoch=per_epoch)
+        run = replace(run, steps=steps, steps_per_epoch=per_epoch)
         return [thing.resolve(run) for thing in things]
 
 

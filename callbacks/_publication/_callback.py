@@ -3,13 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_merge import calibration, weights
+from lightning_merge._checks import flag, one_of, whole, word
 from lightning_merge._ranks import settings_of, several
 from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
@@ -43,6 +44,7 @@ class Published(Callback, ABC):
         final_metrics: Metrics measured on the final merged weights, under plain names.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of range.
     """
 
@@ -55,17 +57,11 @@ class Published(Callback, ABC):
         final_validation: bool = True,
         final_checkpoint: bool = True,
     ) -> None:
-        if validate not in get_args(Validate):
-            raise ValueError(f"`validate` must be 'merged', 'raw' or 'both', got {validate!r}.")
-        if not name or name == "raw" or "/" in name:
-            raise ValueError(f"`name` must be a word other than 'raw' and without '/', got {name!r}.")
-        if optimizer < 0:
-            raise ValueError(f"`optimizer` must be at least 0, got {optimizer}.")
-        self.validate: Validate = validate
-        self.name = name
-        self.optimizer = optimizer
-        self.final_validation = final_validation
-        self.final_checkpoint = final_checkpoint
+        self.validate: Validate = one_of("validate", validate, Validate)
+        self.name = word("name", name, other_than=("raw",))
+        self.optimizer = whole("optimizer", optimizer, 0)
+        self.final_validation = flag("final_validation", final_validation)
+        self.final_checkpoint = flag("final_checkpoint", final_checkpoint)
         self.monitor: str | None = None  # the metric of the raw weights that it decides by, if it decides by one
 
         self.steps = 0

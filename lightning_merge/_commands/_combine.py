@@ -61,6 +61,7 @@ def combine(options: argparse.Namespace) -> str:
     Raises:
         ValueError: If something does not fit; nothing is written then.
     """
+    from lightning_merge._mergeable import refuse_lora_factors
     from lightning_merge.trajectory import Trajectory
 
     _check(options)
@@ -70,6 +71,7 @@ def combine(options: argparse.Namespace) -> str:
         )
     else:
         trajectory = Trajectory.of_files(options.files, options.weights)
+        refuse_lora_factors(trajectory[0].places, len(trajectory), lambda i, name: trajectory[i].tensor(name))
     hashes = [checkpoint.sha256() for checkpoint in trajectory]
     bench = None if options.config is None else _bench(options.config)
     found: Found | None = None

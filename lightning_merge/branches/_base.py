@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_merge import weights
+from lightning_merge._checks import instance, numbers, one_of, sequence, whole
 from lightning_merge.branches import _optimizer_states as optimizer_states
 from lightning_merge.branches._buffers import mix_buffers_
 from lightning_merge.inventory import Inventory
@@ -19,6 +20,9 @@ Matrix: TypeAlias = Sequence[Sequence[float]]
 """A row per new branch, a column per old one."""
 
 Buffers = Literal["shared", "average"]
+
+MOST = 10_000
+"""Branches: more than any machine holds copies of a model."""
 
 
 class Branches(ABC):
@@ -38,6 +42,7 @@ class Branches(ABC):
             variances are pooled, integers take the maximum). ``"shared"``: there is one set that all branches update.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If ``count`` or ``buffers`` is out of range, or no parameter is selected.
     """
 
@@ -50,14 +55,15 @@ class Branches(ABC):
         selection: Selection | None = None,
         buffers: Buffers = "shared",
     ) -> None:
-        if count < 1:
-            raise ValueError(f"`count` must be at least 1, got {count}.")
-        if buffers not in get_args(Buffers):
-            raise ValueError(f"`buffers` must be 'shared' or 'average', got {buffers!r}.")
+        instance("module", module, nn.Module, "a module")
         self.module = module
-        self.optimizers = list(optimizers)
-        self.count = count
-        self.selection = Selection(trainable=True) if selection is None else selection
+        self.optimizers = [
+            instance("optimizers", each, Optimizer, "torch optimizers")
+            for each in sequence("optimizers", optimizers, "torch optimizers")
+        ]
+        self.count = count = whole("count", count, 1, MOST)
+        one_of("buffers", buffers, Buffers)
+        self.selection = Selection(trainable=True) if selection is None else instance("selection", selection, Selection)
         self.buffers: Buffers = buffers
         self.steps = [0] * count
         """Steps of the own branches since the last merge, counted by whoever trains them."""
@@ -209,12 +215,19 @@ class Branches(ABC):
 
 
 def uniform(count: int) -> list[list[float]]:
-    """The matrix that makes every branch the mean of all."""
+    """The matrix that makes every branch the mean of all.
+
+    Raises:
+        TypeError: If ``count`` is not a whole number.
+        ValueError: If it is less than 1, or more than there can be.
+    """
+    count = whole("count", count, 1, MOST)
     return [[1 / count] * count for _ in range(count)]
 
 
 def check_matrix(matrix: Matrix, count: int) -> None:
     """Raises a ``ValueError`` unless there is a row of shares for each branch."""
+    matrix = sequence("matrix", matrix, "rows of shares")
     if len(matrix) != count:
         raise ValueError(f"`matrix` must have a row for each of the {count} branches, got {len(matrix)}.")
     for row in matrix:
@@ -223,9 +236,10 @@ def check_matrix(matrix: Matrix, count: int) -> None:
 
 def check_shares(shares: Sequence[float], count: int) -> None:
     """Raises a ``ValueError`` unless there is a share of at least 0 for each branch and they sum to 1."""
-    if len(shares) != count or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+    found = numbers("shares", shares)
+    if len(found) != count or min(found) < 0 or abs(sum(found) - 1) > 1e-6:
         raise ValueError(
-            f"shares must be {count} numbers of at least 0 that sum to 1, one for each branch, got {list(shares)}."
+            f"shares must be {count} numbers of at least 0 that sum to 1, one for each branch, got {list(found)}."
         )
 
 

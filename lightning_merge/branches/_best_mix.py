@@ -8,6 +8,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._checks import flag, instance, seed, settle, whole
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.search import Coefficients, Greedy, Grid, Method, search
@@ -63,8 +64,11 @@ class BestMix(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.budget is not None and self.budget < 1:
-            raise ValueError(f"`budget` must be at least 1, got {self.budget}.")
+        if self.method is not None:
+            instance("method", self.method, Method, "a method of `lightning_merge.search`")
+        settle(self, previous=flag("previous", self.previous), seed=seed("seed", self.seed))
+        if self.budget is not None:
+            settle(self, budget=whole("budget", self.budget, 1))
 
     def init(self, branches: Branches) -> State:
         return {"merged": weights.clone(branches.mean()), "history": []}

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._mergeable import carried, why_not
 from lightning_merge.weights import Weights
 
 
@@ -27,7 +28,8 @@ def pooled(sets: Sequence[Mapping[str, Tensor]], shares: Sequence[float]) -> Wei
                 result[name] += share * (each[mean_name].to(result[mean_name]) - result[mean_name]).square()
     for name in sets[0]:
         if name not in result:
-            result[name] = torch.stack([each[name] for each, _ in chosen]).amax(0)
+            own = [each[name] for each, _ in chosen]
+            result[name] = carried(name, own) if why_not(own[0]) else torch.stack(own).amax(0)
     return result
 
 

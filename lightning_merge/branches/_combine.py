@@ -6,9 +6,11 @@ from typing import ClassVar, Literal, final
 
 import torch
 
+from lightning_merge._checks import instance, one_of
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.combiners import Combiner, add_vector, task_vector
+from lightning_merge.combiners._vectors import refuse_unfit
 from lightning_merge.weights import State, Weights
 
 
@@ -54,11 +56,13 @@ class Combine(Policy):
     base: Literal["last", "start"] = "last"
 
     def __post_init__(self) -> None:
-        if self.base not in ("last", "start"):
-            raise ValueError(f"`base` must be 'last' or 'start', got {self.base!r}.")
+        instance("combiner", self.combiner, Combiner)
+        one_of("base", self.base, ("last", "start"))
 
     def init(self, branches: Branches) -> State:
-        return {"base": _parameters(branches, branches.mean())}
+        base = _parameters(branches, branches.mean())
+        refuse_unfit(base, "of the branches")  # now, not at the first merge
+        return {"base": base}
 
     @torch.no_grad()
     def merge(self, state: State, branches: Branches) -> None:

@@ -1,13 +1,14 @@
 """Branches that take turns in one module on one device."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_merge import weights
+from lightning_merge._checks import one_of, whole
 from lightning_merge.branches import _optimizer_states as optimizer_states
 from lightning_merge.branches._base import Branches, Buffers, Matrix, check_matrix, check_shares
 from lightning_merge.branches._buffers import pooled
@@ -60,9 +61,9 @@ class InTurn(Branches):
         buffers: Buffers = "shared",
         inactive: Inactive = "device",
     ) -> None:
+        one_of("inactive", inactive, Inactive)
         super().__init__(module, optimizers, count, selection=selection, buffers=buffers)
-        if inactive not in get_args(Inactive):
-            raise ValueError(f"`inactive` must be 'device' or 'cpu', got {inactive!r}.")
+        count = self.count
         self.inactive: Inactive = inactive
         self._active = 0
         # Of the active branch the module has the tensors. In host memory it has a place of its own all the same.
@@ -92,7 +93,7 @@ class InTurn(Branches):
         return range(self.count)
 
     def activate(self, branch: int) -> None:
-        if not 0 <= branch < self.count:
+        if not 0 <= whole("branch", branch) < self.count:
             raise ValueError(f"`branch` must be in 0 to {self.count - 1}, got {branch}.")
         if branch == self._active:
             return

@@ -6,9 +6,10 @@ from typing import ClassVar, final
 
 import torch
 
+from lightning_merge._checks import number, settle
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
-from lightning_merge.branches._weighted_average import check_amounts, shares_of
+from lightning_merge.branches._weighted_average import checked_amounts, shares_of
 from lightning_merge.weights import State
 
 
@@ -55,10 +56,8 @@ class Nova(Policy):
 
     def __post_init__(self) -> None:
         if self.amounts is not None:
-            object.__setattr__(self, "amounts", tuple(self.amounts))
-            check_amounts(self.amounts)
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"`momentum` must be in [0, 1), got {self.momentum}.")
+            settle(self, amounts=checked_amounts(self.amounts))
+        settle(self, momentum=number("momentum", self.momentum, "[0, 1)"))
 
     def init(self, branches: Branches) -> State:
         start = branches.mean()

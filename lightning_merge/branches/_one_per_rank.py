@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_merge import weights
+from lightning_merge._checks import flag, instance, one_of, whole
 from lightning_merge.branches import _optimizer_states as optimizer_states
-from lightning_merge.branches._base import Branches, Buffers, Matrix, check_matrix, check_shares
+from lightning_merge.branches._base import MOST, Branches, Buffers, Matrix, check_matrix, check_shares
 from lightning_merge.branches._buffers import pooled
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
@@ -53,10 +54,14 @@ class OnePerRank(Branches):
         placement: "Placement | None" = None,
         broadcast: bool = True,
     ) -> None:
+        one_of("others", others, ("refuse", "own"))
+        flag("broadcast", broadcast)
+        if placement is not None:
+            instance("placement", placement, Placement)
         super().__init__(module, optimizers, count, selection=selection, buffers=buffers)
         self.others = others
         self._refuse_shared()
-        self.placement = placement or Placement(count)
+        self.placement = Placement(self.count) if placement is None else placement
         if broadcast:
             self._broadcast()
 
@@ -242,6 +247,7 @@ class Placement:
     """
 
     def __init__(self, count: int) -> None:
+        count = whole("count", count, 1, MOST)
         world, rank = dist.get_world_size(), dist.get_rank()
         if world % count:
             raise ValueError(

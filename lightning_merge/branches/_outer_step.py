@@ -6,6 +6,7 @@ from typing import ClassVar, final
 import torch
 
 from lightning_merge import weights
+from lightning_merge._checks import number, settle
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.weights import State
@@ -48,10 +49,7 @@ class OuterStep(Policy):
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        if not self.lr > 0.0:
-            raise ValueError(f"`lr` must be more than 0, got {self.lr}.")
-        if not 0.0 <= self.momentum < 1.0:
-            raise ValueError(f"`momentum` must be in [0, 1), got {self.momentum}.")
+        settle(self, lr=number("lr", self.lr, "(0, inf)"), momentum=number("momentum", self.momentum, "[0, 1)"))
 
     def init(self, branches: Branches) -> State:
         live = {name: t for name, t in branches.live.items() if isinstance(t, torch.nn.Parameter)}

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import final
 
+from lightning_merge._checks import seed, settle
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.weights import State
@@ -36,6 +37,9 @@ class Pairs(Policy):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self, seed=seed("seed", self.seed))
 
     def init(self, branches: Branches) -> State:
         if branches.count < 2:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+from lightning_merge._checks import flag, number, settle
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.weights import State
@@ -40,8 +41,7 @@ class PullToMean(Policy):
     with_rate: bool = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.pull <= 1.0:
-            raise ValueError(f"`pull` must be in [0, 1], got {self.pull}.")
+        settle(self, pull=number("pull", self.pull, "[0, 1]"), with_rate=flag("with_rate", self.with_rate))
 
     def merge(self, state: State, branches: Branches) -> None:
         pull = min(1.0, self.pull * (_relative_rate(branches) if self.with_rate else 1.0))

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import number, seed, settle
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.weights import State
@@ -22,7 +23,7 @@ class Shuffle(Policy):
 
     Args:
         share: Probability in the first layer, in [0, 1].
-        seed: Of all draws, together with the number of the merge; the same in all processes.
+        seed: Of all draws, together with the number of the merge; the same in all processes. In [-2**31, 2**32).
 
     Raises:
         ValueError: If ``share`` is out of range.
@@ -45,8 +46,8 @@ class Shuffle(Policy):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.share <= 1.0:
-            raise ValueError(f"`share` must be in [0, 1], got {self.share}.")
+        # The number of the merge takes the other half of what a generator is seeded with.
+        settle(self, share=number("share", self.share, "[0, 1]"), seed=seed("seed", self.seed, 2**32 - 1))
 
     def init(self, branches: Branches) -> State:
         return {"merges": 0}

@@ -4,6 +4,7 @@ import warnings
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lightning_merge._checks import number, settle
 from lightning_merge._choice import is_eligible, shares_by_score
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
@@ -46,8 +47,7 @@ class SoftmaxOfScores(Policy):
     temperature: float = 5.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0.0:
-            raise ValueError(f"`temperature` must be more than 0, got {self.temperature}.")
+        settle(self, temperature=number("temperature", self.temperature, "(0, inf)"))
 
     def init(self, branches: Branches) -> State:
         return {"history": []}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lightning_merge._checks import numbers, settle
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy
 from lightning_merge.weights import State
@@ -40,17 +41,19 @@ class WeightedAverage(Policy):
     amounts: Sequence[float]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "amounts", tuple(self.amounts))
-        check_amounts(self.amounts)
+        settle(self, amounts=checked_amounts(self.amounts))
 
     def merge(self, state: State, branches: Branches) -> None:
         branches.mix([shares_of(self.amounts, branches.count)] * branches.count)
 
 
-def check_amounts(amounts: Sequence[float]) -> None:
-    """Raises a ``ValueError`` unless they are numbers of at least 0, one of them more than 0."""
-    if not all(amount >= 0 for amount in amounts) or not any(amounts):
-        raise ValueError(f"`amounts` must be numbers of at least 0, one of them more than 0, got {tuple(amounts)}.")
+def checked_amounts(amounts: Sequence[float]) -> tuple[float, ...]:
+    """The amounts, if they are numbers of at least 0, one of them more than 0."""
+    says = "numbers of at least 0, one of them more than 0"
+    found = numbers("amounts", amounts, "[0, inf)", says)
+    if not any(found):
+        raise ValueError(f"`amounts` must be {says}, got {found}.")
+    return found
 
 
 def shares_of(amounts: Sequence[float], count: int) -> list[float]:

@@ -8,6 +8,7 @@ import torch
 
 from lightning_merge.combiners._base import Combiner
 from lightning_merge.combiners._elementwise import combine_elementwise, library_of
+from lightning_merge.combiners._overflow import narrowed, widened
 from lightning_merge.weights import State, Weights, add_, copy_, scaled, zero_, zeros
 
 
@@ -38,8 +39,14 @@ class Additive(Combiner):
         else:
             add_(state["kept"], vector, -1.0)
 
-    def result(self, state: State) -> Weights | None:
-        return scaled(state["kept"], self._factor(state["updates"])) if state["updates"] else None
+    def _merged(self, state: State) -> Weights | None:
+        if not state["updates"]:
+            return None
+        return narrowed(scaled(state["kept"], self._factor(state["updates"])), state)
+
+    def _make_room(self, state: State, names: list[str], task: int | str) -> None:
+        if rest := widened(state, "kept", names):
+            super()._make_room(state, rest, task)
 
     def _combine_parts(self, vectors: list[tuple[int | str, Weights]]) -> Weights:
         return combine_elementwise(vectors, _added, self._factor(len(vectors)))

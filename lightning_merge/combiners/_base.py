@@ -1,14 +1,17 @@
 """What a combiner is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from itertools import count
 from typing import Any, Literal, TypeAlias
 
 import torch
 
+from lightning_merge._checks import text, whole
+from lightning_merge._mergeable import named
+from lightning_merge.combiners._overflow import refuse_overflow, room_left
 from lightning_merge.combiners._vectors import check_finite, check_vector
-from lightning_merge.weights import State, Weights, copy_, part, parts, to_devices, zeros
+from lightning_merge.weights import State, Weights, copies, copy_, part, parts, to_devices, zeros
 
 Locality: TypeAlias = Literal["element", "tensor", "model"]
 
@@ -52,21 +55,44 @@ class Combiner(ABC):
             task: Which task it is, for messages and for rules that draw random numbers (``DARE``).
 
         Raises:
-            ValueError: If the vector has other names or shapes than the state, is sharded, or holds integers, a NaN or
-                an infinity.
+            TypeError: If an argument is of the wrong type.
+            ValueError: If the vector has other names or shapes than the state, is sharded, holds integers, a NaN or an
+                infinity, or numbers too large to be merged with what there is.
         """
+        task = label("task", task)
         check_vector(vector, _tensors(state), task)
         check_finite(vector, task)
+        if beyond := room_left(_tensors(state), vector):
+            self._make_room(state, beyond, task)
         self._take(state, vector, task)
         state["updates"] += 1
+
+    def _make_room(self, state: State, names: list[str], task: int | str) -> None:
+        """Gets ready for a vector that could make these tensors of the state too large for their type."""
+        raise ValueError(
+            f"`{names[0]}` in the vector of task {task} is too large to be merged with those before it in"
+            f" {_tensors(state)[names[0]].dtype}: hand the vectors in as float64."
+        )
 
     @abstractmethod
     def _take(self, state: State, vector: Weights, task: int | str) -> None:
         """``update`` without its checks; ``state["updates"]`` does not count this vector yet."""
 
-    @abstractmethod
     def result(self, state: State) -> Weights | None:
-        """The merged task vector, or ``None`` before the first update. May be the stored tensors: do not write."""
+        """The merged task vector in tensors of its own, or ``None`` before the first update.
+
+        Raises:
+            ValueError: If a number of it is too large for its type.
+        """
+        found = self._merged(state)
+        if found is None:
+            return None
+        stored = {id(t) for value in state.values() if isinstance(value, dict) for t in value.values()}
+        return refuse_overflow({name: copies({"": t})[""] if id(t) in stored else t for name, t in found.items()})
+
+    @abstractmethod
+    def _merged(self, state: State) -> Weights | None:
+        """The merged task vector; may be tensors of the state."""
 
     def remove(self, state: State, vector: Weights, *, task: int | str = 0) -> None:
         """Takes a vector out again that was taken in under ``task``: exact up to the rounding of sums.
@@ -75,6 +101,7 @@ class Combiner(ABC):
             TypeError: If the rule cannot (``removable``).
             ValueError: If the state is empty, or the vector does not fit.
         """
+        task = label("task", task)
         if not self.removable:
             raise TypeError(
                 f"{self} cannot take a vector out of what it merged: keep every vector and combine the others again."
@@ -102,26 +129,33 @@ class Combiner(ABC):
             tasks: A label for each; 0, 1, 2, ... if left out.
 
         Raises:
-            ValueError: If there is none, or one of them is refused.
+            TypeError: If an argument is of the wrong type.
+            ValueError: If there is none, there are not as many ``tasks``, one of them is refused, or what comes out is
+                too large for its type.
         """
+        if isinstance(vectors, Mapping | str) or not isinstance(vectors, Iterable):
+            raise TypeError(f"`vectors` must be several task vectors, got {type(vectors).__name__}.")
+        labels = _labels(tasks)
         if isinstance(vectors, list | tuple) and vectors:
-            labels = list(range(len(vectors)) if tasks is None else tasks)
-            return self._combine_parts(list(zip(labels, vectors, strict=True)))
-        names = count() if tasks is None else iter(tasks)
+            together = [(_next(labels, index, tasks), vector) for index, vector in enumerate(vectors)]
+            _refuse_more(tasks, len(vectors))
+            return refuse_overflow(self._combine_parts(together))
         stream = iter(vectors)
         vector = next(stream, None)
         if vector is None:
-            raise ValueError("there is no task vector to combine.")
-        state = self.init(vector)
+            raise ValueError("`vectors`: there is no task vector to combine.")
+        state, taken = self.init(dict(named("vectors", vector))), 0
         while vector is not None:
-            self.update(state, vector, task=next(names))
+            self.update(state, vector, task=_next(labels, taken, tasks))
+            taken += 1
             vector = None  # not held while the next one is made
             vector = next(stream, None)
-        return self._last_result(state) or {}
+        _refuse_more(tasks, taken)
+        return refuse_overflow(self._last_result(state) or {})
 
     def _last_result(self, state: State) -> Weights | None:
         """``result`` of a state that nobody uses any more: it may be taken apart to save memory."""
-        return self.result(state)
+        return self._merged(state)
 
     def _combine_parts(self, vectors: list[tuple[int | str, Weights]]) -> Weights:
         _, like = vectors[0]
@@ -135,7 +169,7 @@ class Combiner(ABC):
                 check_finite(piece := part(vector, where), task)
                 self._take(state, piece, task)
                 state["updates"] += 1
-            copy_(target, self.result(state) or {})
+            copy_(target, self._merged(state) or {})
         return merged
 
     def save(self, state: State) -> State:
@@ -146,6 +180,30 @@ class Combiner(ABC):
         """The state to go on with, from what ``save`` gave; each tensor on the device its name has in ``devices``."""
         state: Any = to_devices(saved, devices)
         return dict(state)
+
+
+def label(argument: str, task: int | str) -> int | str:
+    """A task's label as Python has it: random masks follow from how it reads."""
+    return text(argument, task) if isinstance(task, str) else whole(argument, task)
+
+
+def _labels(tasks: Any) -> Iterator[Any]:
+    if tasks is None:
+        return count()
+    if isinstance(tasks, str | bytes) or not isinstance(tasks, Iterable):
+        raise TypeError(f"`tasks` must be a label for each vector, got {tasks!r}.")
+    return iter(tasks)
+
+
+def _next(labels: Iterator[Any], taken: int, tasks: Any) -> int | str:
+    for found in labels:
+        return label("tasks", found)
+    raise ValueError(f"`tasks` must hold a label for each vector, got {taken} for more vectors: {tasks!r}.")
+
+
+def _refuse_more(tasks: Any, vectors: int) -> None:
+    if isinstance(tasks, Sized) and len(tasks) != vectors:
+        raise ValueError(f"`tasks` must hold a label for each vector, got {len(tasks)} for {vectors} vectors.")
 
 
 def _tensors(state: State) -> Weights:

@@ -6,8 +6,9 @@ from typing import final
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import number, settle
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
+from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
 from lightning_merge.combiners._trim import count_of, ranked_between
 from lightning_merge.weights import State, Weights, add_, zero_, zeros
 
@@ -42,11 +43,12 @@ class Breadcrumbs(Combiner):
     scale: Scale = 0.4
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
-        if not 0.0 <= self.outliers < 1.0 or self.density + self.outliers > 1.0 + 1e-9:
-            raise ValueError(f"`outliers` must be in [0, 1) and at most 1 - density, got {self.outliers}.")
-        check_scale(self.scale)
+        density = number("density", self.density, "(0, 1]")
+        outliers = number("outliers", self.outliers, "[0, 1)", "in [0, 1) and at most 1 - density")
+        if density + outliers > 1.0 + 1e-9:
+            raise ValueError(f"`outliers` must be in [0, 1) and at most 1 - density, got {outliers}.")
+        settle(self, density=density, outliers=outliers)
+        settle(self, scale=checked_scale(self.scale))
 
     @property
     def removable(self) -> bool:
@@ -72,7 +74,7 @@ class Breadcrumbs(Combiner):
         for name, tensor in vector.items():  # one at a time: the masked vector would be a further copy of the model
             add_({name: state["sum"][name]}, {name: self._masked(tensor)}, factor)
 
-    def result(self, state: State) -> Weights | None:
+    def _merged(self, state: State) -> Weights | None:
         return scaled_result(state, "sum", self.scale)
 
     @torch.no_grad()

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lightning_merge._checks import instance, path, sequence
 from lightning_merge._weight_sets import open_set
-from lightning_merge.combiners._base import Combiner
+from lightning_merge.combiners._base import Combiner, label
 from lightning_merge.combiners._vectors import add_vector, task_vector
 from lightning_merge.weights import Weights, first_mismatch
 
@@ -32,6 +33,7 @@ def combine_files(
         Weights under the names and in the dtypes of the base; integer tensors are the base's.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If a file cannot be read, is of another model (the first difference is named), or holds a NaN.
 
     Example:
@@ -43,12 +45,15 @@ def combine_files(
         >>> combine_files(Sum(scale=0.5), folder / "base.pt", [folder / "cars.pt", folder / "pets.pt"])
         {'w': tensor([1.5000])}
     """
-    labels = list(range(len(files)) if tasks is None else tasks)
+    instance("combiner", combiner, Combiner)
+    for argument, file in (("base", base), *(("files", file) for file in sequence("files", files, "several paths"))):
+        path(argument, file)
+    labels = [label("tasks", task) for task in (range(len(files)) if tasks is None else sequence("tasks", tasks))]
     if not files or len(labels) != len(files):
         raise ValueError(f"`files` must be at least one, and `tasks` as many, got {len(files)} and {len(labels)}.")
-    layout = _open(base)
+    layout = _opened("base", base)
     for file in files:
-        if (difference := first_mismatch(layout, _open(file))) is not None:
+        if (difference := first_mismatch(layout, _opened("files", file))) is not None:
             raise ValueError(f"{file} is of another model than {base}: {difference}.")
     groups = list(_groups(layout))
     del layout
@@ -91,6 +96,13 @@ def _read(file: str | Path, names: list[str]) -> Weights:
     """Copies of some tensors of a file, which is mapped into memory only meanwhile."""
     weights = _open(file)
     return {name: weights[name].clone() for name in names}
+
+
+def _opened(argument: str, file: str | Path) -> Weights:
+    try:
+        return _open(file)
+    except ValueError as error:
+        raise ValueError(f"`{argument}`: {error}") from error
 
 
 def _open(file: str | Path) -> Weights:

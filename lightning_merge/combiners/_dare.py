@@ -8,6 +8,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import number, one_of, seed, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._sum import Sum
 from lightning_merge.weights import State, Weights, average_dtype, part, parts
@@ -52,10 +53,8 @@ class DARE(Combiner):
     def __post_init__(self) -> None:
         if not isinstance(self.combiner, Combiner) or isinstance(self.combiner, DARE):
             raise ValueError(f"`combiner` must be a combiner other than DARE, got {self.combiner!r}.")
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
-        if self.dare_rescale not in ("inv_keep", "l1", None):
-            raise ValueError(f'`dare_rescale` must be "inv_keep", "l1" or None, got {self.dare_rescale!r}.')
+        settle(self, density=number("density", self.density, "(0, 1]"), seed=seed("seed", self.seed))
+        one_of("dare_rescale", self.dare_rescale, ("inv_keep", "l1", None), '"inv_keep", "l1" or None')
 
     @property
     def removable(self) -> bool:
@@ -90,8 +89,14 @@ class DARE(Combiner):
                 if isinstance(value, dict):
                     state[key].update(value)
 
-    def result(self, state: State) -> Weights | None:
-        return self.combiner.result(state)
+    def _merged(self, state: State) -> Weights | None:
+        return self.combiner._merged(state)
+
+    def _last_result(self, state: State) -> Weights | None:
+        return self.combiner._last_result(state)
+
+    def _make_room(self, state: State, names: list[str], task: int | str) -> None:
+        self.combiner._make_room(state, names, task)
 
     @torch.no_grad()
     def _thinned(self, vector: Weights, task: int | str) -> Weights:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.combiners._base import Combiner
+from lightning_merge.combiners._overflow import narrowed, widened
 from lightning_merge.combiners._vectors import check_finite, check_vector
 from lightning_merge.weights import State, Weights, array, empty, in_threads, part, parts, scaled, zeros
 
@@ -56,8 +57,14 @@ class Elementwise(Combiner):
             else:
                 old[...] = new
 
-    def result(self, state: State) -> Weights | None:
-        return scaled(state["kept"], self._factor(state["updates"])) if state["updates"] else None
+    def _merged(self, state: State) -> Weights | None:
+        if not state["updates"]:
+            return None
+        return narrowed(scaled(state["kept"], self._factor(state["updates"])), state)
+
+    def _make_room(self, state: State, names: list[str], task: int | str) -> None:
+        if rest := widened(state, "kept", names):
+            super()._make_room(state, rest, task)
 
     def _combine_parts(self, vectors: list[tuple[int | str, Weights]]) -> Weights:
         return combine_elementwise(vectors, self._merge, self._factor(len(vectors)))
@@ -83,9 +90,11 @@ def combine_elementwise(
             values = [array(share[name].detach().reshape(shape).to(tensor)) for share in shares]
             for start in range(0, len(out), _PIECE):
                 piece = slice(start, start + _PIECE)
-                if not _combine(out[piece], [each[piece] for each in values], merge, factor):
+                own = [each[piece] for each in values]
+                if not _combine(out[piece], own, merge, factor):
                     for share, (task, _) in zip(shares, vectors, strict=True):
                         check_finite(share, task)
+                    _combine_widely(out[piece], own, merge, factor)
 
     in_threads(combine, parts(merged, size=8 * _PIECE))
     return merged
@@ -98,6 +107,19 @@ def _combine(out: Any, values: Sequence[Any], merge: Callable[[Any, Sequence[Any
         if kept is not out or factor != 1:
             library_of(out).multiply(kept, factor, out=out)
         return isfinite(out.sum())
+
+
+def _combine_widely(out: Any, values: Sequence[Any], merge: Callable[[Any, Sequence[Any]], Any], factor: float) -> None:
+    """The same in float64: a sum may be too large for its type where what follows from it is not."""
+    if isinstance(out, Tensor):
+        wide = [value.double() for value in values]
+        kept = merge(torch.empty_like(wide[0]), wide) if len(wide) > 1 else wide[0]
+        out.copy_(kept * factor)
+        return
+    wide = [value.astype(np.float64) for value in values]
+    with np.errstate(all="ignore"):
+        kept = merge(np.empty_like(wide[0]), wide) if len(wide) > 1 else wide[0]
+        out[...] = kept * factor
 
 
 def library_of(values: Any) -> Any:

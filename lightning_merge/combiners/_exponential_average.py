@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any, final
 
+from lightning_merge._checks import number, settle
 from lightning_merge.combiners._elementwise import Elementwise, library_of
-from lightning_merge.combiners._scale import Scale, check_scale, scale_of
+from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
 
 
 @final
@@ -34,9 +35,8 @@ class ExponentialAverage(Elementwise):
     scale: Scale = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.alpha <= 1.0:
-            raise ValueError(f"`alpha` must be in (0, 1], got {self.alpha}.")
-        check_scale(self.scale)
+        settle(self, alpha=number("alpha", self.alpha, "(0, 1]"))
+        settle(self, scale=checked_scale(self.scale))
 
     def _step(self, out: Any, kept: Any, new: Any) -> None:
         step = new - kept

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import one_of, settle
 from lightning_merge.combiners._elementwise import Elementwise, library_of
-from lightning_merge.combiners._scale import Scale, check_scale, scale_of
+from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
 
 
 @final
@@ -39,9 +40,8 @@ class MagMax(Elementwise):
     magmax_tie: Literal["last", "first"] = "last"
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        if self.magmax_tie not in ("last", "first"):
-            raise ValueError(f'`magmax_tie` must be "last" or "first", got {self.magmax_tie!r}.')
+        settle(self, scale=checked_scale(self.scale))
+        one_of("magmax_tie", self.magmax_tie, ("last", "first"), '"last" or "first"')
 
     def _step(self, out: Any, kept: Any, new: Any) -> None:
         wins = abs(new) >= abs(kept) if self.magmax_tie == "last" else abs(new) > abs(kept)

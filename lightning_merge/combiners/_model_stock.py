@@ -7,6 +7,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import one_of
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.weights import State, Weights, add_, clone, zeros
 
@@ -39,8 +40,7 @@ class ModelStock(Combiner):
     stock_angle: Literal["mean_cos", "mean_deg"] = "mean_cos"
 
     def __post_init__(self) -> None:
-        if self.stock_angle not in ("mean_cos", "mean_deg"):
-            raise ValueError(f'`stock_angle` must be "mean_cos" or "mean_deg", got {self.stock_angle!r}.')
+        one_of("stock_angle", self.stock_angle, ("mean_cos", "mean_deg"), '"mean_cos" or "mean_deg"')
 
     @property
     def needs_every_vector(self) -> bool:
@@ -69,7 +69,7 @@ class ModelStock(Combiner):
             state["directed"][name] += direction.any()
 
     @torch.no_grad()
-    def result(self, state: State) -> Weights | None:
+    def _merged(self, state: State) -> Weights | None:
         count = state["updates"]
         if not count:
             return None

@@ -6,6 +6,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.weights import State, Weights, zeros
 
@@ -44,10 +45,8 @@ class OPCM(Combiner):
     opcm_rank: Literal["compat", "fixed"] = "compat"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha <= 1.0:
-            raise ValueError(f"`alpha` must be in [0, 1], got {self.alpha}.")
-        if self.opcm_rank not in ("compat", "fixed"):
-            raise ValueError(f'`opcm_rank` must be "compat" or "fixed", got {self.opcm_rank!r}.')
+        settle(self, alpha=number("alpha", self.alpha, "[0, 1]"))
+        one_of("opcm_rank", self.opcm_rank, ("compat", "fixed"), '"compat" or "fixed"')
 
     @property
     def locality(self) -> Locality:
@@ -90,7 +89,7 @@ class OPCM(Combiner):
         before = values.cumsum(0) - values
         return int((before < self.alpha * total).sum())
 
-    def result(self, state: State) -> Weights | None:
+    def _merged(self, state: State) -> Weights | None:
         return state["merged"] if state["updates"] else None
 
 

@@ -1,19 +1,23 @@
 """How far to go along the merged vector."""
 
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Literal, TypeAlias
 
+from lightning_merge._checks import number
 from lightning_merge.weights import State, Weights, scaled
 
 Scale: TypeAlias = float | Literal["1/t", "1/sqrt(t)"]
 """A positive number, or one that shrinks with the number of tasks t merged so far, never of those still to come."""
 
 
-def check_scale(scale: Scale) -> None:
-    """Refuses what is no scale."""
-    known = scale in ("1/t", "1/sqrt(t)")
-    if not known and (isinstance(scale, str | bool) or not isfinite(scale) or not 0 < scale <= 10):
-        raise ValueError(f'`scale` must be a number in (0, 10], "1/t" or "1/sqrt(t)", got {scale!r}.')
+def checked_scale(scale: Scale) -> Scale:
+    """The scale, if it is one."""
+    says = 'a number in (0, 10], "1/t" or "1/sqrt(t)"'
+    if isinstance(scale, str | bool):
+        if scale in ("1/t", "1/sqrt(t)"):
+            return scale
+        raise ValueError(f"`scale` must be {says}, got {scale!r}.")
+    return number("scale", scale, "(0, 10]", says)
 
 
 def scale_of(scale: Scale, tasks: int) -> float:
@@ -26,5 +30,5 @@ def scale_of(scale: Scale, tasks: int) -> float:
 
 
 def scaled_result(state: State, key: str, scale: Scale) -> Weights | None:
-    """What the state keeps under the key, scaled for the number of its updates; ``None`` before the first."""
+    """What the state keeps under the key, scaled for its updates: maybe as it is; ``None`` before the first."""
     return scaled(state[key], scale_of(scale, state["updates"])) if state["updates"] else None

@@ -1,14 +1,17 @@
 """Spherical interpolation."""
 
+import math
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import instance, number, settle
+from lightning_merge._mergeable import why_not
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.combiners._scale import Scale, check_scale, scaled_result
-from lightning_merge.weights import State, Weights, copy_, zeros
+from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
+from lightning_merge.weights import State, Weights, average_dtype, copy_, is_averaged, zeros
 
 _STRAIGHT = 0.9995
 
@@ -41,9 +44,8 @@ class SLERP(Combiner):
     scale: Scale = 1.0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.t <= 1.0:
-            raise ValueError(f"`t` must be in [0, 1], got {self.t}.")
-        check_scale(self.scale)
+        settle(self, t=number("t", self.t, "[0, 1]"))
+        settle(self, scale=checked_scale(self.scale))
 
     @property
     def locality(self) -> Locality:
@@ -61,7 +63,7 @@ class SLERP(Combiner):
         for name, tensor in merged.items():
             tensor.copy_(slerp(tensor, vector[name].to(tensor), self.t))
 
-    def result(self, state: State) -> Weights | None:
+    def _merged(self, state: State) -> Weights | None:
         return scaled_result(state, "merged", self.scale)
 
 
@@ -71,11 +73,26 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     Example:
         >>> slerp(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0]), 0.25)
         tensor([0.9239, 0.7654, 0.0000])
+
+    Raises:
+        TypeError: If ``a`` or ``b`` is no tensor, or ``t`` no number.
+        ValueError: If their shapes differ, they do not hold real numbers, or ``t`` is not finite.
     """
-    norms = a.norm() * b.norm()
-    cosine = float((a * b).sum() / norms) if norms > 0 else 1.0
-    if abs(cosine) > _STRAIGHT:
-        return torch.lerp(a, b, t)
+    for argument, value in (("a", a), ("b", b)):
+        instance(argument, value, Tensor, "a tensor")
+        if not is_averaged(value) or value.is_complex():
+            raise ValueError(f"`{argument}` {why_not(value) or f'must hold real numbers, got {value.dtype}'}.")
+    if a.shape != b.shape:
+        raise ValueError(f"`b` must have the shape of `a`, {tuple(a.shape)}, got {tuple(b.shape)}.")
+    t = number("t", t)
+    if not a.numel():
+        return a + b
+    # Brought to a largest magnitude of 1: squares of what is large or small would leave their type.
+    one, other = (x.to(average_dtype(x)) / x.abs().max().to(average_dtype(x)) for x in (a, b))
+    cosine = float((one * other).sum() / (one.norm() * other.norm()))
+    if math.isnan(cosine) or abs(cosine) > _STRAIGHT:  # one of them is zero, or they lie on a line
+        straight = torch.lerp(a, b, t)
+        return straight if bool(straight.isfinite().all()) else a * (1.0 - t) + b * t
     angle = torch.tensor(cosine, dtype=torch.float64).arccos()
     first, second = ((angle * share).sin() / angle.sin() for share in (1 - t, t))
     return a * float(first) + b * float(second)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import final
 
+from lightning_merge._checks import settle
 from lightning_merge.combiners._additive import Additive
-from lightning_merge.combiners._scale import Scale, check_scale, scale_of
+from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
 
 
 @final
@@ -31,7 +32,7 @@ class Sum(Additive):
     scale: Scale = 0.3
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        settle(self, scale=checked_scale(self.scale))
 
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)

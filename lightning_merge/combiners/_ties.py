@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import flag, instance, number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.combiners._scale import Scale, check_scale, scale_of
+from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
 from lightning_merge.combiners._trim import TopK, reaching, trim_level
 from lightning_merge.weights import State, Weights, array, average_dtype, in_threads, part, parts
 
@@ -63,20 +64,17 @@ class TIES(Combiner):
     weighted_sign: bool = True
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.density <= 1.0:
-            raise ValueError(f"`density` must be in (0, 1], got {self.density}.")
-        check_scale(self.scale)
+        settle(self, density=number("density", self.density, "(0, 1]"))
+        settle(self, scale=checked_scale(self.scale))
         for name, allowed in (
             ("scope", ("tensor", "global")),
             ("topk_rule", ("exact", "official_plus_one")),
             ("zero_sign", ("zero", "official", "positive")),
             ("divisor", ("count", "weight_sum", None)),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}` must be one of {allowed}, got {getattr(self, name)!r}.")
-        for task, weight in self.weights.items():
-            if not 0 < weight < float("inf"):
-                raise ValueError(f"`weights` must be positive numbers, got {weight} for task {task}.")
+            one_of(name, getattr(self, name), allowed, f"one of {allowed}")
+        settle(self, weights=_checked_weights(self.weights))
+        settle(self, weighted_sign=flag("weighted_sign", self.weighted_sign))
 
     @property
     def locality(self) -> Locality:
@@ -139,7 +137,7 @@ class TIES(Combiner):
         return threshold, room
 
     @torch.no_grad()
-    def result(self, state: State) -> Weights | None:
+    def _merged(self, state: State) -> Weights | None:
         return dict(self._entries(state)) if state["updates"] else None
 
     @torch.no_grad()
@@ -158,7 +156,7 @@ class TIES(Combiner):
             majority = torch.stack([self._signs(state, name).sum() for name in state["positive"]]).sum().sign()
         factor = scale_of(self.scale, state["updates"])
         for name in list(state["positive"]):
-            yield name, self._merged(state, name, majority).mul_(factor)
+            yield name, self._merged_one(state, name, majority).mul_(factor)
 
     def _signs(self, state: State, name: str) -> Tensor:
         votes: Tensor = (
@@ -166,7 +164,7 @@ class TIES(Combiner):
         )
         return votes.sign()
 
-    def _merged(self, state: State, name: str, majority: Tensor | None) -> Tensor:
+    def _merged_one(self, state: State, name: str, majority: Tensor | None) -> Tensor:
         positive, negative = state["positive"][name], state["negative"][name]
         if self.divisor is not None:
             tiny = 1 if self.divisor == "count" else torch.finfo(torch.float32).tiny
@@ -179,6 +177,17 @@ class TIES(Combiner):
             signs = torch.where(signs == 0, signs.sum().sign() if majority is None else majority, signs)
             return torch.where(signs > 0, positive, negative)
         return torch.where(signs > 0, positive, torch.where(signs < 0, negative, 0.0))
+
+
+def _checked_weights(weights: Mapping[int | str, float]) -> Mapping[int | str, float]:
+    instance("weights", weights, Mapping, "a mapping from tasks to positive numbers")
+    checked = {}
+    for task, weight in weights.items():
+        try:
+            checked[task] = number("weights", weight, "(0, inf)", "positive numbers")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{str(error).removesuffix('.')} for task {task}.") from None
+    return checked
 
 
 def _accumulate(into: dict[str, Any], kept: Any, weight: float, counted: bool) -> None:

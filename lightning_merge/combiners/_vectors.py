@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import number
+from lightning_merge._mergeable import named, why_not
 from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_sharded, nonfinite
 
 
@@ -17,15 +19,21 @@ def task_vector(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> We
         base: What the tasks have in common, same names and shapes.
 
     Raises:
-        ValueError: If names or shapes differ, or the difference holds a NaN or an infinity; the first is named.
+        TypeError: If an argument is not named tensors.
+        ValueError: If names or shapes differ, the difference holds a NaN or an infinity, or a tensor holds complex
+            numbers or what only looks like numbers (8-bit floats, tensors of a class of its own); the first is named.
 
     Example:
         >>> import torch
         >>> task_vector({"w": torch.tensor([1.5, 2.0])}, base={"w": torch.tensor([1.0, 2.0])})
         {'w': tensor([0.5000, 0.0000])}
     """
+    named("weights", weights)
+    named("base", base)
     if (difference := first_mismatch(base, weights)) is not None:
         raise ValueError(f"the weights are not those of the base: {difference}.")
+    for argument, tensors in (("weights", weights), ("base", base)):
+        refuse_unfit(tensors, f"of `{argument}`")
     vector = {
         name: tensor.detach().to(average_dtype(tensor)) - base[name].detach().to(tensor.device, average_dtype(tensor))
         for name, tensor in weights.items()
@@ -42,22 +50,30 @@ def add_vector(base: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> Weig
     """``base + vector`` in the dtypes and on the devices of the base; tensors without a part in the vector are copied.
 
     Raises:
-        ValueError: If the vector has a name that the base has not, or another shape.
+        TypeError: If an argument is not named tensors.
+        ValueError: If the vector has a name that the base has not, or another shape, or the sum is too large for the
+            base's type.
 
     Example:
         >>> import torch
         >>> add_vector({"w": torch.tensor([1.0, 2.0]), "steps": torch.tensor(7)}, {"w": torch.tensor([0.5, 0.0])})
         {'w': tensor([1.5000, 2.0000]), 'steps': tensor(7)}
     """
+    named("base", base)
+    named("vector", vector)
     for name, tensor in vector.items():
         if name not in base or base[name].shape != tensor.shape:
             raise ValueError(f"`{name}` of shape {tuple(tensor.shape)} in the task vector is not in the base.")
-    return {
+    merged = {
         name: (tensor.detach().to(vector[name]) + vector[name].to(tensor.device)).to(tensor)
         if name in vector
         else tensor.detach().clone()
         for name, tensor in base.items()
     }
+    for name in nonfinite({name: merged[name] for name in vector}):
+        if not nonfinite({"base": base[name], "vector": vector[name]}):
+            raise ValueError(f"`{name}` is too large for {base[name].dtype}, the base's type, with the vector added.")
+    return merged
 
 
 def negate(vector: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
@@ -68,6 +84,7 @@ def negate(vector: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
         scale: How far, above 0: the largest for which a control task keeps its score.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If ``scale`` is not a positive number.
 
     Example:
@@ -78,8 +95,8 @@ def negate(vector: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
     References:
         Ilharco et al., "Editing models with task arithmetic", ICLR 2023, section 3.
     """
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"`scale` must be a positive number, got {scale}.")
+    named("vector", vector)
+    scale = number("scale", scale, "(0, inf)", "a positive number")
     return {name: tensor * -scale for name, tensor in vector.items()}
 
 
@@ -87,6 +104,7 @@ def analogy(a: Mapping[str, Tensor], b: Mapping[str, Tensor], c: Mapping[str, Te
     """``c + (b - a)``: a vector for task d, without its data, if "a is to b as c is to d".
 
     Raises:
+        TypeError: If an argument is not named tensors.
         ValueError: If names or shapes differ.
 
     Example:
@@ -97,6 +115,8 @@ def analogy(a: Mapping[str, Tensor], b: Mapping[str, Tensor], c: Mapping[str, Te
     References:
         Ilharco et al., "Editing models with task arithmetic", ICLR 2023, section 5.
     """
+    for argument, tensors in (("a", a), ("b", b), ("c", c)):
+        named(argument, tensors)
     for other in (b, c):
         if (difference := first_mismatch(a, other)) is not None:
             raise ValueError(f"the task vectors are not of one model: {difference}.")
@@ -105,6 +125,7 @@ def analogy(a: Mapping[str, Tensor], b: Mapping[str, Tensor], c: Mapping[str, Te
 
 def check_vector(vector: Weights, expected: Mapping[str, Tensor], task: int | str) -> None:
     """Refuses a vector of other names or shapes than expected, or of anything but whole tensors of real numbers."""
+    named("vector", vector)
     if (difference := first_mismatch(expected, vector)) is not None:
         raise ValueError(f"the vector of task {task} does not fit the others: {difference}.")
     for name, tensor in vector.items():
@@ -118,6 +139,20 @@ def check_vector(vector: Weights, expected: Mapping[str, Tensor], task: int | st
                 f"`{name}` in the vector of task {task} is sharded (a DTensor), and combiners need whole tensors, to"
                 " rank entries and take norms: use `tensor.full_tensor()`."
             )
+        if reason := why_not(tensor):
+            raise ValueError(f"`{name}` in the vector of task {task} {reason}.")
+
+
+def refuse_unfit(weights: Mapping[str, Tensor], where: str) -> None:
+    """Raises a ``ValueError`` that names the first tensor that no task vector holds, and that is no whole number."""
+    for name, tensor in weights.items():
+        if tensor.is_complex():
+            raise ValueError(
+                f"`{name}` {where} holds complex numbers, which have no order and no sign to merge by: leave it out, or"
+                " hand in `torch.view_as_real(tensor)`, and `torch.view_as_complex` what comes back."
+            )
+        if reason := why_not(tensor):
+            raise ValueError(f"`{name}` {where} {reason}. Or leave it out.")
 
 
 def check_finite(vector: Weights, task: int | str) -> None:

@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_merge import combiners
+from lightning_merge._checks import flag, instance
+from lightning_merge._checks import path as checked_path
+from lightning_merge._mergeable import named
 from lightning_merge.combiners import Combiner
+from lightning_merge.combiners._base import label
 from lightning_merge.combiners._vectors import check_finite, check_vector
 from lightning_merge.weights import State, Weights
 
@@ -62,7 +66,12 @@ class Bank:
         base: Mapping[str, Tensor] | None = None,
         keep_vectors: bool = False,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(checked_path("folder", folder))
+        keep_vectors = flag("keep_vectors", keep_vectors)
+        if combiner is not None:
+            instance("combiner", combiner, Combiner)
+        if base is not None:
+            named("base", base)
         found = self._read_manifest()
         if found is None and combiner is None:
             raise ValueError(f"there is no bank in {self.folder}: name the `combiner` of a new one.")
@@ -132,7 +141,7 @@ class Bank:
         Raises:
             ValueError: As ``add``.
         """
-        state = self._updated(_on_cpu(vector), task)
+        state = self._updated(_on_cpu(named("vector", vector)), label("task", task))
         return self.combiner.result(state) or {}
 
     def add(self, vector: Mapping[str, Tensor], *, task: int | str) -> None:
@@ -141,7 +150,7 @@ class Bank:
         Raises:
             ValueError: If the task is in the bank already, or the vector does not fit the others or holds a NaN.
         """
-        vector = _on_cpu(vector)
+        vector, task = _on_cpu(named("vector", vector)), label("task", task)
         state = self._updated(vector, task)
         entry = {"task": task, "removed": False, "fingerprint": _fingerprint(vector), "file": None, "sha256": None}
         if self.keeps_vectors:
@@ -163,9 +172,9 @@ class Bank:
             TypeError: If the rule is not linear and a vector is handed in.
             ValueError: If there is no such task, it was removed before, or it takes a vector that is not there.
         """
-        entry = self._entry(task)
+        entry = self._entry(label("task", task))
         if vector is not None:
-            vector = _on_cpu(vector)
+            vector = _on_cpu(named("vector", vector))
             if _fingerprint(vector) != entry["fingerprint"]:
                 raise ValueError(f"this is not the vector that was added as task {task}: it has another hash.")
             state = self._state()

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lightning_merge._checks import instance, number, sequence, text, whole
+from lightning_merge._checks import names as checked_names
+from lightning_merge._mergeable import named
 from lightning_merge.weights import Weights, canonical, named_parameters, submodules
 
 
@@ -24,8 +27,10 @@ def only(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
         >>> only(torch.tensor([[1.0, 3.0, 2.0]]), classes=(0, 2))
         tensor([[1., -inf, 2.]])
     """
+    instance("logits", logits, Tensor, "a tensor")
     if classes is None:
         return logits
+    classes = checked_classes(classes)
     if not 0 <= min(classes) <= max(classes) < logits.shape[1]:
         raise ValueError(
             f"`classes` must be in [0, {logits.shape[1]}), the logits of the head, got {list(classes)}. Grow the head"
@@ -54,8 +59,12 @@ def masked_cross_entropy(
         >>> masked_cross_entropy(torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([2]), classes=(0, 2))
         tensor(0.6931)
     """
+    instance("logits", logits, Tensor, "a tensor")
+    instance("labels", labels, Tensor, "a tensor")
+    label_smoothing = number("label_smoothing", label_smoothing, "[0, 1)")
     if classes is None:
         return cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    classes = checked_classes(classes)
     # The columns themselves rather than -inf in the others, whose share of the smoothed target would be infinite.
     return cross_entropy(
         logits[:, torch.as_tensor(classes, device=logits.device)],
@@ -78,6 +87,8 @@ def remapped(labels: Tensor, classes: Sequence[int]) -> Tensor:
         >>> remapped(torch.tensor([7, 3, 7]), classes=(3, 7))
         tensor([1, 0, 1])
     """
+    instance("labels", labels, Tensor, "a tensor")
+    classes = checked_classes(classes)
     order = torch.as_tensor(classes, device=labels.device)
     matches = labels.unsqueeze(-1) == order
     if not bool(matches.any(-1).all()):
@@ -102,6 +113,8 @@ def grow_head(head: nn.Linear, num_classes: int) -> nn.Linear:
         >>> new.weight.shape, torch.equal(new.weight[:2], old.weight)
         (torch.Size([5, 3]), True)
     """
+    instance("head", head, nn.Linear, "an `nn.Linear`")
+    num_classes = whole("num_classes", num_classes, most=10**8)
     if num_classes < head.out_features:
         raise ValueError(f"`num_classes` must be at least {head.out_features}, what the head has, got {num_classes}.")
     grown = nn.Linear(
@@ -114,12 +127,13 @@ def grow_head(head: nn.Linear, num_classes: int) -> nn.Linear:
     return grown
 
 
-def head_parameters(module: nn.Module, patterns: Sequence[str] | None) -> list[str]:
+def head_parameters(module: nn.Module, patterns: Sequence[str] | None, argument: str = "patterns") -> list[str]:
     """Canonical names of the head's parameters: what the patterns match, or those of the last ``nn.Linear``.
 
     Args:
         module: The whole module.
         patterns: Globs over parameter names; ``None`` to look for the last linear layer, in the order of definition.
+        argument: What to call them in messages.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -128,18 +142,30 @@ def head_parameters(module: nn.Module, patterns: Sequence[str] | None) -> list[s
         >>> head_parameters(nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)), None)
         ['2.weight', '2.bias']
     """
-    named = named_parameters(module)
+    instance("module", module, nn.Module, "a module")
+    text("argument", argument)
+    parameters = named_parameters(module)
     if patterns is None:
         linear = [name for name, layer in submodules(module) if isinstance(layer, nn.Linear)]
         own = {f"{canonical(linear[-1])}.{name}".lstrip(".") for name in ("weight", "bias")} if linear else set()
-        return [name for name in named if name in own]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in named):
-            some = ", ".join(list(named)[-4:])
+        return [name for name in parameters if name in own]
+    for pattern in (patterns := checked_names(argument, patterns)):
+        if not any(fnmatchcase(name, pattern) for name in parameters):
+            some = ", ".join(list(parameters)[-4:])
             raise ValueError(
-                f"`head` must match parameters, got {pattern!r}, which matches none; the last are: {some}."
+                f"`{argument}` must match parameters, got {pattern!r}, which matches none; the last are: {some}."
             )
-    return [name for name in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def checked_classes(classes: object, argument: str = "classes") -> list[int]:
+    """Class numbers, at least one."""
+    if isinstance(classes, Tensor):
+        classes = classes.tolist()
+    found = [whole(argument, each) for each in sequence(argument, classes, "class numbers")]
+    if not found:
+        raise ValueError(f"`{argument}` must hold at least one class, got none.")
+    return found
 
 
 @torch.no_grad()
@@ -157,8 +183,11 @@ def join_head(trained: Weights, before: Weights, classes: Sequence[int] | None) 
         >>> join_head({"w": torch.tensor([5.0, 6.0, 7.0])}, {"w": torch.tensor([1.0, 2.0])}, classes=(1,))
         {'w': tensor([1., 6., 7.])}
     """
+    named("trained", trained)
+    named("before", before)
     joined = {name: tensor.detach().clone() for name, tensor in trained.items()}
     if classes is not None:
+        classes = checked_classes(classes)
         for name, old in before.items():
             others = [row for row in range(len(old)) if row not in classes]
             joined[name][others] = old[others].to(joined[name])

@@ -6,14 +6,19 @@ defined.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
+from lightning_merge._checks import instance, one_of, whole
+
 Average = Literal["macro", "micro"]
 Convention = Literal["chaudhry", "max_all", "initial"]
+
+_MOST = 10_000
+"""Tasks of a stream: their number squared is kept."""
 
 
 @final
@@ -42,9 +47,7 @@ class AccuracyMatrix(Metric):
 
     def __init__(self, tasks: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if tasks < 1:
-            raise ValueError(f"`tasks` must be at least 1, got {tasks}.")
-        self.tasks = tasks
+        self.tasks = tasks = whole("tasks", tasks, 1, _MOST)
         for name in ("right", "samples"):
             self.add_state(name, torch.zeros(tasks, tasks, dtype=torch.long), dist_reduce_fx="sum")
 
@@ -58,7 +61,7 @@ class AccuracyMatrix(Metric):
             task: Index of the task that the batch is of, from 0.
         """
         for name, index in (("after", after), ("task", task)):
-            if not 0 <= index < self.tasks:
+            if not 0 <= whole(name, index) < self.tasks:
                 raise ValueError(f"`{name}` must be in [0, {self.tasks}), got {index}.")
         classes = predictions.argmax(dim=1) if predictions.dim() == 2 else predictions
         self.right[after, task] += (classes == labels).sum()
@@ -90,6 +93,7 @@ class OfMatrix(Metric, ABC):
         Raises:
             ValueError: If it is not square.
         """
+        instance("matrix", matrix, Tensor, "a tensor")
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"`matrix` must be of shape (tasks, tasks), got {tuple(matrix.shape)}.")
         # Widened: a matrix of integers has no NaN.
@@ -180,7 +184,7 @@ class ForwardTransfer(OfMatrix):
 
     def __init__(self, baseline: Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.baseline = baseline
+        self.baseline = instance("baseline", baseline, Tensor, "a tensor of one accuracy per task")
 
     def _figure(self, matrix: Tensor) -> Tensor:
         return (matrix.diagonal(1) - self.baseline[1 : len(matrix)].to(matrix)).mean()
@@ -206,8 +210,7 @@ class Forgetting(OfMatrix):
 
     def __init__(self, convention: Convention = "chaudhry", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if convention not in get_args(Convention):
-            raise ValueError(f"`convention` must be 'chaudhry', 'max_all' or 'initial', got {convention!r}.")
+        one_of("convention", convention, Convention)
         self.convention = convention
 
     def _figure(self, matrix: Tensor) -> Tensor:
@@ -278,8 +281,9 @@ def _mean_of_row(matrix: Tensor, row: int, sizes: Tensor | None) -> Tensor:
 
 
 def _check_average(average: str, sizes: Tensor | None) -> None:
-    if average not in get_args(Average):
-        raise ValueError(f"`average` must be 'macro' or 'micro', got {average!r}.")
+    one_of("average", average, Average)
+    if sizes is not None:
+        instance("sizes", sizes, Tensor, "a tensor of the test samples per task")
     if (average == "micro") != (sizes is not None):
         need = "needs the test samples per task" if average == "micro" else "weighs all tasks alike"
         raise ValueError(f"`sizes` must be given for `average='micro'` only: {average!r} {need}, got {sizes}.")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, final
 
+from lightning_merge._checks import flag, instance, one_of, settle
 from lightning_merge.combiners import (
     DARE,
     OPCM,
@@ -32,6 +33,11 @@ class Preset:
     combiner: Combiner
     init_from: InitFrom
     lora: bool = False
+
+    def __post_init__(self) -> None:
+        instance("combiner", self.combiner, Combiner)
+        one_of("init_from", self.init_from, InitFrom)
+        settle(self, lora=flag("lora", self.lora))
 
 
 PRESETS: dict[str, Preset] = {

@@ -3,10 +3,14 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, final, get_args
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
+
+from lightning_merge._checks import LISTED, one_of, sequence, settle, whole
+from lightning_merge._checks import seed as checked_seed
+from lightning_merge.continual._heads import checked_classes
 
 Scenario = Literal["class", "task"]
 
@@ -35,9 +39,11 @@ class Split:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tasks", tuple(tuple(int(c) for c in classes) for classes in self.tasks))
-        if self.scenario not in get_args(Scenario):
-            raise ValueError(f"`scenario` must be 'class' or 'task', got {self.scenario!r}.")
+        says = "the classes of each task"
+        tasks = [sequence("tasks", classes, says) for classes in sequence("tasks", self.tasks, says)]
+        settle(self, tasks=tuple(tuple(whole("tasks", each) for each in classes) for classes in tasks))
+        one_of("scenario", self.scenario, Scenario)
+        settle(self, seed=None if self.seed is None else checked_seed("seed", self.seed))
         if not self.tasks:
             raise ValueError("`tasks` must hold at least one task, got none.")
         owner: dict[int, int] = {}
@@ -68,7 +74,11 @@ class Split:
         Raises:
             ValueError: If there are fewer classes than tasks, or ``tasks`` is less than 1.
         """
-        order = list(range(classes)) if isinstance(classes, int) else list(classes)
+        if isinstance(classes, Iterable):
+            order = checked_classes(classes)
+        else:
+            order = list(range(whole("classes", classes, 1, LISTED)))
+        tasks, seed = whole("tasks", tasks), None if seed is None else checked_seed("seed", seed)
         if not 1 <= tasks <= len(order):
             raise ValueError(f"`tasks` must be in [1, {len(order)}], the number of classes, got {tasks}.")
         if seed is not None:
@@ -100,10 +110,18 @@ def indices_of(labels: Any, classes: Iterable[int]) -> list[int]:
         >>> indices_of([2, 0, 1, 2], classes=(2, 0))
         [0, 1, 3]
     """
-    wanted = torch.tensor(sorted(classes))
-    found: list[int] = torch.isin(torch.as_tensor(labels), wanted).nonzero().flatten().tolist()
+    wanted = torch.tensor(sorted(checked_classes(classes)))
+    try:
+        known = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"`labels` must be class numbers, got {labels!r}.") from None
+    if known.is_floating_point() or known.is_complex() or not known.dim():
+        raise TypeError(f"`labels` must be several class numbers, got {labels!r}.")
+    found: list[int] = torch.isin(known, wanted).nonzero().flatten().tolist()
     if not found:
-        raise ValueError(f"no sample is of the classes {wanted.tolist()}: the labels are of other data than the split.")
+        raise ValueError(
+            f"`labels`: no sample is of the classes {wanted.tolist()}: the labels are of other data than the split."
+        )
     return found
 
 
@@ -127,4 +145,6 @@ def labels_of(dataset: Any) -> Tensor:
     if hasattr(dataset, "tensors"):
         labels: Tensor = dataset.tensors[1]
         return labels
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__") or isinstance(dataset, (str, bytes)):
+        raise TypeError(f"`dataset` must be a dataset of (input, label) pairs with a length, got {dataset!r}.")
     return torch.tensor([int(dataset[index][1]) for index in range(len(dataset))])

@@ -8,6 +8,7 @@ from typing import final
 
 from torch import Tensor
 
+from lightning_merge._checks import path as checked_path
 from lightning_merge.continual._bank import _safetensors as safetensors_torch
 from lightning_merge.weights import Weights
 
@@ -33,8 +34,8 @@ class StreamState:
         tensor([1., 1.])
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(checked_path("folder", folder))
 
     @property
     def has_base(self) -> bool:

@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_merge import weights
+from lightning_merge._checks import one_of, whole
 from lightning_merge.branches import Average, InTurn
+from lightning_merge.branches._base import MOST
 from lightning_merge.branches._in_turn import Inactive
 
 
@@ -61,10 +63,9 @@ class Lookaround(Optimizer):
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"`base_optimizer` must be a torch optimizer, got {base_optimizer!r}.")
-        if branches < 1:
-            raise ValueError(f"`branches` must be at least 1, got {branches}.")
-        if every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be at least 1, got {every_n_steps}.")
+        branches = whole("branches", branches, 1, MOST)
+        every_n_steps = whole("every_n_steps", every_n_steps, 1)
+        one_of("inactive", inactive, Inactive)
         self._ready = False
         super().__init__(base_optimizer.param_groups, dict(base_optimizer.defaults))
         self.base = base_optimizer

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_merge._checks import whole
 from lightning_merge.optim._blocks import PIECE, Draw, blocks
 from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_
 from lightning_merge.optim._shards import Part
@@ -89,11 +90,9 @@ class OnDARE(OnlineMerging):
         tau: Mapping[str, Mapping[str, Any]] | None = None,
         chunk_size: int | None = 2**22,
     ) -> None:
-        if tau_every < 1:
-            raise ValueError(f"`tau_every` must be at least 1, got {tau_every}.")
         if form == "official" and rescale == "none":
             raise ValueError("`rescale` must be 'inverse_p' or 'l1' in the official form, which always divides.")
-        self.tau_every = tau_every
+        self.tau_every = whole("tau_every", tau_every, 1)
         super().__init__(
             base_optimizer,
             reference,
@@ -101,7 +100,7 @@ class OnDARE(OnlineMerging):
             density,
             alpha,
             form,
-            rescale or ("none" if form == "paper" else "inverse_p"),
+            ("none" if form == "paper" else "inverse_p") if rescale is None else rescale,
             alpha_schedule,
             merge_every,
             seed,

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from lightning_merge._checks import instance, names, number, one_of, whole
+from lightning_merge._checks import seed as checked_seed
+from lightning_merge._mergeable import why_not
 from lightning_merge.inventory import Inventory
 from lightning_merge.optim._blocks import PIECE, Draw
 from lightning_merge.optim._shards import Part, local, part, work_dtype
@@ -95,22 +98,23 @@ class OnlineMerging(Optimizer):
         chunk_size: int | None,
     ) -> None:
         _check_optimizer(base_optimizer, chunk_size)
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"`density` must be in (0, 1], got {density}.")
-        if not 0.0 <= alpha <= 1.0:
-            raise ValueError(f"`alpha` must be in [0, 1], got {alpha}. Published values are 1e-7 to 1e-4.")
+        density = number("density", density, "(0, 1]")
+        alpha = number("alpha", alpha, "[0, 1]")
         for argument, choice, kind in (
             ("form", form, Form),
             ("rescale", rescale, Rescale),
             ("alpha_schedule", alpha_schedule, AlphaSchedule),
         ):
-            if choice not in get_args(kind):
-                raise ValueError(f"`{argument}` must be one of {get_args(kind)}, got {choice!r}.")
-        for argument, number, least in (("merge_every", merge_every, 1), ("min_numel", min_numel, 0)):
-            if number < least:
-                raise ValueError(f"`{argument}` must be at least {least}, got {number}.")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be at least 1 or None, got {chunk_size}.")
+            one_of(argument, choice, kind, f"one of {get_args(kind)}")
+        merge_every, min_numel = whole("merge_every", merge_every, 1), whole("min_numel", min_numel, 0)
+        seed, exempt = checked_seed("seed", seed), names("exempt", exempt)
+        chunk_size = None if chunk_size is None else checked_chunk_size(chunk_size)
+        if module is not None:
+            instance("module", module, nn.Module, "a module")
+        if tau_dtype is not None and not instance("tau_dtype", tau_dtype, torch.dtype, "a dtype").is_floating_point:
+            raise ValueError(f"`tau_dtype` must be of floating-point numbers, got {tau_dtype}.")
+        if tau is not None:
+            instance("tau", tau, Mapping, "what `tau_state()` gave")
         if (tau is None) == (reference is None) or (tau is None) != (pretrained is not None):
             raise ValueError(
                 "give either `reference` and `pretrained`, of which the difference is merged, or `tau`. `pretrained`"
@@ -145,6 +149,7 @@ class OnlineMerging(Optimizer):
             or not parameter.is_floating_point()
             or any(fnmatchcase(self._names[parameter], pattern) for pattern in exempt)
         }
+        self._refuse_unmergeable(exempt)
         merged = {self._names[p]: p for g in self.param_groups for p in g["params"] if p not in self._exempt}
         if not merged:
             raise ValueError(f"`exempt` {tuple(exempt)} and groups with `merge: False` leave no parameter to merge.")
@@ -160,6 +165,18 @@ class OnlineMerging(Optimizer):
             group["merge_fingerprint"] = self._fingerprint
         self._checked = chunk_size is None
         self._ready = True
+
+    def _refuse_unmergeable(self, exempt: Sequence[str]) -> None:
+        """What trains and cannot be merged has to be left out in so many words."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["merge"] else ():
+                name = self._names[parameter]
+                reason = "holds complex numbers" if parameter.is_complex() else why_not(parameter)
+                if reason and not any(fnmatchcase(name, pattern) for pattern in exempt):
+                    raise ValueError(
+                        f"`{name}` {reason}; signs and masks are of real numbers. Leave it out: `exempt=[{name!r}]`, or"
+                        " a parameter group with `merge` False."
+                    )
 
     # ---- the step
 
@@ -542,6 +559,14 @@ def _names(optimizer: Optimizer, module: nn.Module | None, reference: Source | N
                     f" {type(optimizer).__name__} updates, or build it from `model.named_parameters()`."
                 )
     return known
+
+
+def checked_chunk_size(chunk_size: int) -> int:
+    """How many elements a call of the wrapped optimizer takes."""
+    try:
+        return whole("chunk_size", chunk_size, 1)
+    except (TypeError, ValueError):
+        raise ValueError(f"`chunk_size` must be at least 1 or None, got {chunk_size!r}.") from None
 
 
 def _check_optimizer(optimizer: Optimizer, chunk_size: int | None) -> None:

@@ -191,6 +191,8 @@ def find_cut(values: Tensor, whole: Part, draw: Draw, density: float) -> Cut:
 
     Exact, the first of equal elements being kept, for a tensor that is no larger than the sample would be.
     """
+    if not whole.numel:
+        return Cut(0.0, 1.0, values.new_empty(0, dtype=torch.int64))
     size = int(_KEPT_IN_SAMPLE / density)
     exact = whole.numel <= size
     if exact:

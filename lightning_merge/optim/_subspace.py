@@ -1,14 +1,15 @@
 """Training in the span of stored weights."""
 
-import math
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from lightning_merge._checks import number, one_of, whole
+from lightning_merge._mergeable import named
 from lightning_merge.rules._snapshots import free_bytes
 from lightning_merge.weights import State, Weights, average_dtype
 
@@ -76,9 +77,9 @@ class Subspace:
         momentum: float = 0.9,
         weight_decay: float = 0.0,
     ) -> None:
-        check_settings(form, store, optimizer, momentum, weight_decay)
-        if capacity < 2:
-            raise ValueError(f"`capacity` must be at least 2, got {capacity}.")
+        momentum, weight_decay = check_settings(form, store, optimizer, momentum, weight_decay)
+        capacity = whole("capacity", capacity, 2)
+        named("like", like)
         self.form = form
         self.store = store
         self.optimizer = optimizer
@@ -322,23 +323,26 @@ class Subspace:
         return {name: tensor for part in found for name, tensor in part.items()}
 
 
-def check_settings(form: str, store: str, optimizer: str, momentum: float, weight_decay: float) -> None:
-    """Raises a ValueError that names the setting that is out of range."""
-    if form not in get_args(Form):
-        raise ValueError(f"`form` must be 'centred', 'iclr' or 'journal', got {form!r}.")
-    if store not in get_args(Store):
-        raise ValueError(f"`store` must be 'device' or 'cpu', got {store!r}.")
-    if optimizer not in ("sgd", "adamw"):
-        raise ValueError(f"the optimizer of coefficients must be 'sgd' or 'adamw', got {optimizer!r}.")
-    if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
-    if not 0.0 <= weight_decay < math.inf:
-        raise ValueError(f"`weight_decay` must be at least 0, got {weight_decay}.")
+def check_settings(
+    form: str, store: str, optimizer: str, momentum: float, weight_decay: float, argument: str = "optimizer"
+) -> tuple[float, float]:
+    """Momentum and weight decay as Python's numbers.
+
+    Raises:
+        TypeError: If a setting is of the wrong type.
+        ValueError: If one is out of range; ``argument`` is what the caller calls the optimizer of coefficients.
+    """
+    one_of("form", form, Form)
+    one_of("store", store, Store)
+    one_of(argument, optimizer, ("sgd", "adamw"))
+    momentum = number("momentum", momentum, "[0, 1)")
+    weight_decay = number("weight_decay", weight_decay, "[0, inf)")
     if form == "iclr" and optimizer == "adamw":
         raise ValueError(
             "`form='iclr'` is SGD on projected gradients; AdamW depends on the choice of the basis. Take"
             " `form='centred'`, whose basis is fixed."
         )
+    return momentum, weight_decay
 
 
 def _mean(rows: Tensor) -> Tensor:

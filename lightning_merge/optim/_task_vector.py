@@ -46,7 +46,12 @@ def tensors_of(source: Source | Literal["zero"], argument: str) -> Mapping[str, 
         return None
     if isinstance(source, nn.Module):
         return named_tensors(source)
-    content: Any = read(Path(source)) if isinstance(source, (str, Path)) else source
+    content: Any = source
+    if isinstance(source, (str, Path)):
+        try:
+            content = read(Path(source))
+        except ValueError as error:
+            raise ValueError(f"`{argument}`: {error}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+from lightning_merge._checks import number, settle
+
 
 class DecayWarmup(ABC):
     """How the decay of an exponential mean grows from the start of the average. A frozen dataclass."""
@@ -41,7 +43,7 @@ class TimmWarmup(DecayWarmup):
     power: float = 2 / 3
 
     def __post_init__(self) -> None:
-        _check_power(self.power)
+        settle(self, power=number("power", self.power, "(0, inf)"))
 
     def decay(self, limit: float, step: int, steps_per_update: int) -> float:
         return float(min(limit, 1 - step**-self.power) ** steps_per_update)
@@ -86,12 +88,7 @@ class EmaPytorchWarmup(DecayWarmup):
     power: float = 2 / 3
 
     def __post_init__(self) -> None:
-        _check_power(self.power)
+        settle(self, power=number("power", self.power, "(0, inf)"))
 
     def decay(self, limit: float, step: int, steps_per_update: int) -> float:
         return float(min(limit, 1 - (1 + step) ** -self.power))
-
-
-def _check_power(power: float) -> None:
-    if not power > 0:
-        raise ValueError(f"`power` must be more than 0, got {power}.")

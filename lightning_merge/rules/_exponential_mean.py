@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
+from lightning_merge._checks import flag, instance, number, one_of, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
 from lightning_merge.rules._resolution import watch_resolution
@@ -70,18 +71,22 @@ class ExponentialMean(Rule):
     compensated: bool = False
 
     def __post_init__(self) -> None:
+        given = self.half_life
         if self.half_life is not None:
-            self._set_half_life(Duration.parse(self.half_life))
+            self._set_half_life(Duration.parse(self.half_life, "half_life"))
+            if self.decay == 1.0:
+                raise ValueError(f"`half_life` must be shorter: after {given!r} nothing would ever change.")
         elif self.decay is None:
             object.__setattr__(self, "decay", _DEFAULT_DECAY)
-        if self.decay is not None and not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"`decay` must be in [0, 1), got {self.decay}.")
-        if self.steps_per_update < 1:
-            raise ValueError(f"`steps_per_update` must be at least 1, got {self.steps_per_update}.")
+        if self.decay is not None:
+            settle(self, decay=number("decay", self.decay, "[0, 1)"))
+        settle(self, steps_per_update=whole("steps_per_update", self.steps_per_update, 1))
+        settle(self, compensated=flag("compensated", self.compensated))
+        known = f"one of {', '.join(map(repr, _WARMUPS))}"
         if isinstance(self.warmup, str):
-            if self.warmup not in _WARMUPS:
-                raise ValueError(f"`warmup` must be one of {', '.join(map(repr, _WARMUPS))}, got {self.warmup!r}.")
-            object.__setattr__(self, "warmup", _WARMUPS[self.warmup]())
+            settle(self, warmup=_WARMUPS[one_of("warmup", self.warmup, tuple(_WARMUPS), known)]())
+        elif self.warmup is not None:
+            instance("warmup", self.warmup, DecayWarmup, f"{known}, a warm-up of `lightning_merge.rules`, or None")
 
     def init(self, weights: Weights) -> State:
         state: State = {"average": clone(weights), "updates": 0, "initial_share": 1.0}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lightning_merge._checks import flag, settle
 from lightning_merge._choice import best, standing
 from lightning_merge.rules._base import Rule
 from lightning_merge.weights import State, Weights, clone, lerp_
@@ -21,6 +22,9 @@ class GatedMean(Rule):
 
     Args:
         hard: Whether single weights can take the place of the mean.
+
+    Raises:
+        TypeError: If ``hard`` is neither True nor False.
 
     Example:
         >>> import torch
@@ -40,6 +44,9 @@ class GatedMean(Rule):
     callback: ClassVar[str] = "ASWA"
 
     hard: bool = False
+
+    def __post_init__(self) -> None:
+        settle(self, hard=flag("hard", self.hard))
 
     def init(self, weights: Weights) -> State:
         return {"mean": clone(weights), "count": 0, "score": -math.inf, "updates": 0, "rejected": 0}

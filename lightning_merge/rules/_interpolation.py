@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
 
+from lightning_merge._checks import number, path, settle
 from lightning_merge._files import read
 from lightning_merge.rules._base import Rule
 from lightning_merge.weights import State, Weights, canonical, clone, copy_, first_mismatch, lerp_
@@ -42,8 +43,9 @@ class Interpolation(Rule):
     anchor: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.alpha <= 10.0:
-            raise ValueError(f"`alpha` must be in (0, 10], got {self.alpha}.")
+        settle(self, alpha=number("alpha", self.alpha, "(0, 10]"))
+        if self.anchor is not None:
+            settle(self, anchor=path("anchor", self.anchor))
 
     @property
     def works_on_shards(self) -> bool:
@@ -64,10 +66,10 @@ class Interpolation(Rule):
     def initial_share(self, state: State) -> float:
         return 1.0 - self.alpha if self.anchor is None and state["updates"] else 0.0
 
-    def _read(self, weights: Weights, path: str) -> Weights:
-        content: Any = read(Path(path))
+    def _read(self, weights: Weights, file: str) -> Weights:
+        content: Any = read(Path(file))
         saved = {canonical(name): tensor for name, tensor in content.get("state_dict", content).items()}
         found = {name: saved[name].to(weights[name].device) for name in weights if name in saved}
         if difference := first_mismatch(weights, found):
-            raise ValueError(f"`anchor`: {path} is of another model: {difference}.")
+            raise ValueError(f"`anchor`: {file} is of another model: {difference}.")
         return found

@@ -10,6 +10,7 @@ from typing import ClassVar, final
 import numpy as np
 import torch
 
+from lightning_merge._checks import number, numbers, path, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
 from lightning_merge.rules._snapshots import OnDisk, OnHost, Snapshots
@@ -55,15 +56,17 @@ class PowerMeans(Rule):
     directory: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigmas", tuple(self.sigmas))
+        settle(self, sigmas=numbers("sigmas", self.sigmas, says="two or more growing widths"))
         if len(self.sigmas) < 2 or list(self.sigmas) != sorted(set(self.sigmas)):
             raise ValueError(f"`sigmas` must be two or more growing widths, got {self.sigmas}.")
         for sigma in self.sigmas:
-            gamma_of(sigma)
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}.")
+            try:
+                gamma_of(sigma)
+            except ValueError as error:
+                raise ValueError(f"`sigmas`: each {error}") from None
+        settle(self, every=whole("every", self.every, 1))
         if self.directory is not None:
-            object.__setattr__(self, "directory", os.fspath(self.directory))
+            settle(self, directory=path("directory", self.directory))
 
     @property
     def keeps_files(self) -> bool:
@@ -99,7 +102,7 @@ class PowerMeans(Rule):
             ValueError: If ``sigma`` is out of range, or ``time`` is not in [1, updates].
         """
         now = state["updates"]
-        time = now if time is None else time
+        time = now if time is None else whole("time", time)
         if not 1 <= time <= now:
             raise ValueError(f"`time` must be in [1, {now}], the updates so far, got {time}.")
         gamma = gamma_of(sigma)
@@ -148,8 +151,7 @@ def gamma_of(sigma: float) -> float:
         >>> [round(gamma_of(sigma), 6) for sigma in (0.05, 0.1, 0.15, 0.28)]
         [16.972199, 6.937204, 3.557869, 0.169344]
     """
-    if not 0.0 < sigma < 1.0 / math.sqrt(12.0):
-        raise ValueError(f"`sigma` must be in (0, {1 / math.sqrt(12):.4f}), got {sigma}.")
+    sigma = number("sigma", sigma, f"(0, {1.0 / math.sqrt(12.0)})", f"in (0, {1 / math.sqrt(12):.4f})")
     roots = np.roots([1.0, 7.0, 16.0 - sigma**-2, 12.0 - sigma**-2])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
+from lightning_merge._checks import number, one_of, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._segments import Segment, empty, fold, merged, single
 from lightning_merge.rules._valley_presets import Intended, Official, Paper, Preset
@@ -77,14 +78,10 @@ class ValleyMean(Rule):
     preset: Literal["intended", "paper", "official"] = "intended"
 
     def __post_init__(self) -> None:
-        if self.n_converge < 1:
-            raise ValueError(f"`n_converge` must be at least 1, got {self.n_converge}.")
-        if self.n_tolerance < 1:
-            raise ValueError(f"`n_tolerance` must be at least 1, got {self.n_tolerance}.")
-        if not 0.0 <= self.tolerance < math.inf:
-            raise ValueError(f"`tolerance` must be a finite number of at least 0, got {self.tolerance}.")
-        if self.preset not in _PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(map(repr, _PRESETS))}, got {self.preset!r}.")
+        settle(self, n_converge=whole("n_converge", self.n_converge, 1))
+        settle(self, n_tolerance=whole("n_tolerance", self.n_tolerance, 1))
+        settle(self, tolerance=number("tolerance", self.tolerance, "[0, inf)", "a finite number of at least 0"))
+        one_of("preset", self.preset, tuple(_PRESETS), f"one of {', '.join(map(repr, _PRESETS))}")
 
     def init(self, weights: Weights) -> State:
         return {

@@ -3,10 +3,11 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final, get_args
+from typing import ClassVar, Literal, final
 
 import torch
 
+from lightning_merge._checks import one_of, path, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._snapshots import OnDevice, OnDisk, OnHost, Snapshot, Snapshots, check_room
 from lightning_merge.weights import State, Weights, clone, lerp_
@@ -59,17 +60,15 @@ class WindowMean(Rule):
     directory: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"`k` must be at least 1, got {self.k}.")
-        if self.store not in get_args(Store):
-            raise ValueError(f"`store` must be 'device', 'cpu' or 'disk', got {self.store!r}.")
+        settle(self, k=whole("k", self.k, 1))
+        one_of("store", self.store, Store)
         if (self.store == "disk") != (self.directory is not None):
             raise ValueError(
                 f"`directory` must be given for `store='disk'` and only for it, got {self.directory!r} with"
                 f" `store={self.store!r}`."
             )
         if self.directory is not None:
-            object.__setattr__(self, "directory", os.fspath(self.directory))
+            settle(self, directory=path("directory", self.directory))
 
     @property
     def keeps_files(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar, final
 
+from lightning_merge._checks import LISTED, settle, whole
 from lightning_merge.search._method import Method, Proposals
 from lightning_merge.search._spaces import Space, one_hot
 
@@ -38,8 +39,7 @@ class Bayesian(Method):
     random_starts: int = 4
 
     def __post_init__(self) -> None:
-        if self.random_starts < 1:
-            raise ValueError(f"`random_starts` must be at least 1, got {self.random_starts}.")
+        settle(self, random_starts=whole("random_starts", self.random_starts, 1, LISTED))
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
         if find_spec("optuna") is None:

@@ -1,10 +1,11 @@
 """A population of coefficients that cross and mutate."""
 
-import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from lightning_merge._checks import LISTED, number, settle, whole
 from lightning_merge.search._method import Method, Proposals
 from lightning_merge.search._spaces import Coefficients, Space, one_hot
 
@@ -19,7 +20,7 @@ class Evolutionary(Method):
     many ingredients it takes a few hundred evaluations.
 
     Args:
-        population: Coefficients that are kept; at least 2.
+        population: Coefficients that are kept; at least 2, at most a million.
         noise: Standard deviation of the first mutations; more than 0.
 
     Raises:
@@ -42,10 +43,8 @@ class Evolutionary(Method):
     noise: float = 0.2
 
     def __post_init__(self) -> None:
-        if self.population < 2:
-            raise ValueError(f"`population` must be at least 2, got {self.population}.")
-        if not 0.0 < self.noise < math.inf:
-            raise ValueError(f"`noise` must be more than 0, got {self.noise}.")
+        settle(self, population=whole("population", self.population, 2, LISTED))
+        settle(self, noise=number("noise", self.noise, "(0, inf)"))
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
         pool: list[tuple[float, Coefficients]] = []
@@ -66,8 +65,9 @@ class Evolutionary(Method):
             if answer.value >= pool[-1][0]:
                 pool[-1] = (answer.value, child)
 
-    def _starts(self, space: Space, count: int, rng: random.Random) -> list[Coefficients]:
+    def _starts(self, space: Space, count: int, rng: random.Random) -> Iterator[Coefficients]:
+        """One at a time: the budget may be spent before there are as many as the population."""
         known = [(1.0 / count,) * count, *(one_hot(count, index) for index in range(count))]
-        more = self.population - len(known)
-        known += [space.from_unit([rng.random() for _ in range(space.dimensions(count))]) for _ in range(more)]
-        return known[: self.population]
+        yield from known[: self.population]
+        for _ in range(self.population - len(known)):
+            yield space.from_unit([rng.random() for _ in range(space.dimensions(count))])

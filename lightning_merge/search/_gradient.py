@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, final
 
+from lightning_merge._checks import number, settle
 from lightning_merge.search._method import Answer, Method, Proposals
 from lightning_merge.search._spaces import Coefficients, Free, Space, one_hot
 
@@ -44,10 +45,8 @@ class Gradient(Method):
     difference: float = 1e-2
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.rate < math.inf:
-            raise ValueError(f"`rate` must be more than 0, got {self.rate}.")
-        if not 0.0 < self.difference < 1.0:
-            raise ValueError(f"`difference` must be in (0, 1), got {self.difference}.")
+        settle(self, rate=number("rate", self.rate, "(0, inf)"))
+        settle(self, difference=number("difference", self.difference, "(0, 1)"))
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
         here: Coefficients = (1.0 / count,) * count

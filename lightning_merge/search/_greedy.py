@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lightning_merge._checks import numbers, settle
 from lightning_merge.search._method import Method, Proposals
 from lightning_merge.search._spaces import Coefficients, Space, one_hot
 
@@ -41,9 +42,10 @@ class Greedy(Method):
     shares: Sequence[float] = (1.0,)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shares", tuple(self.shares))
-        if not self.shares or not all(0.0 < share <= 1.0 for share in self.shares):
-            raise ValueError(f"`shares` must be numbers in (0, 1], at least one, got {self.shares}.")
+        says = "numbers in (0, 1], at least one"
+        settle(self, shares=numbers("shares", self.shares, "(0, 1]", says))
+        if not self.shares:
+            raise ValueError(f"`shares` must be {says}, got ().")
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
         alone = []

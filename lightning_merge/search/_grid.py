@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import final
 
+from lightning_merge._checks import number, settle
 from lightning_merge.search._method import Method, Proposals
 from lightning_merge.search._spaces import Space
 
@@ -29,8 +30,7 @@ class Grid(Method):
     step: float = 0.2
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.step <= 1.0:
-            raise ValueError(f"`step` must be in (0, 1], got {self.step}.")
+        settle(self, step=number("step", self.step, "(0, 1]"))
 
     def exceeds(self, budget: int, space: Space, count: int) -> bool:
         """Whether there are more candidates than that."""

@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import final
 
+from lightning_merge._checks import LISTED, number, settle, whole
 from lightning_merge.search._method import Answer, Method, Proposals
 from lightning_merge.search._spaces import Coefficients, Space, one_hot
 
@@ -43,10 +44,10 @@ class Line(Method):
     evaluations: int = 12
 
     def __post_init__(self) -> None:
-        if not -math.inf < self.low < self.high < math.inf:
+        settle(self, low=number("low", self.low), high=number("high", self.high))
+        if not self.low < self.high:
             raise ValueError(f"`low` must be less than `high`, got {self.low} and {self.high}.")
-        if self.evaluations < 3:
-            raise ValueError(f"`evaluations` must be at least 3, got {self.evaluations}.")
+        settle(self, evaluations=whole("evaluations", self.evaluations, 3, LISTED))
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
         merged = one_hot(count, 0)

@@ -6,6 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
+from lightning_merge._checks import number, numbers, settle
 from lightning_merge.search._spaces import Coefficients, Space
 
 
@@ -20,6 +21,11 @@ class Answer:
 
     value: float
     gradient: Coefficients | None = None
+
+    def __post_init__(self) -> None:
+        settle(self, value=number("value", self.value, "[-inf, inf]", "a number"))
+        if self.gradient is not None:
+            settle(self, gradient=numbers("gradient", self.gradient, "[-inf, inf]"))
 
 
 Proposals: TypeAlias = Generator[Coefficients, Answer, None]

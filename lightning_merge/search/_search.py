@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from lightning_merge._checks import LISTED, flag, function, instance, number, numbers, one_of, path, sequence, settle
+from lightning_merge._checks import seed as checked_seed
+from lightning_merge._checks import whole as checked_count
 from lightning_merge._choice import Mode, best, is_eligible, standing
 from lightning_merge.search._grid import Grid
 from lightning_merge.search._log import Log
@@ -36,6 +39,10 @@ class Evaluation:
     score: float | None
     from_log: bool = False
 
+    def __post_init__(self) -> None:
+        settle(self, coefficients=numbers("coefficients", self.coefficients), from_log=flag("from_log", self.from_log))
+        settle(self, score=None if self.score is None else number("score", self.score))
+
 
 @dataclass(frozen=True)
 class Found:
@@ -54,6 +61,12 @@ class Found:
     history: list[Evaluation] = field(repr=False)
     complete: bool
     ties: int = 0
+
+    def __post_init__(self) -> None:
+        settle(self, coefficients=numbers("coefficients", self.coefficients), score=number("score", self.score))
+        for each in sequence("history", self.history, "evaluations"):
+            instance("history", each, Evaluation, "evaluations")
+        flag("complete", self.complete)
 
 
 def search(
@@ -92,6 +105,7 @@ def search(
         on_evaluation: Told of each evaluation, to show progress.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If an argument is out of its range, the method needs a ``budget``, the log is of another search, or
             all candidates were rejected.
 
@@ -100,15 +114,24 @@ def search(
         >>> found.coefficients, len(found.history)
         ((0.6, 0.4), 6)
     """
-    run = _Run(score, count, mode, budget, on_evaluation)
+    function("score", score)
+    instance("method", method, Method, "a method of `lightning_merge.search`")
+    one_of("mode", mode, ("max", "min"))
     if not isinstance(space, Space):
-        if space not in _SPACES:
-            raise ValueError(f"`space` must be one of {', '.join(map(repr, _SPACES))}, got {space!r}.")
-        space = _SPACES[space]()
+        space = _SPACES[one_of("space", space, tuple(_SPACES), f"one of {', '.join(map(repr, _SPACES))}")]()
+    count, whole = checked_count("count", count, 1, LISTED), checked_count("whole", whole)
+    budget = None if budget is None else checked_count("budget", budget, 1)
+    seed = checked_seed("seed", seed)
+    candidates = [numbers("candidates", each) for each in sequence("candidates", candidates)]
+    if not isinstance(subject, str):
+        raise TypeError(f"`subject` must be a text, got {subject!r}.")
+    if on_evaluation is not None:
+        function("on_evaluation", on_evaluation)
+    run = _Run(score, count, mode, budget, on_evaluation)
     _check(method, space, count, whole, budget, candidates)
     if log is not None:
         header = {"method": repr(method), "count": count, "space": repr(space), "mode": mode, "seed": seed}
-        run.log = Log(log, {**header, "whole": whole, "subject": subject})
+        run.log = Log(path("log", log), {**header, "whole": whole, "subject": subject})
     first = [tuple(map(float, each)) for each in candidates]
     first += [one_hot(count, index) for index in range(count - whole, count)]
     complete = all(run.answer(each) is not None for each in first) and run.follow(method, space, whole, seed)
@@ -126,8 +149,6 @@ class _Run:
         budget: int | None,
         on_evaluation: Callable[[Evaluation], None] | None,
     ) -> None:
-        if mode not in ("max", "min"):
-            raise ValueError(f"`mode` must be 'max' or 'min', got {mode!r}.")
         self.score = score
         self.count = count
         self.mode = mode
@@ -208,12 +229,8 @@ class _Run:
 def _check(
     method: Method, space: Space, count: int, whole: int, budget: int | None, candidates: Sequence[Sequence[float]]
 ) -> None:
-    if count < 1:
-        raise ValueError(f"`count` must be at least 1, got {count}.")
     if not 0 <= whole < count:
         raise ValueError(f"`whole` must be at least 0 and less than `count`, got {whole} of {count}.")
-    if budget is not None and budget < 1:
-        raise ValueError(f"`budget` must be at least 1, got {budget}.")
     if budget is None and method.endless:
         raise ValueError(f"`budget` must be given for {method!r}, which goes on until it is spent.")
     if isinstance(method, Grid) and budget is not None:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
+from lightning_merge._checks import LISTED, number, settle
+
 Coefficients: TypeAlias = tuple[float, ...]
 """One number per ingredient (a checkpoint, a branch), in their order."""
 
@@ -65,8 +67,8 @@ class Simplex(Space):
     def from_unit(self, numbers: Sequence[float]) -> Coefficients:
         # Breaks the stick so that numbers that are uniform in [0, 1] give points that are uniform on the simplex.
         rest, broken = 1.0, []
-        for index, number in enumerate(numbers):
-            piece = rest * (1.0 - number ** (1.0 / (len(numbers) - index)))
+        for index, each in enumerate(numbers):
+            piece = rest * (1.0 - each ** (1.0 / (len(numbers) - index)))
             broken.append(piece)
             rest -= piece
         return (*broken, rest)
@@ -92,7 +94,8 @@ class _Bounded(Space):
     high: float = 2.0
 
     def __post_init__(self) -> None:
-        if not (-math.inf < self.low <= 0.0 and 1.0 <= self.high < math.inf):
+        settle(self, low=number("low", self.low), high=number("high", self.high))
+        if not (self.low <= 0.0 and self.high >= 1.0):
             raise ValueError(f"`low` must be at most 0 and `high` at least 1, got {self.low} and {self.high}.")
 
 
@@ -123,7 +126,7 @@ class Negative(_Bounded):
         return count - 1
 
     def from_unit(self, numbers: Sequence[float]) -> Coefficients:
-        chosen = [self.low + (self.high - self.low) * number for number in numbers]
+        chosen = [self.low + (self.high - self.low) * each for each in numbers]
         return self.nearest((1.0 - math.fsum(chosen), *chosen))
 
     def to_unit(self, values: Sequence[float]) -> list[float]:
@@ -163,7 +166,7 @@ class Free(_Bounded):
         return count
 
     def from_unit(self, numbers: Sequence[float]) -> Coefficients:
-        return tuple(self.low + (self.high - self.low) * number for number in numbers)
+        return tuple(self.low + (self.high - self.low) * each for each in numbers)
 
     def to_unit(self, values: Sequence[float]) -> list[float]:
         return [(value - self.low) / (self.high - self.low) for value in values]
@@ -207,6 +210,8 @@ def _marks(low: float, high: float, step: float) -> list[float]:
 
 
 def _whole(length: str, value: float, step: float) -> int:
+    if not step > 0.0 or value / step > LISTED:
+        raise ValueError(f"`step` must divide {length} into at most {LISTED} steps, got {step}.")
     count = round(value / step)
     if abs(count * step - value) > _ROUNDING or count < 1:
         raise ValueError(f"`step` must divide {length} into whole steps, got {step}.")

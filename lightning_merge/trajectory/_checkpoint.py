@@ -9,12 +9,14 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_merge._checks import one_of
+from lightning_merge._checks import path as checked_path
 from lightning_merge._files import read
 from lightning_merge.weights import Weights, canonical
 
@@ -80,9 +82,10 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | os.PathLike[str], weights: WhichWeights = "published") -> None:
-        if weights not in get_args(WhichWeights):
-            raise ValueError(f"`weights` must be 'raw' or 'published', got {weights!r}.")
-        self.path = Path(path)
+        one_of("weights", weights, WhichWeights)
+        self.path = Path(checked_path("path", path))
+        if not self.path.exists():
+            raise ValueError(f"`path`: there is no file {self.path}.")
         self.step: int | None = None
         self.epoch: int | None = None
         self.places = self._safetensors() if self.path.suffix == ".safetensors" else self._torch(weights)

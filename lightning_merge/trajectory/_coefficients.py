@@ -4,6 +4,8 @@ import itertools
 import math
 from collections.abc import Sequence
 
+from lightning_merge._checks import LISTED, number, numbers, whole
+
 Coefficients = tuple[float, ...]
 
 
@@ -14,7 +16,8 @@ def mean(count: int) -> Coefficients:
         >>> mean(4)
         (0.25, 0.25, 0.25, 0.25)
     """
-    return (1.0 / _checked(count),) * count
+    count = _checked(count)
+    return (1.0 / count,) * count
 
 
 def linear(count: int) -> Coefficients:
@@ -27,7 +30,8 @@ def linear(count: int) -> Coefficients:
     References:
         Li et al., "Model merging in pre-training of large language models", 2025 (WMA).
     """
-    total = _checked(count) * (count + 1) / 2
+    count = _checked(count)
+    total = count * (count + 1) / 2
     return tuple((index + 1) / total for index in range(count))
 
 
@@ -41,7 +45,8 @@ def window(count: int, k: int) -> Coefficients:
     Raises:
         ValueError: If ``k`` is not in [1, ``count``].
     """
-    if not 1 <= k <= _checked(count):
+    count, k = _checked(count), whole("k", k)
+    if not 1 <= k <= count:
         raise ValueError(f"`k` must be in [1, {count}], the number of checkpoints, got {k}.")
     return (0.0,) * (count - k) + (1.0 / k,) * k
 
@@ -56,9 +61,8 @@ def exponential(count: int, decay: float) -> Coefficients:
     Raises:
         ValueError: If ``decay`` is outside [0, 1).
     """
-    if not 0.0 <= decay < 1.0:
-        raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
-    ages = range(_checked(count) - 1, -1, -1)
+    count, decay = _checked(count), number("decay", decay, "[0, 1)")
+    ages = range(count - 1, -1, -1)
     return tuple(decay**age * (1.0 if age == count - 1 else 1.0 - decay) for age in ages)
 
 
@@ -81,9 +85,9 @@ def by_decay(shape: Sequence[float]) -> Coefficients:
     References:
         Tian et al., "WSM: decay-free learning rate schedule via checkpoint merging for LLM pre-training", ICLR 2026.
     """
-    edges = (1.0, *shape, 0.0)
+    edges = (1.0, *numbers("shape", shape), 0.0)
     if any(a < b for a, b in itertools.pairwise(edges)):
-        raise ValueError(f"`shape` must fall within [0, 1], got {tuple(shape)}.")
+        raise ValueError(f"`shape` must fall within [0, 1], got {edges[1:-1]}.")
     return tuple(a - b for a, b in itertools.pairwise(edges))
 
 
@@ -94,7 +98,8 @@ def wsm_linear(count: int) -> Coefficients:
         >>> [round(c, 6) for c in wsm_linear(5)]
         [0.2, 0.2, 0.2, 0.2, 0.2]
     """
-    return by_decay([1.0 - step / count for step in range(1, _checked(count))])
+    count = _checked(count)
+    return by_decay([1.0 - step / count for step in range(1, count)])
 
 
 def wsm_1_sqrt(count: int) -> Coefficients:
@@ -104,10 +109,9 @@ def wsm_1_sqrt(count: int) -> Coefficients:
         >>> [round(c, 6) for c in wsm_1_sqrt(5)]
         [0.447214, 0.185242, 0.142141, 0.119831, 0.105573]
     """
-    return by_decay([1.0 - math.sqrt(step / count) for step in range(1, _checked(count))])
+    count = _checked(count)
+    return by_decay([1.0 - math.sqrt(step / count) for step in range(1, count)])
 
 
 def _checked(count: int) -> int:
-    if count < 1:
-        raise ValueError(f"`count` must be at least 1, got {count}.")
-    return count
+    return whole("count", count, 1, LISTED)

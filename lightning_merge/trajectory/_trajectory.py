@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import instance, numbers, one_of, path, sequence, text, whole
+from lightning_merge._mergeable import carried
 from lightning_merge.trajectory._checkpoint import Checkpoint, Place, WhichWeights, memory_of
 from lightning_merge.weights import Weights, array, average_dtype, first_mismatch, nonfinite
 
@@ -42,10 +44,13 @@ class Trajectory(Sequence[Checkpoint]):
     """
 
     def __init__(self, checkpoints: Iterable[Checkpoint]) -> None:
-        self._checkpoints = list(checkpoints)
+        self._checkpoints = [
+            instance("checkpoints", each, Checkpoint, "checkpoints, each a `Checkpoint`")
+            for each in sequence("checkpoints", checkpoints, "several checkpoints")
+        ]
         self.dropped: list[Path] = []
         if not self._checkpoints:
-            raise ValueError("a trajectory needs at least one checkpoint, got none.")
+            raise ValueError("`checkpoints`: a trajectory needs at least one checkpoint, got none.")
         first = self._checkpoints[0]
         like = first.like
         for other in self._checkpoints[1:]:
@@ -75,18 +80,20 @@ class Trajectory(Sequence[Checkpoint]):
         Raises:
             ValueError: If no file is left, a file cannot be read, or ``last`` is out of range.
         """
-        if last is not None and last < 1:
-            raise ValueError(f"`last` must be at least 1, got {last}.")
-        folder = Path(folder)
-        paths = sorted(folder.glob(pattern), key=lambda path: _numbers(path.name)) if folder.is_dir() else []
+        one_of("weights", weights, WhichWeights)
+        text("pattern", pattern, "a pattern of file names")
+        start, end = whole("start", start), None if end is None else whole("end", end)
+        last = None if last is None else whole("last", last, 1)
+        folder = Path(path("folder", folder))
+        paths = sorted(folder.glob(pattern), key=lambda file: _numbers(file.name)) if folder.is_dir() else []
         found: dict[object, Checkpoint] = {}
         dropped = []
-        for path in paths:
-            checkpoint = Checkpoint(path, weights)
+        for file in paths:
+            checkpoint = Checkpoint(file, weights)
             if checkpoint.step is not None and not start <= checkpoint.step <= (math.inf if end is None else end):
                 continue
-            if found.setdefault(path if checkpoint.step is None else checkpoint.step, checkpoint) is not checkpoint:
-                dropped.append(path)
+            if found.setdefault(file if checkpoint.step is None else checkpoint.step, checkpoint) is not checkpoint:
+                dropped.append(file)
         if not found:
             raise ValueError(
                 f"no checkpoint in {folder} matches {pattern!r} at steps {start} to {end or 'the end'}. Let"
@@ -100,7 +107,9 @@ class Trajectory(Sequence[Checkpoint]):
     @classmethod
     def of_files(cls, paths: Iterable[str | os.PathLike[str]], weights: WhichWeights = "published") -> "Trajectory":
         """Files in the order they are given, as those of several runs."""
-        return cls(Checkpoint(path, weights) for path in paths)
+        one_of("weights", weights, WhichWeights)
+        files = [path("paths", file) for file in sequence("paths", paths, "several paths")]
+        return cls(Checkpoint(file, weights) for file in files)
 
     def __len__(self) -> int:
         return len(self._checkpoints)
@@ -139,8 +148,9 @@ class Trajectory(Sequence[Checkpoint]):
             >>> Trajectory.of_run(folder).combine([0.25, 0.75])
             {'w': tensor(1.7500)}
         """
-        if len(coefficients) != len(self) or not all(map(math.isfinite, coefficients)):
-            raise ValueError(f"`coefficients` must be {len(self)} finite numbers, got {tuple(coefficients)}.")
+        coefficients = numbers("coefficients", coefficients, says=f"{len(self)} finite numbers")
+        if len(coefficients) != len(self):
+            raise ValueError(f"`coefficients` must be {len(self)} finite numbers, got {coefficients}.")
         taking_part = [(c, float(a)) for c, a in zip(self._checkpoints, coefficients, strict=True) if a]
         if not taking_part:
             raise ValueError("`coefficients` must not all be 0.")
@@ -169,6 +179,8 @@ class Trajectory(Sequence[Checkpoint]):
         at = self._checkpoints[0].places[name]
         if not at.dtype.is_floating_point and not at.dtype.is_complex:
             return taking_part[-1][0].tensor(name)
+        if at.dtype.itemsize == 1:  # its scale is another tensor
+            return carried(name, (checkpoint.tensor(name) for checkpoint, _ in taking_part))
         merged = torch.empty(at.shape, dtype=at.dtype)
         if all(place.is_dense for place in self._places(name, taking_part)):
             is_mean = len({coefficient for _, coefficient in taking_part}) == 1

@@ -268,10 +268,10 @@ def test_a_file_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
         (lambda: compat.EMAWeightAveraging(decay=1.5), r"`decay` must be in \[0, 1\), got 1.5"),
         (lambda: compat.EMAWeightAveraging(update_every_n_steps=-1), r"`update_every_n_steps` must be at least 0"),
         (lambda: compat.WeightAveraging(avg_fn=max, multi_avg_fn=max), "not both"),
-        (lambda: compat.StochasticWeightAveraging(0.0), r"`swa_lr` must be more than 0"),
+        (lambda: compat.StochasticWeightAveraging(0.0), r"`swa_lrs` must be more than 0"),
         (lambda: compat.StochasticWeightAveraging(0.1, swa_epoch_start=0), r"`swa_epoch_start` must be at least 1"),
         (lambda: compat.StochasticWeightAveraging(0.1, swa_epoch_start=1.5), r"`swa_epoch_start` must be in \[0, 1\]"),
-        (lambda: compat.StochasticWeightAveraging(0.1, annealing_epochs=-1), r"`anneal_epochs` must be at least 0"),
+        (lambda: compat.StochasticWeightAveraging(0.1, annealing_epochs=-1), r"`annealing_epochs` must be at least 0"),
     ],
 )
 def test_what_cannot_be_mapped_is_refused_by_name(make: Any, match: str) -> None:

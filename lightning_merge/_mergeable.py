@@ -1,0 +1,108 @@
+"""What a merge takes in, what it carries along, and what it refuses by name: one answer for all of the library.
+
+Merged is what ``weights.is_averaged``: plain floating-point and complex numbers. Carried along, as one model has it,
+are whole numbers and flags, of which no mean means anything. All else only looks like numbers: tensors of a class of
+their own, and 8-bit floats, whose scale is another tensor. That may stay as it is where it is the same everywhere.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_merge._checks import instance, sequence
+from lightning_merge.weights import is_averaged, is_sharded
+
+_FACTORS = re.compile(r"lora_(?:embedding_)?(A|a|down)(?=\.|_|$)")
+_PARTNERS = {"A": "B", "a": "b", "down": "up"}
+
+
+def named(argument: str, value: Any) -> Mapping[str, Tensor]:
+    """The value, if it is named tensors.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    instance(argument, value, Mapping, "named tensors")
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise TypeError(f"`{argument}` must be named tensors, got {type(tensor).__name__} under {name!r}.")
+    return value  # type: ignore[no-any-return]
+
+
+def several_named(argument: str, values: Any) -> list[Mapping[str, Tensor]]:
+    """The models, if each is named tensors.
+
+    Raises:
+        TypeError: If one is not.
+    """
+    return [named(argument, each) for each in sequence(argument, values, "models, each as named tensors")]
+
+
+def why_not(tensor: Tensor) -> str | None:
+    """What it is and what to do, in words, of a tensor that only looks like numbers; ``None`` of any other."""
+    if is_averaged(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    if tensor.dtype.itemsize == 1 and (type(tensor.data) is Tensor or is_sharded(tensor)):
+        return f"is {tensor.dtype}, whose scale is in another tensor: convert it to a wider type, scale applied"
+    return (
+        f"is a {type(tensor).__name__}, a class of its own whose numbers need not be what they look like: hand in a"
+        " plain tensor (`tensor.as_subclass(torch.Tensor)`, or what dequantises it)"
+    )
+
+
+def carried(name: str, tensors: Iterable[Tensor]) -> Tensor:
+    """A copy of the last of the tensors of one name, none of which is merged.
+
+    Raises:
+        ValueError: If they are not whole numbers or flags, and differ.
+    """
+    found = list(tensors)
+    if (reason := why_not(found[-1])) and not all(_same(each, found[-1]) for each in found[:-1]):
+        raise ValueError(f"`{name}` {reason}. It may stay as it is only where it is the same in all models.")
+    return found[-1].clone()
+
+
+def refuse_lora_factors(names: Iterable[str], count: int, tensor: Callable[[int, str], Tensor]) -> None:
+    """Raises a ``ValueError`` if both factors of a LoRA layer differ between models.
+
+    The mean of their products is not the product of their means; where one factor is shared it is.
+
+    Args:
+        names: Of the tensors.
+        count: How many models are merged.
+        tensor: That of a model, by its place and a name.
+    """
+    known = set(names)
+    for name in known:
+        partner = _FACTORS.sub(lambda found: found[0][: -len(found[1])] + _PARTNERS[found[1]], name)
+        if partner == name or partner not in known:
+            continue
+        differ = [any(not _same(tensor(0, each), tensor(i, each)) for i in range(1, count)) for each in (name, partner)]
+        if all(differ):
+            raise ValueError(
+                f"`{name}` and `{partner}` are factors of a LoRA layer, and the mean of products is not the product of"
+                " means. Merge the adapters into the weights of each model first (peft: `merge_and_unload()`), or hand"
+                " in their products."
+            )
+
+
+def refuse_lora_in(models: Sequence[Mapping[str, Tensor]]) -> None:
+    """``refuse_lora_factors`` of models in memory."""
+    if models:
+        refuse_lora_factors(models[0], len(models), lambda index, name: models[index][name])
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    if type(a) is not type(b) or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    try:
+        if a.dtype.itemsize == 1 and a.is_floating_point():
+            a, b = a.view(torch.uint8), b.view(torch.uint8)
+        return bool(torch.equal(a, b.to(a.device)))
+    except (RuntimeError, NotImplementedError, TypeError):  # a class that compares nothing
+        return False

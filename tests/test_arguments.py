@@ -1,0 +1,24 @@
+"""Every public callable of the engine takes what it is handed, or refuses it at once by the argument's name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hostile import cases, refused_otherwise
+
+PACKAGES = ("branches", "combiners", "continual", "optim", "rules", "search", "trajectory")
+MODULES = ("calibration", "diagnostics", "schedules", "selections", "soups")
+
+
+def test_every_package_with_public_names_is_in_the_table() -> None:
+    found = {path.parent.name for path in Path("lightning_merge").glob("*/__init__.py")}
+    assert found - {"_commands", "callbacks", "recipes"} == set(PACKAGES)
+
+
+@pytest.mark.parametrize(("name", "function"), cases((*PACKAGES, *MODULES)))
+def test_engine_names_the_argument_it_refuses(
+    name: str, function: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert not refused_otherwise(name, function)
