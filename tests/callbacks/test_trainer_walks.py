@@ -4,7 +4,9 @@ A walk is a random sequence of operations on one module and its averages, drawn 
 averages writes down which weights trained; files, scores, the module and ``raw_weights`` are held against that.
 """
 
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,3 +307,13 @@ def test_files_scores_and_modules_hold_what_they_say_wherever_one_walks(seed: in
     walk = Walk(tmp_path, name, random.Random(f"{name} {seed}"))
     for _ in range(STEPS):
         walk.go()
+
+
+@pytest.mark.parametrize("averages", [list, *AVERAGES.values()], ids=["none", *AVERAGES])
+def test_a_trainer_and_its_module_are_let_go_of_after_a_fit(averages: Callable[[], list[Any]], tmp_path: Path) -> None:
+    run, module = trainer(tmp_path, averages(), max_epochs=1), Fragile()
+    run.fit(module, batches(), validation())
+    left = [weakref.ref(run), weakref.ref(module)]
+    del run, module
+    gc.collect()
+    assert [reference() for reference in left] == [None, None]
