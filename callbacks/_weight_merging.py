@@ -130,14 +130,14 @@ class WeightMerging(Published):
     @property
     def ready(self) -> bool:
         """Whether there is something to publish."""
-        return self._state is not None and self._active_rule.result(self._state) is not None
+        return self._state is not None and self._active_rule.stored(self._state) is not None
 
     def merged_weights(self) -> Weights | None:
         """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
 
         They are the stored tensors: clone before writing. Of sharded ones it is the part that this process holds.
         """
-        result = self._active_rule.result(self._state) if self._state else None
+        result = self._active_rule.stored(self._state) if self._state else None
         return None if result is None else {**result, **self._buffers}
 
     @property
@@ -340,7 +340,7 @@ class WeightMerging(Published):
         devices = {name: tensor.device for name, tensor in self.tensors.items()}
         self._state = self._active_rule.load(self._state, devices)
         self._buffers = weights.to_devices(self._buffers, devices)
-        average = self._active_rule.result(self._state)
+        average = self._active_rule.stored(self._state)
         if average is not None and (difference := weights.first_mismatch(self._live, average)):
             raise ValueError(
                 f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"

@@ -75,7 +75,7 @@ class GatedMean(Rule):
         state["updates"] += 1
         return True
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         mean: Weights = state["mean"]
         return mean if state["updates"] else None
 

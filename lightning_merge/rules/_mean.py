@@ -37,5 +37,5 @@ class Mean(Rule):
         state["updates"] += 1
         lerp_(state["mean"], weights, 1 / state["updates"])
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         return state["mean"] if state["updates"] else None

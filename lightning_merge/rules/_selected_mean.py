@@ -57,7 +57,7 @@ class SelectedMean(Rule):
         if score >= state["score"]:
             state |= {"best": clone(state["mean"]), "best_updates": state["updates"], "score": float(score)}
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         chosen: Weights = state["best"] if state["concluded"] else state["mean"]
         return chosen if state["updates"] else None
 
