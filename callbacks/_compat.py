@@ -252,7 +252,7 @@ class _CustomMean(Rule):
                 value.copy_(self.avg_fn(value, weights[name].detach(), count.to(value.device)))
         state["updates"] += 1
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         return state["average"] if state["updates"] else None
 
 

@@ -134,10 +134,10 @@ class WeightMerging(Published):
     @property
     def ready(self) -> bool:
         """Whether there is something to publish."""
-        return self._state is not None and self._active_rule.result(self._state) is not None
+        return self._state is not None and self._active_rule.stored(self._state) is not None
 
     def merged(self) -> Weights | None:
-        result = self._active_rule.result(self._state) if self._state else None
+        result = self._active_rule.stored(self._state) if self._state else None
         if result is None:
             return None
         if gone := self._captured and result.keys() - self._captured.keys():  # a window on disk has them still
@@ -361,7 +361,7 @@ class WeightMerging(Published):
             self._follow(before)
 
     def _averaged_so_far(self) -> set[str]:
-        average = self._active_rule.result(self._state) if self._state is not None else None
+        average = self._active_rule.stored(self._state) if self._state is not None else None
         return set() if average is None else set(average)
 
     def _to_be_copied(self, new: dict[str, Tensor]) -> set[str]:
@@ -440,7 +440,7 @@ class WeightMerging(Published):
         devices = {name: tensor.device for name, tensor in self.tensors.items()}
         self._state = self._active_rule.load(self._state, devices)
         self._buffers = weights.to_devices(self._buffers, devices)
-        average = self._active_rule.result(self._state)
+        average = self._active_rule.stored(self._state)
         if average is not None:
             if moved := [name for name in average if name in self._captured_buffers]:
                 self._active_rule.forget(self._state, moved)  # an earlier version averaged them

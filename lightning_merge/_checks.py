@@ -172,10 +172,10 @@ def monitor(name: str, value: object) -> str:
 def word(name: str, value: object, other_than: tuple[str, ...] = ()) -> str:
     """A word that may be part of a file's name and of a metric's, on any system."""
     but = "".join(f" other than {each!r}" for each in other_than)
-    says = f"a word{but} and without '/', '\\', ':' and the like, since it becomes part of file names"
+    says = f"a word{but} and without '/', '\\', ':' and the like, which becomes part of file names"
     found = text(name, value, says)
     odd = any(letter in '/\\:*?"<>|' or not letter.isprintable() for letter in found)
-    if odd or found in other_than or found.strip(" .") != found:
+    if odd or found in other_than or found.strip(" .") != found or len(found) > 100:
         raise ValueError(f"`{name}` must be {says}, got {found!r}.")
     return found
 

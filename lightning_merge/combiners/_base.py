@@ -167,6 +167,8 @@ class Combiner(ABC):
             state = self.init(target)
             for task, vector in vectors:
                 check_finite(piece := part(vector, where), task)
+                if beyond := room_left(_tensors(state), piece):
+                    self._make_room(state, beyond, task)
                 self._take(state, piece, task)
                 state["updates"] += 1
             copy_(target, self._merged(state) or {})

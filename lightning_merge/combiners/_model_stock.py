@@ -98,5 +98,7 @@ class ModelStock(Combiner):
 
 
 def _direction(tensor: Tensor) -> Tensor:
-    norm = tensor.norm()
+    # Squares of what is large or small leave float32, which would make a direction of none.
+    wide = tensor.dtype if tensor.device.type == "mps" else torch.float64
+    norm = torch.linalg.vector_norm(tensor, dtype=wide).to(tensor.dtype)
     return torch.where(norm > 0, tensor / norm, 0.0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.schedules import RunLength
-from lightning_merge.weights import State, Weights, to_devices
+from lightning_merge.weights import State, Weights, copies, to_devices
 
 
 class Rule(ABC):
@@ -45,9 +45,19 @@ class Rule(ABC):
     def update(self, state: State, weights: Weights) -> None:
         """Takes the weights into the state, in place."""
 
-    @abstractmethod
     def result(self, state: State) -> Weights | None:
-        """The merged weights, or ``None`` if there are none yet. May be the stored tensors: read them, do not write."""
+        """The merged weights in tensors of their own, or ``None`` if there are none yet."""
+        stored = self.stored(state)
+        return None if stored is None else copies(stored)
+
+    def stored(self, state: State) -> Weights | None:
+        """The same without a copy: maybe the state's own tensors, to be read at once and not written to.
+
+        A rule defines this, or ``result``.
+        """
+        if type(self).result is Rule.result:
+            raise NotImplementedError(f"{type(self).__name__} must define `result`, or `stored`.")
+        return self.result(state)
 
     def evaluate(self, state: State, score: float) -> None:
         """Takes in the score of the raw weights that were just measured; only rules that decide on it do anything."""

@@ -104,7 +104,7 @@ class ExponentialMean(Rule):
         state["updates"] += 1
         state["initial_share"] *= decay
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         # Without the compensation: it is less than what the average can resolve, so adding it would change nothing.
         return state["average"] if state["updates"] else None
 

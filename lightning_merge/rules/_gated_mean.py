@@ -83,7 +83,7 @@ class GatedMean(Rule):
     def _accept(self, state: State, mean: Weights, count: int, score: float) -> None:
         state |= {"mean": mean, "count": count, "score": score, "updates": state["updates"] + 1}
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         mean: Weights = state["mean"]
         return mean if state["updates"] else None
 

@@ -60,7 +60,7 @@ class Interpolation(Rule):
         lerp_(state["merged"], weights, self.alpha)
         state["updates"] += 1
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         return state["merged"] if state["updates"] else None
 
     def initial_share(self, state: State) -> float:

@@ -39,5 +39,5 @@ class Mean(Rule):
         watch_resolution(self, state["updates"], state["mean"], weights, 1 / state["updates"], LESS_OFTEN)
         lerp_(state["mean"], weights, 1 / state["updates"])
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         return state["mean"] if state["updates"] else None

@@ -85,7 +85,7 @@ class PowerMeans(Rule):
         if t % self.every == 0:
             state["kept"].append({"time": t, "averages": [self._place.keep(each) for each in state["averages"]]})
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         last: Weights = state["averages"][-1]
         return last if state["updates"] else None
 

@@ -67,7 +67,7 @@ class SelectedMean(Rule):
             state["ties"] = state.get("ties", 0) + 1 if score == state["score"] else 0
             state |= {"best": clone(state["mean"]), "best_updates": state["updates"], "score": float(score)}
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         chosen: Weights = state["best"] if state["concluded"] else state["mean"]
         return chosen if state["updates"] else None
 

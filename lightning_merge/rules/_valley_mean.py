@@ -122,7 +122,7 @@ class ValleyMean(Rule):
             self._preset.wait(state)
         self._trim(state)
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         published = self._published(state)
         if published is None:
             return None

@@ -84,7 +84,7 @@ class WindowMean(Rule):
         state["snapshots"].append(self._place.keep(weights))
         state["updates"] += 1
 
-    def result(self, state: State) -> Weights | None:
+    def stored(self, state: State) -> Weights | None:
         if len(state["snapshots"]) < self.k:
             return None
         if "cache" not in state:

@@ -387,8 +387,8 @@ def test_another_callback_that_swaps_weights_is_an_error_that_names_both(first: 
 
 
 def test_names_that_would_clash_with_raw_or_with_paths_are_refused() -> None:
-    for name in ("raw", "", "a/b"):
-        with pytest.raises(ValueError, match="name"):
+    for name in ("raw", "", "a/b", "a\\b", "a:b", "a?", "a\n", ".", "..", " a", "a" * 101):
+        with pytest.raises(ValueError, match="`name` must be a word other than 'raw' and without '/'"):
             EMA(name=name)
 
 

@@ -1,6 +1,8 @@
 """When weights are merged."""
 
+import numpy as np
 import pytest
+import torch
 from torch import nn, optim
 from torch.optim.swa_utils import SWALR
 
@@ -98,6 +100,20 @@ def test_text_that_is_no_duration_is_refused_with_what_it_must_read_like(text):
         Duration.parse(text)
 
 
+@pytest.mark.parametrize("number", [0.05, 0.999, "0.05"])
+def test_a_bare_number_below_1_is_no_share_and_says_how_to_write_one(number):
+    share = r"99\.9%" if number == 0.999 else "5%"
+    with pytest.raises(ValueError, match=rf"`half_life` counts optimizer steps.*write '{share}'"):
+        Duration.parse(number, "half_life")
+    assert Duration.parse("0.5 steps") == Duration(0.5)
+
+
+@pytest.mark.parametrize("given", [[3], None, True, object()], ids=repr)
+def test_what_is_neither_text_nor_number_is_no_duration(given):
+    with pytest.raises(TypeError, match="`stage` must be a number of steps, or read like '500 steps'"):
+        Duration.parse(given, "stage")
+
+
 @pytest.mark.parametrize(
     ("value", "unit", "message"),
     [
@@ -125,6 +141,13 @@ def test_duration_becomes_steps():
 def test_duration_in_a_run_of_unknown_length_is_an_error_with_the_cure(duration):
     with pytest.raises(ValueError, match=r"known length: set `max_steps`.*or give the duration in steps"):
         duration.steps(RunLength())
+
+
+def test_numpy_numbers_are_numbers():
+    for schedule in (EveryNSteps(np.int64(3), np.int32(4)), EveryNSteps(3, torch.tensor(4))):
+        assert schedule == EveryNSteps(3, 4)
+        assert repr(schedule) == repr(EveryNSteps(3, 4))
+    assert EveryNEpochs(start=np.float32(0.5)) == EveryNEpochs(start=0.5)
 
 
 @pytest.mark.parametrize("strategy", ["linear", "cos"])

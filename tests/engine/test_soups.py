@@ -71,3 +71,69 @@ def test_the_front_keeps_equal_points_and_drops_beaten_ones() -> None:
 def test_bad_input_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def lora(a: float, b: float, names: tuple[str, str] = ("q.lora_A.weight", "q.lora_B.weight")) -> dict[str, Any]:
+    return {names[0]: torch.full((1, 2), float(a)), names[1]: torch.full((2, 1), float(b)), "norm": torch.ones(1)}
+
+
+FACTORS = {
+    "peft": ("q.lora_A.default.weight", "q.lora_B.default.weight"),
+    "embeddings of peft": ("e.lora_embedding_A.default", "e.lora_embedding_B.default"),
+    "loralib": ("q.lora_a", "q.lora_b"),
+    "kohya": ("unet_q.lora_down.weight", "unet_q.lora_up.weight"),
+}
+
+
+@pytest.mark.parametrize("names", FACTORS.values(), ids=list(FACTORS))
+def test_both_factors_of_a_lora_layer_are_no_soup(names: tuple[str, str]) -> None:
+    with pytest.raises(ValueError, match=rf"`{names[0]}` and `{names[1]}` are factors.*merge_and_unload"):
+        soup([lora(1, 2, names), lora(3, 4, names)])
+    with pytest.raises(ValueError, match="are factors of a LoRA layer"):
+        WARP().merge(lora(0, 0, names), [lora(1, 2, names), lora(3, 4, names)])
+
+
+def test_a_soup_of_lora_layers_is_right_where_one_factor_is_shared_or_one_model_counts() -> None:
+    mixed = soup([lora(1, 2), lora(1, 4)])
+    product = mixed["q.lora_B.weight"] @ mixed["q.lora_A.weight"]
+    assert torch.equal(product, torch.full((2, 2), 3.0))
+    assert torch.equal(soup([lora(1, 2), lora(3, 4)], [0.0, 1.0])["q.lora_A.weight"], torch.full((1, 2), 3.0))
+
+
+def packed(*values: float) -> torch.Tensor:
+    return torch.tensor(values).to(torch.float8_e4m3fn)
+
+
+class Labelled(torch.Tensor):
+    """A class of its own."""
+
+
+@pytest.mark.parametrize("make", [packed, lambda *v: torch.tensor(v).as_subclass(Labelled)], ids=["8-bit", "class"])
+def test_what_only_looks_like_numbers_is_carried_along_where_it_is_the_same_and_else_refused(make: Any) -> None:
+    same = soup([{"w": make(1.0, 2.0), "v": torch.zeros(1)}, {"w": make(1.0, 2.0), "v": torch.ones(1)}])
+    assert same["w"].dtype == make(1.0).dtype
+    assert same["v"].item() == 0.5
+    with pytest.raises(ValueError, match=r"`w` is .* only where it is the same in all models"):
+        soup([{"w": make(1.0, 2.0)}, {"w": make(1.0, 3.0)}])
+    with pytest.raises(ValueError, match=r"`w` is .* only where it is the same in all models"):
+        WARP().merge({"w": make(1.0, 2.0)}, [{"w": make(1.0, 2.0)}, {"w": make(1.0, 3.0)}])
+
+
+def test_complex_numbers_are_averaged_and_results_own_their_memory() -> None:
+    models = [{"w": torch.tensor([1 + 2j]), "n": torch.tensor(1)}, {"w": torch.tensor([3 - 2j]), "n": torch.tensor(2)}]
+    mixed = soup(models)
+    assert mixed["w"].tolist() == [2 + 0j]
+    mixed["n"].fill_(7)
+    assert models[1]["n"].item() == 2
+
+
+def test_a_nan_is_refused_by_tensor_and_model_unless_it_does_not_count() -> None:
+    bad = {"w": torch.tensor([float("nan")])}
+    good = {"w": torch.tensor([1.0])}
+    with pytest.raises(ValueError, match="`w` of model 2 of `models` holds a NaN"):
+        soup([good, bad])
+    assert soup([good, bad], [1.0, 0.0])["w"].item() == 1.0
+    with pytest.raises(ValueError, match="`w` of policy 1 of `policies` holds a NaN"):
+        WARP().merge(good, [bad, good])
+    with pytest.raises(ValueError, match=r"`w` is too large for torch.float32 with these `weights`"):
+        soup([{"w": torch.tensor([3e38])}, {"w": torch.tensor([-3e38])}], [2.0, -1.0])

@@ -550,3 +550,41 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
         wrap(net, tau_every=0)
     with pytest.raises(ValueError, match="`rescale` must be 'inverse_p' or 'l1' in the official form"):
         wrap(net, form="official", rescale="none")
+
+
+class WithEmpty(nn.Module):
+    """A parameter without numbers among others, as of a layer that is switched off."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(200))
+        self.none = nn.Parameter(torch.ones(0, 3))
+        self.odd = nn.Parameter(torch.ones(2, dtype=dtype))
+
+
+@Methods
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize("settings", [{}, {"form": "official", "rescale": "l1"}, {"rescale": "l1"}], ids=repr)
+def test_a_parameter_without_numbers_is_no_trouble(method: Any, density: float, settings: dict[str, Any]) -> None:
+    net = WithEmpty()
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    reference = {name: p.detach() + 1 for name, p in net.named_parameters()}
+    sgd = torch.optim.SGD(net.named_parameters(), lr=0.1)
+    method(sgd, reference, "zero", density=density, alpha=0.5, **settings).step()
+    assert net.none.numel() == 0
+    assert bool(net.w.isfinite().all())
+
+
+@Methods
+def test_a_parameter_that_cannot_be_merged_is_refused_unless_it_is_left_out_by_name(method: Any) -> None:
+    net = WithEmpty(torch.complex64)
+    reference = {name: p.detach() + 1 for name, p in net.named_parameters()}
+    sgd = torch.optim.SGD(net.named_parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"`odd` holds complex numbers.*`exempt=\['odd'\]`"):
+        method(sgd, reference, "zero", alpha=0.5)
+    optimizer = method(sgd, reference, "zero", alpha=0.5, exempt=["odd"])
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert net.odd[0].item() == pytest.approx(0.9)

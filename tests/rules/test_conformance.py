@@ -102,6 +102,31 @@ def bits(value: object) -> object:
     return value if not isinstance(value, str) else str  # names of files differ from run to run
 
 
+@every_rule
+def test_results_own_their_memory(rule):
+    first, *rest = stream(13)
+    rule, state = run(rule, first, rest)
+    rule.conclude(state)
+    result = rule.result(state)
+    assert result is not None
+    before = bits(deepcopy(state))
+    for tensor in result.values():
+        tensor.fill_(7)
+    assert bits(state) == before
+    again = rule.result(state)
+    kept = bits(deepcopy(again))
+    go_on(rule, state, stream(4, seed=1))
+    assert bits(again) == kept
+
+
+def test_a_rule_of_ones_own_defines_result_or_stored():
+    class Neither(Rule):
+        init = update = lambda self, *_: {}
+
+    with pytest.raises(NotImplementedError, match="Neither must define `result`, or `stored`"):
+        Neither().result({})
+
+
 def test_table_has_every_rule():
     public = [getattr(lightning_merge.rules, name) for name in lightning_merge.rules.__all__]
     rules = {each for each in public if issubclass(each, Rule) and each is not Rule}

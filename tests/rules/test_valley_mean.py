@@ -334,13 +334,13 @@ def test_steps_after_the_last_evaluation_count_only_in_the_papers_mean_of_everyt
         state = rule.init(one_hot(0))
         for _ in run(rule, state, scores, 3):
             pass
-        before = rule.result(state)
+        before = rule.stored(state)
         for step in (int(last) + 1, int(last) + 2):
             rule.update(state, one_hot(step))
-        assert rule.result(state) is before
+        assert rule.stored(state) is before
         rule.conclude(state)
         if rule.converged(state):
-            assert rule.result(state) is before
+            assert rule.stored(state) is before
         else:
             expected = each(0, 11) if preset == "paper" else each(7, 9)
             torch.testing.assert_close(counts(rule, state), shares(expected), rtol=0, atol=1e-12)
@@ -440,12 +440,12 @@ def test_at_most_8_copies_are_alive_at_defaults(preset, scores):
         for score in scores:
             for _ in range(2):
                 rule.update(state, live)
-                rule.result(state)
+                rule.stored(state)
             rule.evaluate(state, score)
-            rule.result(state)
+            rule.stored(state)
         rule.update(state, live)
         rule.conclude(state)
-        rule.result(state)
+        rule.stored(state)
     assert memory.peak <= 8 * 1024 * 4
     if scores is VALLEY:
         assert memory.peak == 8 * 1024 * 4  # so the count counts

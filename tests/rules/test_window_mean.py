@@ -75,8 +75,8 @@ def test_snapshots_are_copies(store):
 def test_result_stays_the_same_tensors_until_the_window_moves(store):
     rule = window(2, store)
     state = push(rule, rule.init(weights(0)), 1, 2)
-    first = rule.result(state)
-    assert rule.result(state) is first
+    first = rule.stored(state)
+    assert rule.stored(state) is first
     push(rule, state, 4)
     assert mean(rule, state) == [3.0] * 3
 
