@@ -90,7 +90,7 @@ class Attributes:
         elif (position := _position_of(value)) is not None:
             self._positions.append((name, position, position()))
         elif (own := _own_attributes(value)) is not None:
-            if _is_of_a_library(type(value)):
+            if _is_of_a_library(type(value)):  # type: ignore[arg-type]
                 self._positions.append((name, partial(_shown, value), _shown(value)))
                 return
             own = dict(own)

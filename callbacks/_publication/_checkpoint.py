@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_merge import weights
@@ -114,7 +115,13 @@ class Checkpoints:
                 self._label(checkpoint, holds, arrival, states)
         finally:
             publisher.busy = busy
-        return checkpoint
+        return checkpoint if self._writes_at_once else _with_memory_of_its_own(checkpoint)
+
+    @property
+    def _writes_at_once(self) -> bool:
+        """Whether a file is whole when the save call returns; what is written later must not change until then."""
+        kind = type(self._publisher.trainer.strategy.checkpoint_io)
+        return kind.__name__ == "TorchCheckpointIO" and ".plugins.io." in kind.__module__
 
     def _state_dict(self, original: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What of it shares memory with shards is copied: those are put back by value before the file is written."""
@@ -273,6 +280,15 @@ class Checkpoints:
         live = self._publisher.inventory.tensors
         fitting = {n: t for n, t in raw.items() if n in live and live[n].shape == t.shape}
         weights.copy_({name: live[name] for name in fitting}, fitting)
+
+
+def _with_memory_of_its_own(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The checkpoint with copies of its weights, which are those that go on to be averaged and trained."""
+
+    def copy(nested: Any) -> Any:
+        return apply_to_collection(nested, Tensor, lambda tensor: tensor.detach().clone())
+
+    return {**checkpoint, "state_dict": copy(checkpoint["state_dict"]), KEY: copy(checkpoint[KEY])}
 
 
 def _about(average: "Published") -> dict[str, Any]:

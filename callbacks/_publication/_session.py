@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from lightning_merge.callbacks._publication._callback import Published
 
 _OTHER_MERGERS = {"WeightAveraging", "StochasticWeightAveraging", "EMACallback", "EMAHook"}
-
-_publishers: "WeakKeyDictionary[Any, Publisher]" = WeakKeyDictionary()
 
 
 @dataclass
@@ -92,10 +89,10 @@ class Publisher:
     @classmethod
     def attach(cls, trainer: Any, module: LightningModule) -> "Publisher":
         """The publisher of the Trainer's current fit; the first average makes it."""
-        publisher = _publishers.get(trainer)
-        if publisher is None or publisher.is_over:
-            publisher = _publishers[trainer] = cls(trainer, module)
-        return publisher
+        # The averages keep it: it keeps the Trainer, and lives no longer than them.
+        kept = [publisher for callback in trainer.callbacks if (publisher := getattr(callback, "_publisher", None))]
+        current = [publisher for publisher in kept if publisher.trainer is trainer and not publisher.is_over]
+        return current[0] if current else cls(trainer, module)
 
     @property
     def is_over(self) -> bool:

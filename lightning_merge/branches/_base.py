@@ -71,7 +71,9 @@ class Branches(ABC):
         """Measures weights in the place of the module's, higher is better; whoever trains the branches sets it."""
         self.inventory = Inventory(module)
         self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(self.inventory))
-        self._live_buffers = self.inventory.buffers if buffers == "average" else {}
+        # Masks and bounds, which hold infinities from the start, are no statistics: there is one of each.
+        self._constant = weights.nonfinite(self.inventory.buffers)
+        self._live_buffers = self._branched_buffers()
         self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self.optimizers]
 
     # ---- which

@@ -98,7 +98,8 @@ class ModelStock(Combiner):
 
 
 def _direction(tensor: Tensor) -> Tensor:
-    # Squares of what is large or small leave float32, which would make a direction of none.
-    wide = tensor.dtype if tensor.device.type == "mps" else torch.float64
-    norm = torch.linalg.vector_norm(tensor, dtype=wide).to(tensor.dtype)
+    norm = tensor.norm()
+    if tensor.device.type != "mps":  # squares of what is large or small leave float32, and the direction with them
+        wide = torch.linalg.vector_norm(tensor, dtype=torch.float64).to(tensor.dtype)
+        norm = torch.where(norm.isfinite() & (norm > 0), norm, wide)
     return torch.where(norm > 0, tensor / norm, 0.0)

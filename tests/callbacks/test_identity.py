@@ -1,5 +1,6 @@
 """Which tensor, which key, which score: what every callback that publishes keeps to on modules that are not plain."""
 
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,12 @@ class Complex(Awkward):
 
 
 MODULES = [OwnStateDict, TiedByStorage, BufferAssignedAnew, Parametrised, Complex]
-TRIED = {name: make for name, make in METHODS.items() if averages(make())}
+TRIED = {name: make for name, make in METHODS.items() if averages(make()) and name != "ondare"}
+REFUSED = {
+    ("warp", Complex): "`phase` of the branches holds complex",
+    ("branching", Complex): "`phase` of the branches",
+}
+"""What says at the start of a fit that it cannot be."""
 
 
 def relation(module: nn.Module) -> set[tuple[str, str]]:
@@ -125,12 +131,14 @@ def relation(module: nn.Module) -> set[tuple[str, str]]:
     }
 
 
-def fitted(kind: type[Awkward], method: str, root: Path) -> tuple[Awkward, ModelCheckpoint]:
-    """A run's module and its file of the best score."""
+def fitted(kind: type[Awkward], method: str, root: Path) -> tuple[Awkward, ModelCheckpoint] | None:
+    """A run's module and its file of the best score; none if it was to be refused, and was."""
     module, best = kind(tasks=method == "forkmerge"), ModelCheckpoint(root, monitor="val/loss", save_top_k=1)
     run = trainer(root, [*METHODS[method](), best], max_epochs=3, limit_train_batches=3)
-    run.fit(module, batches(3), batches(2, size=8, seed=2))
-    return module, best
+    refusal = REFUSED.get((method, kind))
+    with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
+        run.fit(module, batches(3), batches(2, size=8, seed=2))
+    return (module, best) if refusal is None else None
 
 
 def test_every_callback_that_publishes_is_tried() -> None:
@@ -150,7 +158,9 @@ def test_a_file_scores_what_was_recorded_under_the_modules_own_keys_and_ties_sta
 ) -> None:
     monkeypatch.chdir(tmp_path)
     untouched = kind()
-    module, best = fitted(kind, method, tmp_path)
+    if (found := fitted(kind, method, tmp_path)) is None:
+        return
+    module, best = found
 
     assert relation(module) == relation(untouched)
     assert all(related == relation(untouched) for related in module.related)
