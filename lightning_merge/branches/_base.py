@@ -207,7 +207,12 @@ class Branches(ABC):
         chosen = self.selection.parameters(self.inventory)
         # What was branched once stays so, also while it is frozen.
         self._live_parameters = {n: t for n, t in everything.items() if n in chosen or n in self._live_parameters}
-        self._live_buffers = self.inventory.buffers if self.buffers == "average" else {}
+        self._live_buffers = self._branched_buffers()
+
+    def _branched_buffers(self) -> Weights:
+        if self.buffers != "average":
+            return {}
+        return {name: buffer for name, buffer in self.inventory.buffers.items() if name not in self._constant}
 
     def _mixed(self, sets: Sequence[Mapping[str, Tensor]], matrix: Matrix) -> None:
         """Mixes sets that are all at hand, in place."""
