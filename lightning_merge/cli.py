@@ -144,7 +144,7 @@ def _dispatch(arguments: list[str]) -> int:
             _need(_CLI_MODULES)
         print(combine(options))
     elif options.command == "inspect":
-        from lightning_merge._files import describe
+        from lightning_merge._commands._inspect import describe
 
         print(describe(options.file))
     else:

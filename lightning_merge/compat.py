@@ -6,8 +6,8 @@ the numbers is in ``docs/migrating.md``.
 
 from pathlib import Path
 
-from lightning_merge._weight_sets import open_file
 from lightning_merge.callbacks._compat import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning_merge.files._layouts import open_file
 from lightning_merge.weights import Weights
 
 __all__ = ["EMAWeightAveraging", "StochasticWeightAveraging", "WeightAveraging", "read_weights"]

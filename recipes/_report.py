@@ -12,8 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from lightning_merge._files import read
 from lightning_merge.callbacks import Doctor, ForkMerge, Published
+from lightning_merge.files._read import read
 from lightning_merge.recipes import _page
 from lightning_merge.recipes._page import COLOURS, GREY
 from lightning_merge.recipes._shares import shares_figure

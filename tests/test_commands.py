@@ -189,7 +189,7 @@ def test_diff_of_one_file_compares_its_sets(run: Run, files: dict[str, Path]) ->
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
 @pytest.mark.parametrize("chosen", [None, "raw"])
 def test_exported_set_loads_without_us(name: str, chosen: str | None, run: Run, files: dict[str, Path]) -> None:
-    from lightning_merge._weight_sets import open_file
+    from lightning_merge.files._layouts import open_file
     from lightning_merge.recipes import SmallConvNet
 
     path = files["swa-final.ckpt"]

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge import weights
-from lightning_merge._sharded_files import KEY, check_parts
-from lightning_merge._weight_sets import WeightFile, of_lightning
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._passes import RAW
 from lightning_merge.callbacks._publication._sharded import for_file, pack, unpack
+from lightning_merge.files._layouts import WeightFile, of_lightning
+from lightning_merge.files._sharded import KEY, check_parts
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lightning_merge._weight_sets import StoredSet, WeightFile, match, open_file, open_set
 from lightning_merge.diagnostics import examine
+from lightning_merge.files._layouts import StoredSet, WeightFile, match, open_file, open_set
 from lightning_merge.weights import Weights
 
 

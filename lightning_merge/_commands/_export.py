@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_merge._weight_sets import bytes_of, contiguous, open_file
+from lightning_merge.files._layouts import bytes_of, contiguous, open_file
 from lightning_merge.weights import Weights, canonical, first_mismatch
 
 SUFFIXES = {".safetensors": "safetensors", ".pt": "a state dict", ".pth": "a state dict", ".bin": "a state dict"}

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_merge._files import read
-from lightning_merge._weight_sets import FORMAT
+from lightning_merge.files._layouts import FORMAT
+from lightning_merge.files._read import read
 
 
 def verify(run: Path, tolerance: float) -> tuple[str, bool]:

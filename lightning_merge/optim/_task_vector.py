@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
-from lightning_merge._files import read
+from lightning_merge.files._read import read
 from lightning_merge.weights import canonical, named_tensors
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path

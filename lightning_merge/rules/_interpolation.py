@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
 
-from lightning_merge._files import read
+from lightning_merge.files._read import read
 from lightning_merge.rules._base import Rule
 from lightning_merge.weights import State, Weights, canonical, clone, copy_, first_mismatch, lerp_
 

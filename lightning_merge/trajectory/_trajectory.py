@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge.trajectory._checkpoint import Checkpoint, Place, WhichWeights, memory_of
+from lightning_merge.files._lazy import Checkpoint, Place, WhichWeights, memory_of
 from lightning_merge.weights import Weights, array, average_dtype, first_mismatch, nonfinite
 
 _CHUNK = 2**17

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_merge._files import read
+from lightning_merge.files._read import read
 from lightning_merge.weights import Weights, canonical
 
 WhichWeights: TypeAlias = Literal["raw", "published"]

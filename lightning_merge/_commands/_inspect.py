@@ -1,74 +1,14 @@
-"""What is in a checkpoint file, in words."""
+"""``lightning-merge inspect``: what is in a checkpoint file, in words."""
 
-import argparse
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from lightning_merge._sharded_files import is_sharded_checkpoint, read_folder
-
-
-class _Inert:
-    """Stands for a class that a file names: takes the data, runs none of its code."""
-
-
-# What timm and MMEngine put into their files besides tensors: data in a class that does nothing.
-_PLAIN_DATA: list[Any] = [
-    argparse.Namespace,
-    (_Inert, "mmengine.logging.history_buffer.HistoryBuffer"),
-    np.ndarray,
-    np.dtype,
-    *(type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "bool")),
-    *(
-        (np.empty(0).__reduce__()[0], f"numpy.{core}.multiarray._reconstruct")  # NumPy 2 renamed the module
-        for core in ("core", "_core")
-    ),
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-]
-
-
-def read(path: Path, location: Literal["cpu", "meta"] = "cpu") -> Any:
-    """The content of a file that torch wrote, on the CPU; tensors stay on disk until they are used, on "meta" for good.
-
-    Raises:
-        ValueError: If there is no such file, or it is cut short, not torch's, or holds more than plain data.
-    """
-    if is_sharded_checkpoint(path):
-        return read_folder(path)
-    if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder, and not a sharded checkpoint: it lacks meta.pt and .metadata. Name a file, or a"
-            " folder that a run under ModelParallelStrategy wrote."
-        )
-    if not path.is_file():
-        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        cure = f" In {path.parent} there are: {', '.join(file.name for file in near)}." if near else ""
-        raise ValueError(f"there is no file {path}.{cure}")
-    try:
-        with torch.serialization.safe_globals(_PLAIN_DATA):
-            try:
-                return torch.load(path, map_location=location, weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                return torch.load(path, map_location=location, weights_only=True)  # torch's format before 1.6
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" not in str(error) and "GLOBAL" not in str(error):
-            raise ValueError(_unreadable(path)) from error
-        raise ValueError(
-            f"{path} holds Python objects{_which(error)} besides tensors and plain data, so reading it would run code."
-            " If you trust whoever wrote it, convert it once:\n"
-            f"  python -c \"import torch; x = torch.load('{path}', map_location='cpu', weights_only=False);"
-            f" torch.save(getattr(x, 'state_dict', lambda: x['state_dict'])(), '{path.with_suffix('.weights.pt')}')\""
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(_unreadable(path)) from error
+from lightning_merge.files._layouts import open_file
+from lightning_merge.files._read import read
 
 
 def describe(path: Path) -> str:
@@ -90,8 +30,6 @@ def _describe(content: Any, path: Path) -> Iterator[str]:
 
 
 def _foreign(content: Any, path: Path) -> Iterator[str]:
-    from lightning_merge._weight_sets import open_file
-
     if not isinstance(content, Mapping):
         yield f"  a {type(content).__name__}, not a checkpoint; written without lightning-merge"
         return
@@ -152,11 +90,6 @@ def _ours(content: Mapping[str, Any], label: Mapping[str, Any], path: Path) -> I
         yield "  training cannot go on from it: the raw weights are not in this file"
 
 
-def _which(error: Exception) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)", str(error))
-    return f" ({found[1]})" if found else ""
-
-
 def _average(average: Mapping[str, Any]) -> str:
     rule = re.sub(r", \w+=(None|False)", "", average["rule"])  # options that are off
     text = f"{average['class']}, {rule}, {average['updates']} updates in {average['steps']} steps"
@@ -191,10 +124,3 @@ def _table(rows: list[tuple[str, str]]) -> Iterator[str]:
     yield "  weight sets:"
     for name, text in rows:
         yield f"    {name:{width}}  {text}"
-
-
-def _unreadable(path: Path) -> str:
-    return (
-        f"{path} cannot be read: it was cut short (an interrupted save or copy), or torch did not write it."
-        " Use an earlier checkpoint of the run."
-    )

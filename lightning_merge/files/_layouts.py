@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge import rules, schedules
-from lightning_merge._files import read
+from lightning_merge.files._read import read
 from lightning_merge.rules import Rule
 from lightning_merge.weights import Weights, canonical
 

@@ -1,0 +1,1 @@
+"""Files of weights: what is in them, in whatever library's layout, and how they are written."""
