@@ -60,7 +60,7 @@ def measure(size: str, rounds: int, folder: Path) -> dict[str, Any]:
 
     from lightning_merge import weights
     from lightning_merge.callbacks._publication._sharded import pack, unpack
-    from lightning_merge.files._sharded import KEY
+    from lightning_merge.files._label import KEY
     from lightning_merge.rules import ExponentialMean
     from lightning_merge.shards import sharded_tensors
 

@@ -1,6 +1,5 @@
 """What a checkpoint holds, and how a fit goes on from one."""
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +10,17 @@ from lightning_merge import weights
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._passes import RAW
 from lightning_merge.callbacks._publication._sharded import for_file, pack, unpack
-from lightning_merge.files._layouts import WeightFile, of_lightning
-from lightning_merge.files._sharded import KEY, check_parts
+from lightning_merge.files._check import check
+from lightning_merge.files._label import FORMAT, KEY, Label, as_written
+from lightning_merge.files._layouts import of_lightning
+from lightning_merge.files._sets import WeightFile
+from lightning_merge.files._write import is_remote, join
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._publication._callback import Published
     from lightning_merge.callbacks._publication._session import Publisher
-
-FORMAT = 1
 
 
 class Checkpoints:
@@ -35,6 +35,7 @@ class Checkpoints:
         self._publisher = publisher
         self._writer: Any = None  # the ModelCheckpoint that is writing
         self._final: Published | None = None  # the average whose final file is being written
+        self._path = "the checkpoint"  # that the fit goes on from
         self._holds: Published | None = None  # whose weights the file being written holds; None: raw
 
     def wrap(self, patches: Patches) -> None:
@@ -57,7 +58,7 @@ class Checkpoints:
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
         if directory is None or trainer.fast_dev_run:
             return None
-        path = str(Path(directory) / f"{average.name}-final.ckpt")
+        path = join(directory, f"{average.name}-final.ckpt")
         self._final = average
         try:
             trainer.save_checkpoint(path, weights_only=False)
@@ -138,20 +139,14 @@ class Checkpoints:
 
     def _load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         path = Path(checkpoint_path)
+        self._path = str(checkpoint_path)
         shards_parameters = self._publisher.trainer.strategy.restore_checkpoint_after_setup
-        if path.is_dir():
-            check_parts(path)
-            if not shards_parameters:
-                raise ValueError(
-                    f"{path} is a sharded checkpoint, which a run under ModelParallelStrategy goes on from. For the"
-                    f" merged weights in a plain file: lightning-merge export {path} merged.pt"
-                )
-        if path.is_file() and not zipfile.is_zipfile(path):
-            others = sorted(str(p) for p in path.parent.glob("*.ckpt") if p != path and zipfile.is_zipfile(p))
-            cure = f"resume from another file: {', '.join(others)}" if others else "there is no other file beside it"
-            raise RuntimeError(
-                f"{path} is not a complete checkpoint: {path.stat().st_size} bytes, without the index that ends one. It"
-                f" was cut off while it was written or copied; {cure}."
+        if is_remote(checkpoint_path) or path.exists():
+            check(checkpoint_path)
+        if path.is_dir() and not shards_parameters:
+            raise ValueError(
+                f"{path} is a sharded checkpoint, which a run under ModelParallelStrategy goes on from. For the"
+                f" merged weights in a plain file: lightning-merge export {path} merged.pt"
             )
         checkpoint = original(checkpoint_path, *args, **kwargs)
         if shards_parameters and KEY in checkpoint:
@@ -159,6 +154,7 @@ class Checkpoints:
         return checkpoint
 
     def _on_load_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
+        Label.of(checkpoint, self._path)  # refuses what is not as it was written
         section = checkpoint.get(KEY)
         if section is None and "averaging_state" in checkpoint and "state_dict" not in checkpoint:
             raise ValueError(
@@ -184,9 +180,9 @@ class Checkpoints:
         self._refuse_other_model(checkpoint["state_dict"])
         names = weights.state_dict_names(self._publisher.module)
         stored = theirs.sets["average"]
-        average = {names[key]: tensor for key, tensor in stored.weights.items() if key in names}
+        average = {names[key]: tensor for key, tensor in stored.as_saved.items() if key in names}
         primary = self._publisher.primary
-        checkpoint["state_dict"] = theirs.sets["raw"].weights
+        checkpoint["state_dict"] = theirs.sets["raw"].as_saved
         if primary.adopt(average, stored.updates or 1, checkpoint["global_step"], checkpoint["epoch"]):
             rank_zero_info(f"{primary.title} goes on with the average of {stored.updates} updates in {theirs.kind}.")
         else:
@@ -210,7 +206,8 @@ class Checkpoints:
         ours = {average.name: average for average in self._publisher.averages}
         for name, average in ours.items():
             if name in section["states"]:
-                average.load(section["states"][name], section["averages"][name])
+                with as_written(f"{self._path}: the state of the average `{name}`"):
+                    average.load(section["states"][name], section["averages"][name])
                 average.accepted = section["averages"][name].get("accepted")
             else:
                 saved = ", ".join(section["states"])

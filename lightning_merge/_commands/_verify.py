@@ -1,9 +1,8 @@
 """``lightning-merge verify``: whether the files of a run hold the weights that their scores were measured on."""
 
 from pathlib import Path
-from typing import Any
 
-from lightning_merge.files._layouts import FORMAT
+from lightning_merge.files._label import Label
 from lightning_merge.files._read import read
 
 
@@ -28,8 +27,8 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
         raise ValueError(f"{run} has no config.yaml, so its files cannot be measured again.{cure}")
     if tolerance < 0:
         raise ValueError(f"`--tolerance` must be at least 0, got {tolerance}.")
-    labels: dict[Path, dict[str, Any] | None] = {path: _label(path) for path in sorted(run.glob("**/*.ckpt"))}
-    recorded = {path: label for path, label in labels.items() if label is not None and label["metrics"]}
+    labels = {path: Label.of(read(path), path) for path in sorted(run.glob("**/*.ckpt"))}
+    recorded = {path: label for path, label in labels.items() if label is not None and label.metrics}
     if not recorded:
         raise ValueError(
             f"no checkpoint below {run} records a metric ({len(labels)} found): nothing to compare with. Files written"
@@ -43,7 +42,7 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
             why = "written without lightning-merge" if labels[path] is None else "its weights were not measured"
             lines.append(f"  skipped  {shown}: {why}")
             continue
-        metrics, holds = recorded[path]["metrics"], recorded[path]["holds"]
+        metrics, holds = recorded[path].metrics, recorded[path].holds
         again = bench.metrics(path=path)
         same = all(_equal(value, again.get(name), tolerance) for name, value in metrics.items())
         agrees &= same
@@ -51,18 +50,6 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
         lines.append(f"  {'equal  ' if same else 'DIFFERS'}  {shown} ({holds}): {figures}")
     verdict = "hold the weights their scores were measured on" if agrees else "do NOT all hold what was measured"
     return "\n".join([f"{run}: {len(recorded)} files {verdict}", *lines]), agrees
-
-
-def _label(path: Path) -> dict[str, Any] | None:
-    content = read(path)
-    label = content.get("lightning_merge") if isinstance(content, dict) else None
-    if label is None:
-        return None
-    if label.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {label.get('format')} of lightning-merge; this version reads {FORMAT}. Update it."
-        )
-    return dict(label)
 
 
 def _equal(recorded: float, measured: float | None, tolerance: float) -> bool:

@@ -1,85 +1,58 @@
 """The sets of weights that a checkpoint holds, whichever library wrote it, under the names of a plain module."""
 
-import ast
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from lightning_merge import rules, schedules
+from lightning_merge.files._ours import ours
 from lightning_merge.files._read import read
-from lightning_merge.rules import Rule
-from lightning_merge.weights import Weights, canonical
+from lightning_merge.files._safetensors import read_safetensors
+from lightning_merge.files._sets import DDP, StoredSet, WeightFile, holds_numbers, is_extra, stored, tensors
+from lightning_merge.files._write import is_remote
 
-FORMAT = 1
-"""The version of the label that files of lightning-merge carry."""
-
-
-@dataclass(frozen=True)
-class StoredSet:
-    """One set of weights in a file.
-
-    Args:
-        weights: Tensors under the names that a plain module's ``load_state_dict`` takes.
-        where: Where in the file it is, in words.
-        updates: How many weights were merged into it, where that is known.
-        initial_share: Share of it that is still the weights of the start, where that is known.
-    """
-
-    weights: Weights
-    where: str
-    updates: int | None = None
-    initial_share: float | None = None
+Location: TypeAlias = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
-class WeightFile:
-    """What a file holds.
-
-    Args:
-        path: The file.
-        kind: What wrote it, in words.
-        sets: By name: ``raw``, ``average``, the name of an average, or ``weights`` where there is only one.
-        default: The set that the file's score was measured on, as far as that is known.
-        content: All of the file.
-    """
-
-    path: Path
-    kind: str
-    sets: dict[str, StoredSet]
-    default: str
-    content: Any = field(repr=False)
-
-    def choose(self, name: str | None = None) -> StoredSet:
-        """The set of this name, or the default one.
-
-        Raises:
-            ValueError: If there is none of this name.
-        """
-        chosen = self.default if name is None else name
-        if chosen not in self.sets:
-            raise ValueError(
-                f"{self.path} holds no set called {chosen!r}. It is {self.kind} and holds: {', '.join(self.sets)}."
-            )
-        return self.sets[chosen]
-
-
-def open_file(path: str | Path) -> WeightFile:
+def open_file(path: Location, check: bool = True) -> WeightFile:
     """The sets of a file of lightning-merge, Lightning, timm, ema-pytorch, NeMo, MMEngine, torch or safetensors.
+
+    Args:
+        path: A file, the folder of a sharded checkpoint, or a URL.
+        check: As for ``read``.
 
     Raises:
         ValueError: If the file cannot be read or holds no weights.
+        OSError: If the system refuses to read it.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return _file(path, "a safetensors file", {"weights": StoredSet(_safetensors(path), "the whole file")}, None)
-    content = read(path)
+    if not is_remote(path):
+        path = Path(path)
+    if os.fspath(path).endswith(".safetensors"):
+        sets = {"weights": stored(read_safetensors(path), "the whole file")}
+        return _file(path, "a safetensors file", sets, None)
+    return sets_of(read(path, check=check), path)
+
+
+def sets_of(content: Any, path: Location) -> WeightFile:
+    """The sets in the content of a file.
+
+    Raises:
+        ValueError: If it holds no weights, or is laid out like a file of a library and yet is none.
+    """
     if isinstance(content, Mapping):
         for recognise in _LAYOUTS:
-            if (found := recognise(content, path)) is not None:
+            try:
+                found = recognise(content, path)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                kind = recognise.__name__.strip("_").replace("_", " ")
+                raise ValueError(
+                    f"{path} looks like a file of {kind}, and is not as that writes it ({error!r}). It was changed"
+                    " after it was written, or is damaged: use another checkpoint."
+                ) from error
+            if found is not None:
                 return found
     raise ValueError(
         f"{path} holds no weights that could be found: no `state_dict`, and no tensors by name."
@@ -94,7 +67,10 @@ def open_set(text: str) -> tuple[WeightFile, str]:
         ValueError: As ``open_file``, or if the file holds no such set.
     """
     name, separator, chosen = text.rpartition(":")
-    if not separator or Path(text).exists() or not Path(name).exists():
+    has_set = separator and not Path(text).exists() and Path(name).exists()
+    if is_remote(text):
+        has_set = is_remote(name) and "/" not in chosen
+    if not has_set:
         file = open_file(text)
         return file, file.default
     file = open_file(name)
@@ -104,174 +80,118 @@ def open_set(text: str) -> tuple[WeightFile, str]:
 
 def of_lightning(content: Mapping[str, Any]) -> WeightFile | None:
     """The sets of a checkpoint of one of Lightning's averaging callbacks, if it is one."""
-    path = Path("the checkpoint")
+    path = "the checkpoint"
     return _lightning_weight_averaging(content, path) or _lightning_stochastic_averaging(content, path)
 
 
-def _file(path: Path, kind: str, sets: dict[str, StoredSet], content: Any, default: str | None = None) -> WeightFile:
-    return WeightFile(path, kind, sets, default or next(iter(sets)), content)
+def _file(path: Location, kind: str, sets: dict[str, StoredSet], content: Any) -> WeightFile:
+    return WeightFile(path, kind, sets, next(iter(sets)), content)
 
 
 # ---- one function per layout: None if a file does not have it
 
 
-def _ours(content: Mapping[str, Any], path: Path) -> WeightFile | None:
-    if "lightning_merge" not in content:
-        return None
-    label = content["lightning_merge"]
-    if label.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {label.get('format')} of lightning-merge; this version reads {FORMAT}. Update it."
-        )
-    saved, holds = _tensors(content["state_dict"]), label["holds"]
-    raw = _overlay(saved, label["raw"]) if "raw" in label else None
-    averages = {}
-    for name, about in label["averages"].items():
-        state = label.get("states", {}).get(name)
-        averages[name] = None if state is None or raw is None else _average(about, state, raw)
-    sets = {holds: StoredSet(saved, "in `state_dict`")}
-    if holds in averages:
-        held = averages[holds]
-        share = None if held is None else held.initial_share
-        sets[holds] = StoredSet(saved, "in `state_dict`", label["averages"][holds]["updates"], share)
-    if raw is not None:
-        sets.setdefault("raw", StoredSet(raw, "beside it, to go on with"))
-    for name, average in averages.items():
-        if average is not None:
-            sets.setdefault(name, average)
-    kind = "a full checkpoint of lightning-merge" if raw is not None else "a weights-only checkpoint of lightning-merge"
-    return _file(path, kind, sets, content)
-
-
-def _average(about: Mapping[str, Any], saved: Mapping[str, Any], raw: Weights) -> StoredSet | None:
-    """An average out of the state that it goes on with, if the label says which rule of ours reads it."""
-    rule = _rule(about.get("rule", ""))
-    if rule is None or saved.get("state") is None:
-        return None
-    state = rule.load(saved["state"], {})
-    merged = rule.result(state)
-    if merged is None:
-        return None
-    weights = _overlay(raw, {**merged, **saved["buffers"]})
-    return StoredSet(weights, "as a state to go on with", about["updates"], rule.initial_share(state))
-
-
-def _rule(text: str) -> Rule | None:
-    """The rule that printed itself like this; nothing but constructors of ours with plain arguments is called."""
-
-    def build(node: ast.AST) -> Any:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
-            cls = getattr(rules, node.func.id, None) or getattr(schedules, node.func.id, None)
-            if isinstance(cls, type):
-                return cls(**{str(keyword.arg): build(keyword.value) for keyword in node.keywords})
-        return ast.literal_eval(node)
-
-    try:
-        rule = build(ast.parse(text, mode="eval").body)
-    except (ValueError, TypeError, SyntaxError):
-        return None
-    return rule if isinstance(rule, Rule) else None
-
-
-def _lightning_weight_averaging(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _lightning_weight_averaging(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     if not all(key in content for key in ("state_dict", "current_model_state", "averaging_state")):
         return None
     updates = _int(content["averaging_state"].get("n_averaged"))
     sets = {
-        "average": StoredSet(_tensors(content["state_dict"]), "in `state_dict`", updates),
-        "raw": StoredSet(_tensors(content["current_model_state"]), "in `current_model_state`"),
+        "average": stored(content["state_dict"], "in `state_dict`", updates, of_lightning=True),
+        "raw": stored(content["current_model_state"], "in `current_model_state`", of_lightning=True),
     }
     return _file(path, "a checkpoint of Lightning's WeightAveraging callback", sets, content)
 
 
-def _lightning_stochastic_averaging(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _lightning_stochastic_averaging(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     for key, state in content.get("callbacks", {}).items():
         if key.partition("{")[0] == "StochasticWeightAveraging" and "average_model_state" in state:
-            sets = {"raw": StoredSet(_tensors(content["state_dict"]), "in `state_dict`")}
+            sets = {"raw": stored(content["state_dict"], "in `state_dict`", of_lightning=True)}
             if state["n_averaged"] and state["average_model_state"] is not None:
                 where = f"in `callbacks`, `{key}`"
-                sets["average"] = StoredSet(_tensors(state["average_model_state"]), where, int(state["n_averaged"]))
+                updates = int(state["n_averaged"])
+                sets["average"] = stored(state["average_model_state"], where, updates, of_lightning=True)
             return _file(path, "a checkpoint of Lightning's StochasticWeightAveraging callback", sets, content)
     return None
 
 
-def _mmengine(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _mmengine(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     """MMEngine exchanges the two sets before it saves: what is called ``ema_state_dict`` holds the raw weights."""
     if not all(key in content for key in ("state_dict", "ema_state_dict")):
         return None
-    average, aside = _tensors(content["state_dict"]), content["ema_state_dict"]
+    average, aside = content["state_dict"], content["ema_state_dict"]
     sets = {
-        "average": StoredSet(average, "in `state_dict`", _int(aside.get("steps"))),
-        "raw": StoredSet(average | _stripped(aside, "module."), "in `ema_state_dict`"),
+        "average": stored(average, "in `state_dict`", _int(aside.get("steps"))),
+        "raw": stored({**average, **_stripped(aside, DDP)}, "in `ema_state_dict`"),
     }
     return _file(path, "a checkpoint of MMEngine's EMAHook", sets, content)
 
 
-def _timm(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _timm(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     if not all(key in content for key in ("state_dict", "state_dict_ema")):
         return None
     sets = {
-        "average": StoredSet(_tensors(content["state_dict_ema"]), "in `state_dict_ema`"),
-        "raw": StoredSet(_tensors(content["state_dict"]), "in `state_dict`"),
+        "average": stored(content["state_dict_ema"], "in `state_dict_ema`"),
+        "raw": stored(content["state_dict"], "in `state_dict`"),
     }
     return _file(path, "a checkpoint of timm", sets, content)
 
 
-def _ema_pytorch(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _ema_pytorch(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     for where, state in {"the whole file": content, **{f"in `{key}`": value for key, value in content.items()}}.items():
         if isinstance(state, Mapping) and (average := _stripped(state, "ema_model.")):
-            sets = {"average": StoredSet(average, where, _int(state.get("step")))}
+            sets = {"average": stored(average, where, _int(state.get("step")))}
             if raw := _stripped(state, "online_model."):
-                sets["raw"] = StoredSet(raw, where)
+                sets["raw"] = stored(raw, where)
             return _file(path, "a state of ema-pytorch", sets, content)
     return None
 
 
-def _torch_averaged_model(content: Mapping[str, Any], path: Path) -> WeightFile | None:
-    if "n_averaged" not in content or not (average := _stripped(content, "module.")):
+def _torch_averaged_model(content: Mapping[str, Any], path: Location) -> WeightFile | None:
+    if "n_averaged" not in content or not (average := _stripped(content, DDP)):
         return None
     updates = _int(content["n_averaged"])
-    return _file(path, "a state of torch's AveragedModel", {"average": StoredSet(average, "here", updates)}, content)
+    return _file(path, "a state of torch's AveragedModel", {"average": stored(average, "here", updates)}, content)
 
 
-def _nemo_pair(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _nemo_pair(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     """NeMo writes raw weights to ``x.ckpt`` and the average to ``x-EMA.ckpt``."""
+    if not isinstance(path, Path):  # a URL
+        return None
     is_average = path.stem.endswith("-EMA")
     twin = path.with_stem(path.stem.removesuffix("-EMA") if is_average else f"{path.stem}-EMA")
     if not isinstance(content.get("state_dict"), Mapping) or not (is_average or twin.is_file()):
         return None
     here, there = ("average", "raw") if is_average else ("raw", "average")
-    sets = {here: StoredSet(_tensors(content["state_dict"]), "in `state_dict`")}
+    sets = {here: stored(content["state_dict"], "in `state_dict`", of_lightning=True)}
     if twin.is_file():
-        sets[there] = StoredSet(_tensors(read(twin)["state_dict"]), f"in `state_dict` of {twin.name}")
+        where = f"in `state_dict` of {twin.name}"
+        other = read(twin, "cpu" if holds_numbers(content["state_dict"]) else "meta")
+        sets[there] = replace(stored(other["state_dict"], where, of_lightning=True), file=twin)
     return _file(path, "one of a pair of files as NeMo's EMA writes them", sets, content)
 
 
-def _one_state_dict(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _one_state_dict(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     if not isinstance(content.get("state_dict"), Mapping):
         return None
-    kind = "a plain Lightning checkpoint" if "pytorch-lightning_version" in content else "a checkpoint"
-    return _file(path, kind, {"weights": StoredSet(_tensors(content["state_dict"]), "in `state_dict`")}, content)
+    is_theirs = "pytorch-lightning_version" in content
+    sets = {"weights": stored(content["state_dict"], "in `state_dict`", of_lightning=is_theirs)}
+    return _file(path, "a plain Lightning checkpoint" if is_theirs else "a checkpoint", sets, content)
 
 
-def _flat(content: Mapping[str, Any], path: Path) -> WeightFile | None:
-    if not content or not all(isinstance(value, Tensor) for value in content.values()):
+def _flat(content: Mapping[str, Any], path: Location) -> WeightFile | None:
+    if not _is_state_dict(content):
         return None
-    return _file(path, "a state dict", {"weights": StoredSet(dict(content), "the whole file")}, content)
+    return _file(path, "a state dict", {"weights": stored(content, "the whole file")}, content)
 
 
-def _nested(content: Mapping[str, Any], path: Path) -> WeightFile | None:
+def _nested(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     """Any other dict of state dicts, as ``{"model": ..., "model_ema": ...}``."""
-    found = {
-        str(key): StoredSet(dict(value), f"in `{key}`")
-        for key, value in content.items()
-        if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values())
-    }
+    found = {str(key): stored(value, f"in `{key}`") for key, value in content.items() if _is_state_dict(value)}
     return _file(path, "a dict of state dicts", found, content) if found else None
 
 
-_LAYOUTS: tuple[Callable[[Mapping[str, Any], Path], WeightFile | None], ...] = (
-    _ours,
+_LAYOUTS: tuple[Callable[[Mapping[str, Any], Location], WeightFile | None], ...] = (
+    ours,
     _lightning_weight_averaging,
     _lightning_stochastic_averaging,
     _mmengine,
@@ -285,78 +205,18 @@ _LAYOUTS: tuple[Callable[[Mapping[str, Any], Path], WeightFile | None], ...] = (
 )
 
 
-# ---- names and tensors
+def _is_state_dict(value: Any) -> bool:
+    """Whether it is tensors by name, and perhaps what modules keep beside them."""
+    if not isinstance(value, Mapping):
+        return False
+    named = {str(name): item for name, item in value.items() if not is_extra(str(name))}
+    return bool(named) and all(isinstance(item, Tensor) for item in named.values())
 
 
-def _tensors(state: Mapping[str, Any]) -> Weights:
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def _stripped(state: Mapping[str, Any], prefix: str) -> Weights:
-    return {name.removeprefix(prefix): t for name, t in _tensors(state).items() if name.startswith(prefix)}
+def _stripped(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    found = {str(name).removeprefix(prefix): item for name, item in state.items() if str(name).startswith(prefix)}
+    return found if tensors(found) else {}
 
 
 def _int(value: Any) -> int | None:
     return None if value is None else int(value)
-
-
-def _overlay(saved: Weights, merged: Mapping[str, Tensor]) -> Weights:
-    """``saved`` with the tensors of ``merged`` in place, which has canonical names and tied tensors once."""
-    return {key: merged[name].to(t.dtype) if name in merged else t for key, name, t in _owners(saved, merged)}
-
-
-def _owners(saved: Weights, merged: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    """Every key with the name that ``merged`` has for it: its own, or that of a key which is the same numbers."""
-    by_storage = {_storage(t): canonical(key) for key, t in reversed(saved.items()) if canonical(key) in merged}
-    for key, tensor in saved.items():
-        name = canonical(key)
-        yield key, name if name in merged else by_storage.get(_storage(tensor), ""), tensor
-
-
-def _storage(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (id(tensor),)
-
-
-def _safetensors(path: Path) -> Weights:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}.")
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError('reading it needs safetensors: pip install "lightning-merge[export]"') from error
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. It was cut short, or is no safetensors file.") from error
-
-
-def match(first: WeightFile, left: Weights, second: WeightFile, right: Weights) -> None:
-    """Refuses sets of different models.
-
-    Raises:
-        ValueError: With the first name or shape that differs.
-    """
-    for name in [*left, *right]:
-        if name not in left or name not in right:
-            has, has_not = (first, second) if name in left else (second, first)
-            raise ValueError(
-                f"{first.path} and {second.path} are of different models: `{name}` is in {has.path} only, not in"
-                f" {has_not.path}. `lightning-merge inspect` shows what each holds; `export --strip PREFIX` removes a"
-                " prefix of names."
-            )
-        if left[name].shape != right[name].shape:
-            raise ValueError(
-                f"{first.path} and {second.path} are of different models: `{name}` has shape"
-                f" {tuple(left[name].shape)} in one and {tuple(right[name].shape)} in the other."
-            )
-
-
-def bytes_of(weights: Mapping[str, Tensor]) -> int:
-    """Bytes that the tensors take."""
-    return sum(t.numel() * t.element_size() for t in weights.values())
-
-
-def contiguous(weights: Mapping[str, Tensor]) -> Weights:
-    """Each tensor in memory of its own, as safetensors wants it."""
-    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}

@@ -1,39 +1,33 @@
 """A checkpoint file that is opened, and read tensor by tensor."""
 
 import hashlib
-import json
 import math
 import os
+import sys
 import weakref
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import IO, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_merge.files._check import damaged, naming
+from lightning_merge.files._layouts import open_file, sets_of
 from lightning_merge.files._read import read
-from lightning_merge.weights import Weights, canonical
+from lightning_merge.files._safetensors import contiguous_stride, read_header
+from lightning_merge.files._sets import StoredSet, WeightFile, stored
+from lightning_merge.files._sharded import is_sharded_checkpoint
+from lightning_merge.files._sums import Sums
+from lightning_merge.files._write import is_remote
+from lightning_merge.weights import Weights
 
 WhichWeights: TypeAlias = Literal["raw", "published"]
 """Of a file with an average: the weights that training works on, or those that the file's score was measured on."""
 
-_SAFETENSORS_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+_open_files: "weakref.WeakSet[Checkpoint]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -53,6 +47,11 @@ class Place:
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     @property
+    def bytes(self) -> int:
+        """How many bytes of the file it spans."""
+        return self.numbers * self.dtype.itemsize
+
+    @property
     def is_dense(self) -> bool:
         """Whether its numbers lie in their order, without gaps."""
         steps = [math.prod(self.shape[index + 1 :]) for index in range(len(self.shape))]
@@ -60,34 +59,50 @@ class Place:
 
 
 class Checkpoint:
-    """A ``.ckpt``, ``.pt`` or ``.safetensors`` file whose tensors stay on disk until they are asked for.
+    """A file that ``lightning-merge inspect`` knows, whose tensors stay on disk until they are asked for.
 
-    Nothing in the file is run: it is read with ``weights_only=True``.
+    Nothing in the file is run. What is read is held against the checksums in the file, once for each tensor.
 
     Args:
-        path: A file of Lightning (ours or plain), a state dict that torch wrote, or a safetensors file.
-        weights: Of a file of ours, ``"raw"`` weights or the ``"published"`` ones, which its ``state_dict`` holds.
-            Other files have one set.
+        path: A ``.ckpt``, ``.pt`` or ``.safetensors`` file of any layout that ``open_file`` knows. The tensors of a
+            sharded checkpoint (a folder) are in host memory instead.
+        weights: Of a file with an average, the ``"raw"`` weights or the ``"published"`` ones, which its score belongs
+            to. Other files have one set.
 
     Attributes:
         path: The file.
         step: ``global_step`` when it was written; ``None`` if the file does not say.
         epoch: Likewise.
-        places: Where each tensor is, by the key it has in a ``state_dict``.
+        places: Where each tensor is, by the name it has in a plain module.
+        extra: What modules keep beside their tensors (``get_extra_state``).
 
     Raises:
-        ValueError: If there is no such file, it cannot be read, holds no weights, or would need unpickling.
+        ValueError: If there is no such file, it cannot be read, holds no weights, or would run code.
+        OSError: If the system refuses to read it.
     """
 
     def __init__(self, path: str | os.PathLike[str], weights: WhichWeights = "published") -> None:
         if weights not in get_args(WhichWeights):
             raise ValueError(f"`weights` must be 'raw' or 'published', got {weights!r}.")
+        if is_remote(path):
+            raise ValueError(f"{path} is not on this machine: only local files are read tensor by tensor. Copy it.")
         self.path = Path(path)
         self.step: int | None = None
         self.epoch: int | None = None
-        self.places = self._safetensors() if self.path.suffix == ".safetensors" else self._torch(weights)
-        self._file = self.path.open("rb", buffering=0)
-        weakref.finalize(self, self._file.close)
+        self.extra: dict[str, Any] = {}
+        self.places: dict[str, Place] = {}
+        self._memory: Weights = {}  # of a file that cannot be read tensor by tensor
+        self._sums: Sums | None = None
+        if self.path.suffix == ".safetensors":
+            self._safetensors()
+        elif is_sharded_checkpoint(self.path):
+            self._folder(weights)
+        else:
+            self._torch(weights)
+        self._file: IO[bytes] | None = None
+        self._identity: tuple[int, ...] = ()
+        if not self._memory:
+            self._open()
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, step={self.step})"
@@ -113,84 +128,149 @@ class Checkpoint:
         return {name: read[at] for name, at in self.places.items()}
 
     def read_into(self, memory: memoryview, name: str, start: int = 0) -> None:
-        """Fills the bytes with those of a tensor as they lie in the file, from number ``start`` on."""
+        """Fills the bytes with those of a tensor as they lie in the file, from number ``start`` on.
+
+        Raises:
+            ValueError: If they are not those that were written, or are no longer there.
+        """
         at = self.places[name]
-        offset = at.offset + start * at.dtype.itemsize
-        while memory:
-            count = os.preadv(self._file.fileno(), [memory], offset)  # leaves other threads alone, as a seek would not
-            if not count:
-                raise ValueError(f"{self.path} ends before `{name}` does: it was cut short after it was opened.")
-            memory, offset = memory[count:], offset + count
+        if name in self._memory:
+            held = memory_of(self._memory[name].view(-1))
+            memory[:] = held[start * at.dtype.itemsize :][: len(memory)]
+            return
+        handle, file = self._handle()
+        try:
+            self._refuse_damage(handle, name, at)
+            offset = at.offset + start * at.dtype.itemsize
+            while memory:
+                count = os.preadv(handle, [memory], offset)  # leaves other threads alone, as a seek would not
+                if not count:
+                    raise ValueError(f"{self.path} ends before `{name}` does: it was cut short after it was opened.")
+                memory, offset = memory[count:], offset + count
+        finally:
+            if file is not None:
+                file.close()
 
     def sha256(self) -> str:
-        """The SHA-256 of the file, as ``sha256sum`` prints it."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        """The SHA-256 of the file, as ``sha256sum`` prints it; of a folder that of its files' hashes, by name."""
+        if self.path.is_dir():
+            files = sorted(each for each in self.path.iterdir() if each.is_file())
+            return hashlib.sha256("".join(f"{each.name} {_sha256(each)}\n" for each in files).encode()).hexdigest()
+        return _sha256(self.path)
 
     # ---- opening
 
-    def _torch(self, weights: WhichWeights) -> dict[str, Place]:
+    def _open(self) -> None:
+        """Keeps the file open, unless so many are that the process would soon be refused one."""
+        with naming(self.path):
+            file = self.path.open("rb", buffering=0)
+        self._identity = _identity(file)
+        if len(_open_files) >= _most_open():
+            file.close()
+            return
+        self._file = file
+        _open_files.add(self)
+        weakref.finalize(self, file.close)
+
+    def _handle(self) -> tuple[int, IO[bytes] | None]:
+        """The file to read from, and what to close afterwards."""
+        if self._file is not None:
+            return self._file.fileno(), None
+        with naming(self.path):
+            file = self.path.open("rb", buffering=0)
+        if _identity(file)[:2] != self._identity[:2]:
+            file.close()
+            raise ValueError(f"{self.path} was replaced after it was opened. Open the run again.")
+        return file.fileno(), file
+
+    def _refuse_damage(self, handle: int, name: str, at: "Place") -> None:
+        if self._sums is not None and (problem := self._sums.problem(handle, at.offset, at.bytes)) is not None:
+            if os.fstat(handle).st_size < at.offset + at.bytes:
+                raise ValueError(f"{self.path} ends before `{name}` does: it was cut short after it was opened.")
+            raise damaged(self.path, f"its part with `{name}` {problem}")
+
+    def _torch(self, weights: WhichWeights) -> None:
         try:
-            places = self._layout(read(self.path, "meta"), weights)  # where tensors are, without reading them
+            file = self._layout(read(self.path, "meta"))  # where tensors are, without reading them
+            self._take(file, weights)
         except AttributeError:
             with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
-                places = self._layout(read(self.path), weights)
-        if not places:
-            raise ValueError(
-                f"{self.path} holds no weights that could be found: no `state_dict`, and no tensors by name."
-                " `lightning-merge inspect` says what is in it."
-            )
-        return places
+                self._take(self._layout(read(self.path)), weights)
+        self._sums = Sums(self.path)
+        if self.extra:
+            self.extra = dict(_choose(open_file(self.path), weights).extra)
 
-    def _layout(self, content: Any, weights: WhichWeights) -> dict[str, Place]:
+    def _layout(self, content: Any) -> WeightFile:
         if not zipfile.is_zipfile(self.path):
             raise ValueError(
                 f"{self.path} was written by torch before 1.6, in a format that is read as a whole. Load it with"
                 " `torch.load(..., weights_only=True)` and save it again."
             )
-        if not isinstance(content, Mapping):
-            return {}
-        if isinstance(content.get("state_dict"), Mapping):
-            self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
-            places = _places(content["state_dict"])
-            if weights == "raw" and "lightning_merge" in content:
-                places = self._raw(places, content["lightning_merge"])
-            return places
-        return _places(content) if all(isinstance(each, Tensor) for each in content.values()) else {}
+        return sets_of(content, self.path)
 
-    def _raw(self, saved: dict[str, Place], label: Mapping[str, Any]) -> dict[str, Place]:
-        if "raw" not in label:
-            if label["holds"] == "raw":
-                return saved
+    def _take(self, file: WeightFile, weights: WhichWeights) -> None:
+        chosen = _choose(file, weights)
+        self.path = chosen.file or self.path
+        content = file.content if isinstance(file.content, dict) else {}
+        self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
+        self.places = {name: _place(tensor) for name, tensor in chosen.weights.items()}
+        self.extra = dict(chosen.extra)
+        if not self.places:
             raise ValueError(
-                f"{self.path} holds the weights of the average {label['holds']!r} only, without the raw ones. Take"
+                f"{self.path} holds no weights that could be found: no `state_dict`, and no tensors by name."
+                " `lightning-merge inspect` says what is in it."
+            )
+
+    def _folder(self, weights: WhichWeights) -> None:
+        file = open_file(self.path)
+        chosen = _choose(file, weights)
+        self.step, self.epoch = _int(file.content.get("global_step")), _int(file.content.get("epoch"))
+        self.extra = dict(chosen.extra)
+        self._memory = {name: tensor.contiguous() for name, tensor in chosen.weights.items()}
+        for name, tensor in self._memory.items():
+            self.places[name] = Place(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    def _safetensors(self) -> None:
+        header = read_header(self.path)
+        like = {name: torch.empty(at.shape, dtype=at.dtype, device="meta") for name, at in header.items()}
+        names = stored(like, "the whole file")
+        for name in names.weights:
+            entry = header[names.keys.get(name, name)]
+            self.places[name] = Place(entry.start, entry.shape, contiguous_stride(entry.shape), entry.dtype)
+        if not self.places:
+            raise ValueError(f"{self.path} holds no tensors.")
+        if names.extra:
+            self.extra = dict(open_file(self.path).choose().extra)
+
+
+def _choose(file: WeightFile, weights: WhichWeights) -> StoredSet:
+    if weights == "published" or len(file.sets) == 1:
+        if weights == "raw" and "raw" not in file.sets and file.default != "weights":
+            raise ValueError(
+                f"{file.path} holds the weights of the average {file.default!r} only, without the raw ones. Take"
                 " files written without `save_weights_only=True`, or the published weights: `weights='published'`."
             )
-        raw = _places(label["raw"])
-        # Tied tensors are saved under each of their names, and set aside under one.
-        by_place = {saved[key]: raw[name] for key in saved if (name := canonical(key)) in raw}
-        return {key: by_place.get(at, at) for key, at in saved.items()}
+        return file.choose()
+    return file.choose("raw" if "raw" in file.sets else None)
 
-    def _safetensors(self) -> dict[str, Place]:
-        if not self.path.is_file():
-            raise ValueError(f"there is no file {self.path}.")
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            try:
-                header: Any = json.loads(file.read(length)) if length <= size - 8 else None
-                places = {
-                    name: _safetensors_place(entry, 8 + length, size)
-                    for name, entry in header.items()
-                    if name != "__metadata__"
-                }
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise ValueError(
-                    f"{self.path} cannot be read: it was cut short, or is no safetensors file ({error})."
-                ) from error
-        if not places:
-            raise ValueError(f"{self.path} holds no tensors.")
-        return places
+
+def _sha256(path: Path) -> str:
+    with naming(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _most_open() -> int:
+    """How many files stay open: half of what the process may have."""
+    if sys.platform == "win32":
+        return 256
+    import resource
+
+    return max(1, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2**16) // 2)
+
+
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return (status.st_dev, status.st_ino)
 
 
 def memory_of(numbers: Tensor) -> memoryview:
@@ -198,22 +278,9 @@ def memory_of(numbers: Tensor) -> memoryview:
     return memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def _places(tensors: Mapping[str, Any]) -> dict[str, Place]:
-    return {name: _place(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-
-
 def _place(tensor: Any) -> Place:
     start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
     return Place(int(start), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
-
-
-def _safetensors_place(entry: Mapping[str, Any], start: int, size: int) -> Place:
-    shape, dtype = tuple(entry["shape"]), _SAFETENSORS_DTYPES[entry["dtype"]]
-    first, last = entry["data_offsets"]
-    if last - first != math.prod(shape) * dtype.itemsize or first < 0 or start + last > size:
-        raise ValueError(f"bytes {first} to {last} do not hold a tensor of shape {shape}")
-    stride = tuple(math.prod(shape[index + 1 :]) for index in range(len(shape)))
-    return Place(start + first, shape, stride, dtype)
 
 
 def _int(value: Any) -> int | None:

@@ -1,15 +1,23 @@
-"""Reading a checkpoint file without running what is in it."""
+"""The one reader of checkpoint files: nothing in them is run, and an error says what is the matter with which file."""
 
 import argparse
+import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from lightning_merge.files import _stand_ins
+from lightning_merge.files._check import check_sums, is_of_the_system, naming, opened
 from lightning_merge.files._sharded import is_sharded_checkpoint, read_folder
+from lightning_merge.files._stand_ins import StandIn
+from lightning_merge.files._write import is_remote
+
+Location = Literal["cpu", "meta"]
 
 
 class _Inert:
@@ -31,14 +39,84 @@ _PLAIN_DATA: list[Any] = [
 ]
 
 
-def read(path: Path, location: Literal["cpu", "meta"] = "cpu") -> Any:
+def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool = True) -> Any:
     """The content of a file that torch wrote, on the CPU; tensors stay on disk until they are used, on "meta" for good.
 
+    Objects of classes that are not plain data are stand-ins (``StandIn``): nothing of them is imported or run.
+
+    Args:
+        path: A file, the folder of a sharded checkpoint, or a URL.
+        location: "meta" for names and shapes alone.
+        check: Hold what is read on the CPU against the checksums in the file, which reads all of it once.
+
     Raises:
-        ValueError: If there is no such file, or it is cut short, not torch's, or holds more than plain data.
+        ValueError: If there is no such file, or it is damaged, cut short, not torch's, or would run code.
+        OSError: If the system refuses to read it.
     """
-    if is_sharded_checkpoint(path):
-        return read_folder(path)
+    with naming(path):
+        if not is_remote(path):
+            path = Path(path)
+            if is_sharded_checkpoint(path):
+                return read_folder(path)
+            refuse_no_file(path)
+        if check and location == "cpu":
+            check_sums(path)
+        try:
+            content = _load(path, location)
+        except pickle.UnpicklingError as error:
+            if "Unsupported global" in str(error) or "GLOBAL" in str(error):
+                raise ValueError(_runs_code(path, _which(error))) from error
+            raise ValueError(unreadable(path)) from error
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:
+            if is_of_the_system(error):
+                raise
+            raise ValueError(unreadable(path)) from error
+    if isinstance(content, StandIn) and not content:
+        raise ValueError(_runs_code(path, f" ({content.name})"))
+    return content
+
+
+def _load(path: str | os.PathLike[str], location: Location) -> Any:
+    """Tensors and plain data as torch reads them by itself; with stand-ins for the rest where that does not do."""
+    try:
+        with torch.serialization.safe_globals(_PLAIN_DATA):
+            return _torch_load(path, location, weights_only=True)
+    except pickle.UnpicklingError:
+        if not _is_zip_of_pickles(path):
+            raise
+    # Not a way around `weights_only`: torch then takes the unpickler that it is given, and this one runs nothing.
+    return _torch_load(path, location, weights_only=False, pickle_module=_stand_ins)
+
+
+def _torch_load(path: str | os.PathLike[str], location: Location, **how: Any) -> Any:
+    if is_remote(path):
+        with opened(path) as file:
+            return torch.load(file, map_location=location, **how)
+    try:
+        return torch.load(path, map_location=location, mmap=True, **how)
+    except RuntimeError as error:
+        if "mmap can only be used" not in str(error):
+            raise
+        return torch.load(path, map_location=location, **how)  # torch's format before 1.6
+
+
+def _is_zip_of_pickles(path: str | os.PathLike[str]) -> bool:
+    """Whether it is in torch's format, and no archive of TorchScript, which would run."""
+    with opened(path) as file:
+        if not zipfile.is_zipfile(file):
+            return False
+        with zipfile.ZipFile(file) as parts:
+            return not any(name.endswith("constants.pkl") for name in parts.namelist())
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raises if there is nothing to read.
+
+    Raises:
+        ValueError: If it is a folder or missing; what lies beside it is named.
+    """
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder, and not a sharded checkpoint: it lacks meta.pt and .metadata. Name a file, or a"
@@ -48,25 +126,17 @@ def read(path: Path, location: Literal["cpu", "meta"] = "cpu") -> Any:
         near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         cure = f" In {path.parent} there are: {', '.join(file.name for file in near)}." if near else ""
         raise ValueError(f"there is no file {path}.{cure}")
-    try:
-        with torch.serialization.safe_globals(_PLAIN_DATA):
-            try:
-                return torch.load(path, map_location=location, weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                return torch.load(path, map_location=location, weights_only=True)  # torch's format before 1.6
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" not in str(error) and "GLOBAL" not in str(error):
-            raise ValueError(_unreadable(path)) from error
-        raise ValueError(
-            f"{path} holds Python objects{_which(error)} besides tensors and plain data, so reading it would run code."
-            " If you trust whoever wrote it, convert it once:\n"
-            f"  python -c \"import torch; x = torch.load('{path}', map_location='cpu', weights_only=False);"
-            f" torch.save(getattr(x, 'state_dict', lambda: x['state_dict'])(), '{path.with_suffix('.weights.pt')}')\""
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise ValueError(_unreadable(path)) from error
+
+
+def _runs_code(path: str | os.PathLike[str], which: str) -> str:
+    plain = f"{os.path.splitext(os.fspath(path))[0]}.weights.pt"
+    return (
+        f"{path} holds Python objects{which} besides tensors and plain data, so reading it would run code."
+        " If you trust whoever wrote it, convert it once:\n"
+        f"  python -c \"import torch; x = torch.load('{path}', map_location='cpu', weights_only=False);"
+        " torch.save(x.state_dict() if hasattr(x, 'state_dict') else {k: v for k, v in x.items()"
+        f" if 'hyper_parameters' not in k}}, '{plain}')\""
+    )
 
 
 def _which(error: Exception) -> str:
@@ -74,7 +144,8 @@ def _which(error: Exception) -> str:
     return f" ({found[1]})" if found else ""
 
 
-def _unreadable(path: Path) -> str:
+def unreadable(path: str | os.PathLike[str]) -> str:
+    """What is said of a file that is no checkpoint, or a part of one."""
     return (
         f"{path} cannot be read: it was cut short (an interrupted save or copy), or torch did not write it."
         " Use an earlier checkpoint of the run."

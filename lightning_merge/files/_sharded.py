@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-KEY = "lightning_merge"
-"""Key of a checkpoint under which everything of ours is, and first part of the names of parts."""
+from lightning_merge.files._label import KEY
 
 _META = "meta.pt"
 _PREFIX = "state_dict."
