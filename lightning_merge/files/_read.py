@@ -57,7 +57,7 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
         if not is_remote(path):
             path = Path(path)
             if is_sharded_checkpoint(path):
-                return read_folder(path)
+                return read_folder(path, read)
             refuse_no_file(path)
         if check and location == "cpu":
             check_sums(path)

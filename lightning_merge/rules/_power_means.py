@@ -77,7 +77,7 @@ class PowerMeans(Rule):
         for sigma, average in zip(self.sigmas, state["averages"], strict=True):
             lerp_(average, weights, 1.0 - (1.0 - 1.0 / t) ** (gamma_of(sigma) + 1.0))
         if t % self.every == 0:
-            beside = _all_kept(state)
+            beside = [snapshot for snapshot in _all_kept(state) if isinstance(snapshot, str)]
             kept = [self._place.keep(each, beside) for each in state["averages"]]
             state["kept"].append({"time": t, "averages": kept})
 

@@ -81,7 +81,7 @@ class WindowMean(Rule):
 
     def update(self, state: State, weights: Weights) -> None:
         state.pop("cache", None)
-        beside = _all_snapshots(state)
+        beside = [snapshot for snapshot in _all_snapshots(state) if isinstance(snapshot, str)]
         self._forget(state, max(0, len(state["snapshots"]) + 1 - self.k))
         state["snapshots"].append(self._place.keep(weights, beside))
         state["updates"] += 1
