@@ -12,6 +12,7 @@ from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.files._label import as_written
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
@@ -342,10 +343,13 @@ class WeightMerging(Published):
         """Checks that a state from before belongs to this model, and brings it to the model's devices."""
         assert self._state is not None
         devices = {name: tensor.device for name, tensor in self.tensors.items()}
-        self._state = self._active_rule.load(self._state, devices)
-        self._buffers = weights.to_devices(self._buffers, devices)
-        average = self._active_rule.result(self._state)
-        if average is not None and (difference := weights.first_mismatch(self._live, average)):
+        path = "an earlier fit" if self._publisher is None else self._publisher.checkpoints.path
+        with as_written(f"{path}: the state of the average `{self.name}`"):
+            self._state = self._active_rule.load(self._state, devices)
+            self._buffers = weights.to_devices(self._buffers, devices)
+            average = self._active_rule.result(self._state)
+            difference = None if average is None else weights.first_mismatch(self._live, average)
+        if difference is not None:
             raise ValueError(
                 f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
                 " model and the selection that it was started with."

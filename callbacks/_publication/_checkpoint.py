@@ -35,7 +35,7 @@ class Checkpoints:
         self._publisher = publisher
         self._writer: Any = None  # the ModelCheckpoint that is writing
         self._final: Published | None = None  # the average whose final file is being written
-        self._path = "the checkpoint"  # that the fit goes on from
+        self.path = "the checkpoint"  # that the fit goes on from
         self._holds: Published | None = None  # whose weights the file being written holds; None: raw
 
     def wrap(self, patches: Patches) -> None:
@@ -139,7 +139,7 @@ class Checkpoints:
 
     def _load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         path = Path(checkpoint_path)
-        self._path = str(checkpoint_path)
+        self.path = str(checkpoint_path)
         shards_parameters = self._publisher.trainer.strategy.restore_checkpoint_after_setup
         if is_remote(checkpoint_path) or path.exists():
             check(checkpoint_path)
@@ -154,7 +154,7 @@ class Checkpoints:
         return checkpoint
 
     def _on_load_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
-        Label.of(checkpoint, self._path)  # refuses what is not as it was written
+        Label.of(checkpoint, self.path)  # refuses what is not as it was written
         section = checkpoint.get(KEY)
         if section is None and "averaging_state" in checkpoint and "state_dict" not in checkpoint:
             raise ValueError(
@@ -206,7 +206,7 @@ class Checkpoints:
         ours = {average.name: average for average in self._publisher.averages}
         for name, average in ours.items():
             if name in section["states"]:
-                with as_written(f"{self._path}: the state of the average `{name}`"):
+                with as_written(f"{self.path}: the state of the average `{name}`"):
                     average.load(section["states"][name], section["averages"][name])
                 average.accepted = section["averages"][name].get("accepted")
             else:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 FORMAT = 1
 """The version of the label that files of lightning-merge carry."""
@@ -106,6 +106,8 @@ def as_written(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except OutOfMemoryError:
+        raise
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(
             f"{what} is not as lightning-merge writes it ({type(error).__name__}: {error}). The file was changed after"

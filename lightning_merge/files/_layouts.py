@@ -108,7 +108,7 @@ def _lightning_stochastic_averaging(content: Mapping[str, Any], path: Location) 
             sets = {"raw": stored(content["state_dict"], "in `state_dict`", of_lightning=True)}
             if state["n_averaged"] and state["average_model_state"] is not None:
                 where = f"in `callbacks`, `{key}`"
-                updates = int(state["n_averaged"])
+                updates = _int(state["n_averaged"])
                 sets["average"] = stored(state["average_model_state"], where, updates, of_lightning=True)
             return _file(path, "a checkpoint of Lightning's StochasticWeightAveraging callback", sets, content)
     return None
@@ -219,4 +219,5 @@ def _stripped(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _int(value: Any) -> int | None:
-    return None if value is None else int(value)
+    unknown = value is None or not holds_numbers({"": value})
+    return None if unknown else int(value)

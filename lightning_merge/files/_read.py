@@ -47,7 +47,7 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
     Args:
         path: A file, the folder of a sharded checkpoint, or a URL.
         location: "meta" for names and shapes alone.
-        check: Hold what is read on the CPU against the checksums in the file, which reads all of it once.
+        check: Hold tensors on the CPU against the checksums in the file, which reads all of it once.
 
     Raises:
         ValueError: If there is no such file, or it is damaged, cut short, not torch's, or would run code.
@@ -59,8 +59,7 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
             if is_sharded_checkpoint(path):
                 return read_folder(path, read)
             refuse_no_file(path)
-        if check and location == "cpu":
-            check_sums(path)
+        check_sums(path, tensors=check and location == "cpu")
         try:
             content = _load(path, location)
         except pickle.UnpicklingError as error:
