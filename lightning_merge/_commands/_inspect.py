@@ -12,7 +12,7 @@ from lightning_merge.files._check import opened
 from lightning_merge.files._label import Label
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._read import read
-from lightning_merge.files._stand_ins import StandIn
+from lightning_merge.files._stand_ins import StandIn, stands_for
 from lightning_merge.files._write import is_remote
 
 
@@ -44,7 +44,7 @@ def _describe(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _stand_ins(content: Any) -> Iterator[str]:
-    found = [(str(key), name) for key, value in _items(content) if (name := _stands_for(value)) is not None]
+    found = [(str(key), name) for key, value in _items(content) if (name := stands_for(value)) is not None]
     if found:
         shown = ", ".join(f"`{key}` ({name})" for key, name in found[:4])
         yield f"  not read, since it is no plain data: {shown}{' ...' if len(found) > 4 else ''}"
@@ -57,14 +57,6 @@ def _items(content: Any) -> Iterator[tuple[Any, Any]]:
             yield from ((f"{key}.{inner}", item) for inner, item in value.items())
         else:
             yield key, value
-
-
-def _stands_for(value: Any) -> str | None:
-    """The first class of which something stands in a value."""
-    if isinstance(value, StandIn):
-        return value.name
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else ()
-    return next((name for part in parts if (name := _stands_for(part)) is not None), None)
 
 
 def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:

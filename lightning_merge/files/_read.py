@@ -83,7 +83,7 @@ def _load(path: str | os.PathLike[str], location: Location) -> Any:
         with torch.serialization.safe_globals(_PLAIN_DATA):
             return _torch_load(path, location, weights_only=True)
     except pickle.UnpicklingError:
-        if not _is_zip_of_pickles(path):
+        if not _is_zip_of_pickles(path) or os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0") != "0":
             raise
     # Not a way around `weights_only`: torch then takes the unpickler that it is given, and this one runs nothing.
     return _torch_load(path, location, weights_only=False, pickle_module=_stand_ins)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lightning_merge.files._stand_ins import StandIn
+from lightning_merge.files._stand_ins import stands_for
 from lightning_merge.weights import Weights, canonical
 
 DDP = "module."
@@ -120,9 +120,9 @@ def stored(
         where,
         updates,
         initial_share,
-        {name: value for name, value in named.items() if is_extra(name) and not _stands_in(value)},
+        {name: value for name, value in named.items() if is_extra(name) and stands_for(value) is None},
         prefix,
-        tuple(name for name, value in named.items() if _stands_in(value)),
+        tuple(name for name, value in named.items() if stands_for(value) is not None),
         {name.removeprefix(prefix): key for key, name in names.items() if name.removeprefix(prefix) != key},
     )
 
@@ -136,13 +136,6 @@ def plain_names(state: Mapping[str, Any]) -> dict[str, str]:
 def is_extra(name: str) -> bool:
     """Whether it is the name of what a module keeps beside its tensors; not a number to be averaged."""
     return name.rpartition(".")[2] == "_extra_state"
-
-
-def _stands_in(value: Any) -> bool:
-    if isinstance(value, StandIn):
-        return True
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return any(map(_stands_in, parts))
 
 
 def tensors(state: Mapping[str, Any]) -> Weights:

@@ -48,6 +48,14 @@ class StandIn(dict[Any, Any]):
         return self is not other
 
 
+def stands_for(value: Any) -> str | None:
+    """The first class of which something stands in a value, or in what the value holds."""
+    if isinstance(value, StandIn):
+        return value.name
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    return next((name for part in parts if (name := stands_for(part)) is not None), None)
+
+
 def _tensor_of_a_class(rebuild: Any, kind: Any, arguments: tuple[Any, ...], state: Any) -> Any:
     """A tensor of a class of its own: as a plain one."""
     return _call(rebuild, arguments)
