@@ -235,6 +235,16 @@ def test_files_of_a_run_hold_what_was_measured(run: Run, files: dict[str, Path])
     assert out.count("  equal ") == 3
 
 
+def test_a_file_with_objects_among_its_hyperparameters_is_measured_too(
+    run: Run, files: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text((files["run"] / "config.yaml").read_text())
+    content = torch.load(files["swa-final.ckpt"], weights_only=True)
+    torch.save(content | {"hyper_parameters": {"net": torch.nn.Linear(1, 1)}}, tmp_path / "objects.ckpt")
+    code, out, err = run("verify", tmp_path)
+    assert (code, out.count("  equal ")) == (0, 1), out + err
+
+
 def test_a_file_whose_weights_were_exchanged_is_found(run: Run, files: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text((files["run"] / "config.yaml").read_text())
     content = torch.load(files["swa-final.ckpt"], weights_only=True)

@@ -1,7 +1,7 @@
 """Sets of weights, under the names of a plain module."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +125,20 @@ def stored(
         tuple(name for name, value in named.items() if stands_for(value) is not None),
         {name.removeprefix(prefix): key for key, name in names.items() if name.removeprefix(prefix) != key},
     )
+
+
+def weights_in(content: Mapping[str, Any], expected: Collection[str] = ()) -> Weights:
+    """The tensors under ``state_dict`` in the content of a file, or of a state dict, under canonical names.
+
+    Args:
+        content: Of a file.
+        expected: Names of the model, in which a module may be called ``module``.
+    """
+    state = content.get("state_dict", content)
+    if not isinstance(state, Mapping):
+        return {}
+    keeps = "pytorch-lightning_version" in content or any(name.startswith(DDP) for name in expected)
+    return stored(state, "", of_lightning=keeps).weights
 
 
 def plain_names(state: Mapping[str, Any]) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.files._read import read
+from lightning_merge.files._sets import weights_in
 from lightning_merge.weights import canonical, named_tensors
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
@@ -46,14 +47,15 @@ def tensors_of(source: Source | Literal["zero"], argument: str) -> Mapping[str, 
         return None
     if isinstance(source, nn.Module):
         return named_tensors(source)
-    content: Any = read(Path(source)) if isinstance(source, (str, Path)) else source
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    content: Any = read(source) if isinstance(source, (str, Path)) else source
     if not isinstance(content, Mapping):
         raise TypeError(
             f"`{argument}` must be a module, named tensors or the path of a checkpoint, got {type(source).__name__}."
         )
-    found = {canonical(name): t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    state = content["state_dict"] if isinstance(content.get("state_dict"), Mapping) else content
+    found = {canonical(name): t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if isinstance(source, (str, Path)):
+        found = {**found, **weights_in(content)}  # a name may begin with DDP's `module.`, or with a module of that name
     if not found:
         raise ValueError(f"`{argument}` holds no named tensors: {source if isinstance(source, (str, Path)) else ''}.")
     return found

@@ -24,6 +24,8 @@ from lightning_merge._commands._inspect import describe
 from lightning_merge.compat import read_weights
 from lightning_merge.files import _stand_ins, check, read
 from lightning_merge.files._layouts import open_file
+from lightning_merge.optim import OnDARE
+from lightning_merge.rules import Interpolation
 from lightning_merge.trajectory import Checkpoint, Trajectory
 
 WEIGHTS = {"net.weight": torch.arange(6.0).view(2, 3), "net.bias": torch.tensor([0.5, -0.5])}
@@ -303,6 +305,15 @@ def test_names_are_those_of_a_plain_module(wrapped: Any, reader: Any, tmp_path: 
     state = {wrapped(name.removeprefix("net.")): tensor for name, tensor in WEIGHTS.items()}
     torch.save({"state_dict": state, "global_step": 1, "epoch": 0}, path := tmp_path / "a.ckpt")
     assert equal(reader(path, tmp_path), WEIGHTS)
+
+
+@pytest.mark.parametrize("wrapped", NAMES.values(), ids=NAMES.keys())
+def test_a_base_and_an_anchor_of_a_wrapped_module_are_taken(wrapped: Any, tmp_path: Path) -> None:
+    state = {wrapped(name.removeprefix("net.")): tensor for name, tensor in WEIGHTS.items()}
+    torch.save({"state_dict": state}, path := tmp_path / "a.ckpt")
+    assert equal(Interpolation(anchor=str(path)).init(WEIGHTS)["anchor"], WEIGHTS)
+    module = nn.ModuleDict({"net": nn.Linear(3, 2)})
+    OnDARE(torch.optim.SGD(module.parameters(), lr=0.1), reference=module, pretrained=path)
 
 
 def test_a_module_called_module_keeps_its_name_in_files_of_lightning(tmp_path: Path) -> None:

@@ -225,7 +225,58 @@ def test_labels_of_sets_without_states_are_checked_too() -> None:
     assert Label.of([1], "a.ckpt") is None
 
 
+DAMAGE: dict[str, Callable[[bytearray], Any]] = {
+    "a bit of a tensor": lambda data: data.__setitem__(data.index(_NET) + 6, data[data.index(_NET) + 6] ^ 64),
+    "bytes of the pickle": lambda data: data.__setitem__(
+        slice(data.index(KEY.encode()), data.index(KEY.encode()) + 4), b"----"
+    ),
+    "its index": lambda data: data.__setitem__(slice(len(data) - 400, len(data) - 390), b"-" * 10),
+    "its end": lambda data: data.__delitem__(slice(len(data) - 30, None)),
+}
+
+
+def _at(data: bytearray, text: str) -> int:
+    return data.index(text.encode())
+
+
+_NET = torch.tensor([[0.625, -0.375]]).numpy().tobytes()
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+@pytest.mark.parametrize("store", ["disk", "memory://"])
+def test_a_damaged_file_is_not_gone_on_from(damage: Any, store: str, tmp_path: Path) -> None:
+    fit(EMA(decay=0.5), ModelCheckpoint(tmp_path, filename="sound"))
+    content = torch.load(tmp_path / "sound.ckpt", weights_only=True)
+    content["state_dict"]["net.weight"] = torch.tensor([[0.625, -0.375]])
+    torch.save(content, tmp_path / "damaged.ckpt")
+    data = bytearray((tmp_path / "damaged.ckpt").read_bytes())
+    damage(data)
+    path = str(tmp_path / "damaged.ckpt") if store == "disk" else "memory://writers/damaged.ckpt"
+    with fsspec.open(path, "wb") as file:
+        file.write(data)
+    with pytest.raises((ValueError, RuntimeError), match=r"damaged\.ckpt is (damaged|not a complete)") as error:
+        fit(EMA(decay=0.5), epochs=2, path=path)
+    assert ("sound.ckpt" in str(error.value)) == (store == "disk")
+
+
 # ---- a window on disk
+
+
+@pytest.mark.parametrize(
+    "rule", ["WindowMean(k=1, store='disk', directory={!r})", "PowerMeans(sigmas=(0.05, 0.1), every=1, directory={!r})"]
+)
+def test_a_folder_that_only_the_file_names_is_not_read(rule: str, tmp_path: Path) -> None:
+    name = f"{'0' * 16}-{'1' * 16}.pt"
+    (tmp_path / "private").mkdir()
+    torch.save({"w": torch.full((4,), 42.0)}, tmp_path / "private" / name)
+    state = {"snapshots": [name], "checkpointed": [], "updates": 1, "averages": [STATE, STATE], "kept": []}
+    about = {"class": "LAWA", "rule": rule.format(str(tmp_path / "private")), "steps": 1, "updates": 1}
+    label = {"format": FORMAT, "holds": "raw", "averages": {"lawa": about}, "raw": {}}
+    label["states"] = {"lawa": {"state": state, "buffers": {}}}
+    torch.save({"state_dict": STATE, KEY: label}, tmp_path / "in.ckpt")
+    with pytest.raises(ValueError, match=r"holds no set called 'lawa'.*a folder that only this file names"):
+        export(str(tmp_path / "in.ckpt"), tmp_path / "out.pt", "lawa", "", None, force=False)
+    assert not (tmp_path / "out.pt").exists()
 
 
 NAMES = ["../precious.pt", "/precious.pt", "..", "", "a/b.pt", "a\\b.pt", "precious.pt", "precious.ckpt", 3, None]
