@@ -91,6 +91,8 @@ def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def _ours(content: Mapping[str, Any], label: Label, path: str | os.PathLike[str]) -> Iterator[str]:
+    if not isinstance(content.get("state_dict"), Mapping):
+        open_file(path, check=False)  # says what is wrong with it
     full = label.raw is not None
     yield f"  a {'full' if full else 'weights-only'} checkpoint with the label of lightning-merge{_progress(content)}"
 

@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from lightning_merge.files import is_remote, replacing
+from lightning_merge.files import exists, is_remote, replacing
 
 
 def refuse_target(target: str | os.PathLike[str], what: str, suffixes: tuple[str, ...], force: bool) -> None:
@@ -27,11 +27,9 @@ def refuse_target(target: str | os.PathLike[str], what: str, suffixes: tuple[str
         )
     if not os.fspath(target).endswith(suffixes):
         raise ValueError(f"{what} must end in {', '.join(suffixes)}, got {target}.")
-    if local is None:
-        return
-    if local.exists() and not force:
+    if not force and exists(target):
         raise ValueError(f"{target} exists already; --force replaces it.")
-    if not local.parent.is_dir():
+    if local is not None and not local.parent.is_dir():
         raise ValueError(f"there is no folder {local.parent} to write {local.name} to.")
 
 
@@ -47,7 +45,7 @@ def save(content: Any, target: str | os.PathLike[str]) -> None:
     with replacing(target) as unfinished:
         torch.save(content, unfinished)
         try:
-            torch.load(unfinished, map_location="meta", weights_only=True)
+            torch.load(unfinished, map_location="cpu", weights_only=True, mmap=True)  # reads no numbers
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{target} was not written: the set holds objects beside its tensors that `weights_only=True` does not"

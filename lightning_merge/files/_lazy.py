@@ -191,14 +191,28 @@ class Checkpoint:
 
     def _torch(self, weights: WhichWeights) -> None:
         try:
-            file = self._layout(read(self.path, "meta"))  # where tensors are, without reading them
-            self._take(file, weights)
+            self._take(self._layout(self._on_meta()), weights)
         except AttributeError:
             with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
                 self._take(self._layout(read(self.path)), weights)
         self._sums = Sums(self.path)
         if self.extra:
             self.extra = dict(_choose(open_file(self.path), weights).extra)
+
+    def _on_meta(self) -> Any:
+        """The content with where tensors are, without reading them."""
+        try:
+            return read(self.path, "meta")
+        except ValueError:
+            for found in open_file(self.path).sets.values():  # fails likewise if the file is damaged
+                for name, tensor in found.weights.items():
+                    if tensor.layout != torch.strided or tensor.is_quantized:
+                        kind = "quantised" if tensor.is_quantized else "sparse"
+                        raise ValueError(
+                            f"{self.path}: `{name}` is a {kind} tensor, which is not read in parts and has no mean."
+                            " Save it as a plain one (`dequantize()`, `to_dense()`), or leave it out."
+                        ) from None
+            raise
 
     def _layout(self, content: Any) -> WeightFile:
         if not zipfile.is_zipfile(self.path):

@@ -59,6 +59,7 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
             if is_sharded_checkpoint(path):
                 return read_folder(path, read)
             refuse_no_file(path)
+        _refuse_program(path)
         check_sums(path, tensors=check and location == "cpu")
         try:
             content = _load(path, location)
@@ -83,7 +84,7 @@ def _load(path: str | os.PathLike[str], location: Location) -> Any:
         with torch.serialization.safe_globals(_PLAIN_DATA):
             return _torch_load(path, location, weights_only=True)
     except pickle.UnpicklingError:
-        if not _is_zip_of_pickles(path) or os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0") != "0":
+        if not _is_zip(path) or os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0") != "0":
             raise
     # Not a way around `weights_only`: torch then takes the unpickler that it is given, and this one runs nothing.
     return _torch_load(path, location, weights_only=False, pickle_module=_stand_ins)
@@ -101,13 +102,26 @@ def _torch_load(path: str | os.PathLike[str], location: Location, **how: Any) ->
         return torch.load(path, map_location=location, **how)  # torch's format before 1.6
 
 
-def _is_zip_of_pickles(path: str | os.PathLike[str]) -> bool:
-    """Whether it is in torch's format, and no archive of TorchScript, which would run."""
+def _is_zip(path: str | os.PathLike[str]) -> bool:
+    with opened(path) as file:
+        return zipfile.is_zipfile(file)
+
+
+def _refuse_program(path: str | os.PathLike[str]) -> None:
+    """Raises if it is an archive of TorchScript, which is a program and no file of weights."""
     with opened(path) as file:
         if not zipfile.is_zipfile(file):
-            return False
-        with zipfile.ZipFile(file) as parts:
-            return not any(name.endswith("constants.pkl") for name in parts.namelist())
+            return
+        try:
+            with zipfile.ZipFile(file) as parts:
+                names = parts.namelist()
+        except (zipfile.BadZipFile, ValueError):  # what checks the file says so
+            return
+    if any(name.partition("/")[2] == "constants.pkl" for name in names):
+        raise ValueError(
+            f"{path} is a program (TorchScript), which is not read since that would run it. If you trust who wrote it:"
+            f" torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')."
+        )
 
 
 def refuse_no_file(path: Path) -> None:

@@ -191,4 +191,9 @@ def bytes_of(weights: Mapping[str, Tensor]) -> int:
 
 def contiguous(weights: Mapping[str, Tensor]) -> Weights:
     """Each tensor in memory of its own, as safetensors wants it."""
-    return {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in weights.items()}
+    return {
+        name: t.detach().clone(memory_format=torch.contiguous_format)
+        if t.layout == torch.strided
+        else t.detach().clone()
+        for name, t in weights.items()
+    }

@@ -41,6 +41,16 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return _REMOTE.match(os.fspath(path)) is not None
 
 
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file, on the disk or in a store."""
+    if not is_remote(path):
+        return Path(path).exists()
+    import fsspec  # comes with torch
+
+    store, name = fsspec.core.url_to_fs(os.fspath(path))
+    return bool(store.exists(name))
+
+
 def join(folder: str | os.PathLike[str], name: str) -> str:
     """A file in a folder, which may be a URL.
 

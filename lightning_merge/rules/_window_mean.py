@@ -29,7 +29,8 @@ class WindowMean(Rule):
             last two the mean is computed in host memory, in the time it takes to read ``k`` copies.
         directory: For ``"disk"``, and only for it: a folder, one file per snapshot. A checkpoint then names files
             instead of holding ``k`` copies. The files of the last two checkpoints are kept along with the window's, so
-            up to ``3 * k``; nothing is removed at the end of the run.
+            up to ``3 * k``; nothing is removed at the end of the run. A file is read-only once a checkpoint names it,
+            and what a killed run left beside those goes when the run goes on.
 
     Raises:
         ValueError: If an argument is outside its range.

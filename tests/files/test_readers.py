@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from readers import ALL, OF_WEIGHTS, STRICT, combined, equal
 from torch import Tensor, nn
 
+from lightning_merge._commands._export import export
 from lightning_merge._commands._inspect import describe
 from lightning_merge.compat import read_weights
 from lightning_merge.files import _stand_ins, check, read
@@ -96,6 +97,24 @@ def test_tensors_in_dicts_of_a_class_of_their_own_are_read(tmp_path: Path) -> No
     torch.save({"state_dict": Settings(**WEIGHTS)}, path := tmp_path / "a.ckpt")
     assert equal(read_weights(path), WEIGHTS)
     assert equal(Checkpoint(path).weights(), WEIGHTS)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantised"])
+@pytest.mark.parametrize("reader", [OF_WEIGHTS["average"], OF_WEIGHTS["soup"], OF_WEIGHTS["Trajectory"]])
+def test_what_has_no_mean_is_refused_by_name(kind: str, reader: Any, tmp_path: Path) -> None:
+    odd = (
+        torch.eye(2).to_sparse() if kind == "sparse" else torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    )
+    torch.save({"state_dict": {**WEIGHTS, "odd": odd}, "global_step": 1}, path := tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"a.ckpt: `odd` is a {kind} tensor"):
+        reader(path, tmp_path)
+    assert export(str(path), tmp_path / "b.pt", None, "", None, force=False)
+
+
+def test_programs_are_called_programs(tmp_path: Path) -> None:
+    torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)).save(path := str(tmp_path / "a.pt"))
+    with pytest.raises(ValueError, match=r"a.pt is a program \(TorchScript\)"):
+        read(path)
 
 
 class Mine(Tensor):
@@ -343,10 +362,10 @@ def test_a_file_in_a_store_is_read_and_written_there(tmp_path: Path, monkeypatch
     assert "memory://files/run/a.ckpt" in describe("memory://files/run/a.ckpt")
     check("memory://files/run/a.ckpt")
     for suffix in (".pt", ".safetensors"):
-        from lightning_merge._commands._export import export
-
         export("memory://files/run/a.ckpt", f"memory://files/out/x{suffix}", None, "", None, force=False)
         assert equal(read_weights(f"memory://files/out/x{suffix}"), WEIGHTS)
+        with pytest.raises(ValueError, match=r"exists already; --force"):
+            export("memory://files/run/a.ckpt", f"memory://files/out/x{suffix}", None, "", None, force=False)
     assert not list(tmp_path.iterdir())
     with fsspec.open("memory://files/run/a.ckpt", "rb") as file:
         data = bytearray(file.read())
