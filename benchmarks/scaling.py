@@ -59,8 +59,8 @@ def measure(size: str, rounds: int, folder: Path) -> dict[str, Any]:
     from torch.distributed.tensor.debug import CommDebugMode
 
     from lightning_merge import weights
-    from lightning_merge._sharded_files import KEY
     from lightning_merge.callbacks._publication._sharded import pack, unpack
+    from lightning_merge.files._label import KEY
     from lightning_merge.rules import ExponentialMean
     from lightning_merge.shards import sharded_tensors
 

@@ -16,6 +16,7 @@ from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.callbacks._task_run._fisher import fisher_information, prepare_fisher
 from lightning_merge.continual import head_parameters
+from lightning_merge.files import atomic
 from lightning_merge.selections import Selection, chosen
 from lightning_merge.weights import Weights
 
@@ -150,9 +151,8 @@ class Anchor(Callback):
             self._anchor = weights.clone(self._held(pl_module))
         if self.file is not None and trainer.is_global_zero:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            part = self.file.with_suffix(".part")
-            torch.save(self._saved(), part)
-            part.replace(self.file)
+            with atomic(self.file) as file:
+                torch.save(self._saved(), file)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the anchor, so that a resumed task is held as before."""

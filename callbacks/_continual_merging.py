@@ -21,6 +21,7 @@ from lightning_merge.callbacks._task_run._stored_samples import StoredSamples, c
 from lightning_merge.combiners import Combiner, add_vector, task_vector
 from lightning_merge.combiners._vectors import refuse_unfit
 from lightning_merge.continual import PRESETS, Bank, InitFrom, Preset, StreamState, head_parameters, join_head
+from lightning_merge.files import join
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
 
@@ -366,7 +367,7 @@ class ContinualMerging(Callback):
         paths = []
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
         if directory is not None and not trainer.fast_dev_run:
-            paths.append((str(Path(directory) / f"{self._title}-merged.ckpt"), True))
+            paths.append((join(directory, f"{self._title}-merged.ckpt"), True))
         for callback in trainer.checkpoint_callbacks:
             if getattr(callback, "monitor", "") is None:
                 for path in {callback.best_model_path, callback.last_model_path} - {""}:

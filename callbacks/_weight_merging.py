@@ -15,6 +15,7 @@ from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.files._label import as_written
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection, chosen
@@ -438,19 +439,22 @@ class WeightMerging(Published):
         """Checks that a state from before belongs to this model, and brings it to the model's devices."""
         assert self._state is not None
         devices = {name: tensor.device for name, tensor in self.tensors.items()}
-        self._state = self._active_rule.load(self._state, devices)
-        self._buffers = weights.to_devices(self._buffers, devices)
-        average = self._active_rule.stored(self._state)
-        if average is not None:
-            if moved := [name for name in average if name in self._captured_buffers]:
+        path = "an earlier fit" if self._publisher is None else self._publisher.checkpoints.path
+        with as_written(f"{path}: the state of the average `{self.name}`"):
+            self._state = self._active_rule.load(self._state, devices)
+            self._buffers = weights.to_devices(self._buffers, devices)
+            average = self._active_rule.stored(self._state)
+            moved = [name for name in average or () if name in self._captured_buffers]
+            if moved:
                 self._active_rule.forget(self._state, moved)  # an earlier version averaged them
                 self._buffers |= weights.copies({n: self._live_buffers[n] for n in moved if n not in self._buffers})
-            kept = {name: tensor for name, tensor in average.items() if name not in moved}
-            if difference := weights.first_mismatch(self._live, kept):
-                raise ValueError(
-                    f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
-                    " model and the selection that it was started with."
-                )
+            kept = {name: tensor for name, tensor in (average or {}).items() if name not in moved}
+            difference = None if average is None else weights.first_mismatch(self._live, kept)
+        if difference is not None:
+            raise ValueError(
+                f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
+                " model and the selection that it was started with."
+            )
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
 

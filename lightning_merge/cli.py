@@ -86,14 +86,14 @@ def _dispatch(arguments: list[str]) -> int:
     listing = commands.add_parser("recipes", description="List the bundled recipes, or print one.")
     listing.add_argument("name", nargs="?", help="the recipe to print, as `digits/swa`")
     inspect = commands.add_parser("inspect", description="Say which weights a checkpoint file holds.")
-    inspect.add_argument("file", type=Path)
+    inspect.add_argument("file", help="a path, or a URL as s3://bucket/run/last.ckpt")
 
     diff = commands.add_parser("diff", description="Say how far apart two sets of weights are, and where.")
     diff.add_argument("first", metavar="FILE[:SET]")
     diff.add_argument("second", metavar="FILE[:SET]", nargs="?")
     export = commands.add_parser("export", description="Write one set of weights of a checkpoint to a file of its own.")
     export.add_argument("file")
-    export.add_argument("out", type=Path, help="ends in .safetensors, .pt, .pth or .bin")
+    export.add_argument("out", help="ends in .safetensors, .pt, .pth or .bin; a path or a URL")
     export.add_argument("--set", help="which set, as `inspect` names them; by default the one the score belongs to")
     export.add_argument("--strip", default="", metavar="PREFIX", help="remove it from names; others are left out")
     export.add_argument("--timm", metavar="ARCH", help="a model of timm that the weights must fit, as `resnet18`")
@@ -144,7 +144,7 @@ def _dispatch(arguments: list[str]) -> int:
             _need(_CLI_MODULES)
         print(combine(options))
     elif options.command == "inspect":
-        from lightning_merge._files import describe
+        from lightning_merge._commands._inspect import describe
 
         print(describe(options.file))
     else:

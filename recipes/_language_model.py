@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_merge._files import read
+from lightning_merge.files._read import read
 from lightning_merge.recipes._causal_lm import causal_lm
 from lightning_merge.recipes._preference_data import IGNORED, Batch
 

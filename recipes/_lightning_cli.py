@@ -12,7 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_utilities.core import rank_zero
 
-from lightning_merge._files import read
+from lightning_merge.files._read import read
 
 # Shown on every run, and nothing a user of a recipe could act on.
 _NOISE = (

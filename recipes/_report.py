@@ -12,8 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from lightning_merge._files import read
 from lightning_merge.callbacks import Doctor, ForkMerge, Published
+from lightning_merge.files._read import read
 from lightning_merge.recipes import _page
 from lightning_merge.recipes._page import COLOURS, GREY
 from lightning_merge.recipes._shares import shares_figure
@@ -162,7 +162,7 @@ def _files(trainer: Trainer, averages: list[Published]) -> dict[str, str]:
         for path in (getattr(checkpoint, name, "") for name in ("last_model_path", "best_model_path")):
             if path and Path(path).is_file() and "raw" not in files:
                 with suppress(ValueError):  # a file with objects of the user's own in it stays unread
-                    content = read(Path(path))
+                    content = read(path, check=False)
                     label = content.get("lightning_merge", {"holds": "raw"})
                     if content["global_step"] == trainer.global_step and (label["holds"] == "raw" or "raw" in label):
                         files["raw"] = path if label["holds"] == "raw" else f"{path} (to go on training)"

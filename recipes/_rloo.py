@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torchmetrics import MeanMetric
 
-from lightning_merge._files import read
 from lightning_merge.callbacks import teacher
+from lightning_merge.files._read import read
 from lightning_merge.recipes._causal_lm import causal_lm
 from lightning_merge.recipes._dpo import PreferenceAccuracy
 from lightning_merge.recipes._language_model import (

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_merge.callbacks import ContinualMerging, RandomState
 from lightning_merge.continual import Bank, Split
+from lightning_merge.files import atomic
 from lightning_merge.recipes._lightning_cli import Parser, quiet
 from lightning_merge.recipes._stream import TaskData, split_by_class, split_by_domain
 from lightning_merge.recipes._stream_report import show
@@ -206,7 +207,7 @@ def _base(
         latest = ModelCheckpoint(place, filename="{epoch}", save_top_k=1)
         fit = cli.trainer_of([progress, RandomState(), latest])
         fit.fit(cli.model, datamodule=held_out, ckpt_path=newest_checkpoint(place))
-        torch.save(cli.model.state_dict(), path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        with atomic(path) as file:
+            torch.save(cli.model.state_dict(), file)
     state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
     return state

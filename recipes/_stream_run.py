@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lightning_merge.callbacks import ContinualMerging, RandomState
 from lightning_merge.continual import continual_metrics
+from lightning_merge.files import atomic
 from lightning_merge.recipes._stream import TaskData
 
 MakeTrainer = Callable[[list[Callback]], Trainer]
@@ -149,12 +149,8 @@ def _open(folder: Path, tasks: Sequence[TaskData], merging: ContinualMerging, se
 
 def _write(folder: Path, record: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / "stream.json.part"
-    with part.open("w") as file:
-        file.write(json.dumps(record, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(folder / "stream.json")
+    with atomic(folder / "stream.json") as file:
+        file.write(f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def _line(record: dict[str, Any], index: int) -> str:

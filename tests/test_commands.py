@@ -189,7 +189,7 @@ def test_diff_of_one_file_compares_its_sets(run: Run, files: dict[str, Path]) ->
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pt"])
 @pytest.mark.parametrize("chosen", [None, "raw"])
 def test_exported_set_loads_without_us(name: str, chosen: str | None, run: Run, files: dict[str, Path]) -> None:
-    from lightning_merge._weight_sets import open_file
+    from lightning_merge.files._layouts import open_file
     from lightning_merge.recipes import SmallConvNet
 
     path = files["swa-final.ckpt"]
@@ -233,6 +233,16 @@ def test_files_of_a_run_hold_what_was_measured(run: Run, files: dict[str, Path])
     assert code == 0, out
     assert out.splitlines()[0].endswith("3 files hold the weights their scores were measured on")
     assert out.count("  equal ") == 3
+
+
+def test_a_file_with_objects_among_its_hyperparameters_is_measured_too(
+    run: Run, files: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text((files["run"] / "config.yaml").read_text())
+    content = torch.load(files["swa-final.ckpt"], weights_only=True)
+    torch.save(content | {"hyper_parameters": {"net": torch.nn.Linear(1, 1)}}, tmp_path / "objects.ckpt")
+    code, out, err = run("verify", tmp_path)
+    assert (code, out.count("  equal ")) == (0, 1), out + err
 
 
 def test_a_file_whose_weights_were_exchanged_is_found(run: Run, files: dict[str, Path], tmp_path: Path) -> None:

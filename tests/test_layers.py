@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = {"optuna", "safetensors"}  # the engine imports them inside functions that say what to install
+OPTIONAL = {"optuna", "safetensors", "fsspec"}  # the engine imports them inside functions that say what to install
 RECIPES_ONLY = {"timm", "torchvision", "yaml", "omegaconf", "jsonargparse", "sklearn", "matplotlib", "rich"}
 
 

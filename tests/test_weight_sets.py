@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import (
 )
 from torch import nn
 
-from lightning_merge._weight_sets import open_file, open_set
 from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD
+from lightning_merge.files._layouts import open_file, open_set
 
 
 def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:

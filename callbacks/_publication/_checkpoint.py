@@ -1,6 +1,5 @@
 """What a checkpoint holds, and how a fit goes on from one."""
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,21 +9,22 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge._sharded_files import KEY, check_parts
-from lightning_merge._weight_sets import WeightFile, of_lightning
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._arrival import Arrival, storage
 from lightning_merge.callbacks._publication._ledger import RAW
 from lightning_merge.callbacks._publication._migration import Migration
 from lightning_merge.callbacks._publication._sharded import pack, unpack
+from lightning_merge.files._check import check
+from lightning_merge.files._label import FORMAT, KEY, Label, as_written
+from lightning_merge.files._layouts import of_lightning
+from lightning_merge.files._sets import WeightFile
+from lightning_merge.files._write import is_remote, join
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
 if TYPE_CHECKING:
     from lightning_merge.callbacks._publication._callback import Published
     from lightning_merge.callbacks._publication._session import Publisher
-
-FORMAT = 1
 
 
 class Checkpoints:
@@ -40,6 +40,7 @@ class Checkpoints:
         self._writer: Any = None  # the ModelCheckpoint that is writing
         self._final: Published | None = None  # the average whose final file is being written
         self._raw: Weights = {}  # raw weights of a file that have no key in its `state_dict`
+        self.path = "the checkpoint"  # that the fit goes on from
 
     def wrap(self, patches: Patches) -> None:
         """Takes hold of the save and load paths."""
@@ -62,7 +63,7 @@ class Checkpoints:
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
         if directory is None or trainer.fast_dev_run:
             return None
-        path = str(Path(directory) / f"{average.name}-final.ckpt")
+        path = join(directory, f"{average.name}-final.ckpt")
         self._final = average
         try:
             trainer.save_checkpoint(path, weights_only=False)
@@ -172,20 +173,14 @@ class Checkpoints:
 
     def _load_checkpoint(self, original: Callable[..., Any], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         path = Path(checkpoint_path)
+        self.path = str(checkpoint_path)
         shards_parameters = self._publisher.trainer.strategy.restore_checkpoint_after_setup
-        if path.is_dir():
-            check_parts(path)
-            if not shards_parameters:
-                raise ValueError(
-                    f"{path} is a sharded checkpoint, which a run under ModelParallelStrategy goes on from. For the"
-                    f" merged weights in a plain file: lightning-merge export {path} merged.pt"
-                )
-        if path.is_file() and not zipfile.is_zipfile(path):
-            others = sorted(str(p) for p in path.parent.glob("*.ckpt") if p != path and zipfile.is_zipfile(p))
-            cure = f"resume from another file: {', '.join(others)}" if others else "there is no other file beside it"
-            raise RuntimeError(
-                f"{path} is not a complete checkpoint: {path.stat().st_size} bytes, without the index that ends one. It"
-                f" was cut off while it was written or copied; {cure}."
+        if is_remote(checkpoint_path) or path.exists():
+            check(checkpoint_path)
+        if path.is_dir() and not shards_parameters:
+            raise ValueError(
+                f"{path} is a sharded checkpoint, which a run under ModelParallelStrategy goes on from. For the"
+                f" merged weights in a plain file: lightning-merge export {path} merged.pt"
             )
         busy, self._publisher.busy = self._publisher.busy, True
         try:
@@ -197,6 +192,7 @@ class Checkpoints:
         return checkpoint
 
     def _on_load_checkpoint(self, original: Callable[[Any], None], checkpoint: dict[str, Any]) -> None:
+        Label.of(checkpoint, self.path)  # refuses what is not as it was written
         section = checkpoint.get(KEY)
         if section is None and "averaging_state" in checkpoint and "state_dict" not in checkpoint:
             raise ValueError(
@@ -223,11 +219,11 @@ class Checkpoints:
         """Goes on from a file of Lightning's own callbacks: its raw weights, and its average for the primary."""
         names = self._publisher.inventory.keys
         stored = theirs.sets["average"]
-        average = {names[key]: tensor for key, tensor in stored.weights.items() if key in names}
+        average = {names[key]: tensor for key, tensor in stored.as_saved.items() if key in names}
         if difference := weights.first_mismatch(self._publisher.inventory.tensors, average):
             raise ValueError(f"this checkpoint is of another model: {difference}. Resume with the model that wrote it.")
         primary = self._publisher.primary
-        checkpoint["state_dict"] = theirs.sets["raw"].weights
+        checkpoint["state_dict"] = theirs.sets["raw"].as_saved
         if primary.adopt(average, stored.updates or 1, checkpoint["global_step"], checkpoint["epoch"]):
             rank_zero_info(f"{primary.title} goes on with the average of {stored.updates} updates in {theirs.kind}.")
         else:
@@ -252,7 +248,8 @@ class Checkpoints:
         ours = {average.name: average for average in self._publisher.averages}
         for name, average in ours.items():
             if name in section["states"]:
-                average.load(section["states"][name], section["averages"][name])
+                with as_written(f"{self.path}: the state of the average `{name}`"):
+                    average.load(section["states"][name], section["averages"][name])
                 average.accepted = section["averages"][name].get("accepted")
             else:
                 saved = ", ".join(section["states"])

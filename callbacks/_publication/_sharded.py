@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge._sharded_files import KEY, fill, mergeable, read_tensors
+from lightning_merge.files._label import KEY
+from lightning_merge.files._sharded import fill, mergeable, read_tensors
 from lightning_merge.shards import as_sharded, map_named, part_of
 from lightning_merge.weights import is_sharded
 

@@ -41,7 +41,7 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, required=True, help="the checkpoint to write; ends in .ckpt or .pt")
+    parser.add_argument("--out", required=True, help="the checkpoint to write, or a URL; ends in .ckpt or .pt")
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--config", type=Path, help="config.yaml of a run or a recipe: model and data to score with")
     parser.add_argument("--monitor", default="val/loss", help="the score: a metric that validation logs")
@@ -61,6 +61,7 @@ def combine(options: argparse.Namespace) -> str:
     Raises:
         ValueError: If something does not fit; nothing is written then.
     """
+    from lightning_merge._commands._target import save
     from lightning_merge._mergeable import refuse_lora_factors
     from lightning_merge.trajectory import Trajectory
 
@@ -98,17 +99,24 @@ def combine(options: argparse.Namespace) -> str:
         "base": None if options.rule != "model-stock" else os.fspath(options.base),
         "statistics": "measured" if bench is not None else "averaged",
     }
-    _write(options.out, merged, provenance)
+    if bench is not None:
+        bench.load(merged)  # as the line that is printed does
+    save({"state_dict": merged, "provenance": provenance}, options.out)
     return _report(options, trajectory, merged, provenance)
 
 
 def _check(options: argparse.Namespace) -> None:
-    if options.out.suffix not in (".ckpt", ".pt"):
-        raise ValueError(f"`--out` must end in .ckpt or .pt, got {options.out}. `lightning-merge export` converts it.")
-    if options.out.exists() and not options.force:
-        raise ValueError(f"{options.out} exists already; --force replaces it.")
-    if not options.out.parent.is_dir():
-        raise ValueError(f"there is no folder {options.out.parent} to write {options.out.name} to.")
+    from lightning_merge._commands._target import refuse_target
+    from lightning_merge.files import is_remote
+
+    try:
+        refuse_target(options.out, "`--out`", (".ckpt", ".pt"), options.force)
+    except ValueError as error:
+        if "must end in" in str(error):
+            raise ValueError(
+                f"`--out` must end in .ckpt or .pt, got {options.out}. `lightning-merge export` converts it."
+            ) from None
+        raise
     if options.rule in _SEARCHES and options.config is None:
         raise ValueError(
             f"`--rule {options.rule}` looks for the best score: name model and data with `--config` (config.yaml of a"
@@ -118,6 +126,10 @@ def _check(options: argparse.Namespace) -> None:
         from lightning_merge._choice import mode_of
 
         options.mode = mode_of("a search", options.monitor, options.mode)
+    if options.rule in _SEARCHES and options.log is None and is_remote(options.out):
+        raise ValueError(
+            f"`--log` must name a file on this machine where `--out` is not on it, got `--out` {options.out}."
+        )
     if options.rule == "model-stock" and options.base is None:
         raise ValueError("`--rule model-stock` needs `--base`, the checkpoint that all were fine-tuned from.")
     if options.rule == "learned" and options.mode == "max":
@@ -197,7 +209,7 @@ def _search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, h
             mode=options.mode,
             budget=options.budget,
             seed=options.seed,
-            log=options.log or options.out.with_suffix(".search.jsonl"),
+            log=options.log or Path(options.out).with_suffix(".search.jsonl"),
             subject=f"{options.monitor} of {', '.join(hashes)}",
             on_evaluation=show,
         )
@@ -219,24 +231,15 @@ def _model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
             continue
         vectors = [task_vector({name: checkpoint.tensor(name)}, tensor) for checkpoint in trajectory]
         merged[name] = add_vector(tensor, ModelStock().combine(vectors))[name]
-    return merged
-
-
-def _write(path: Path, merged: "Weights", provenance: dict[str, Any]) -> None:
-    import torch
-
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        torch.save({"state_dict": merged, "provenance": provenance}, unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return {**merged, **trajectory[-1].extra}
 
 
 def _report(
     options: argparse.Namespace, trajectory: "Trajectory", merged: "Weights", provenance: dict[str, Any]
 ) -> str:
-    size = sum(tensor.numel() for tensor in merged.values())
+    from lightning_merge.files._sets import tensors
+
+    size = sum(tensor.numel() for tensor in tensors(merged).values())
     lines = [f"{options.out}: {options.rule} of {len(trajectory)} checkpoints, {size:,} numbers"]
     if provenance["coefficients"] is not None:
         width = max(len(str(checkpoint.path)) for checkpoint in trajectory)

@@ -1,7 +1,8 @@
 """``lightning-merge diff``: how far apart two sets of weights are, and where."""
 
-from lightning_merge._weight_sets import match, open_file, open_set
 from lightning_merge.diagnostics import cosine, distance, norm, parameters, sign_conflicts
+from lightning_merge.files._layouts import open_file, open_set
+from lightning_merge.files._sets import match
 from lightning_merge.weights import Weights, nonfinite
 
 _MOST = 10  # tensors that are listed

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from lightning_merge._weight_sets import StoredSet, WeightFile, match, open_file, open_set
 from lightning_merge.diagnostics import examine
+from lightning_merge.files._layouts import open_file, open_set
+from lightning_merge.files._sets import StoredSet, WeightFile, match
 from lightning_merge.weights import Weights
 
 
@@ -67,7 +68,7 @@ def _sets(files: list[str]) -> dict[str, tuple[WeightFile, StoredSet]]:
     chosen: dict[str, tuple[WeightFile, StoredSet]] = {}
     for text in files:
         file, name = open_set(text)
-        short = file.path.name if sum(open_name(other) == file.path.name for other in files) == 1 else str(file.path)
+        short = file.name if sum(open_name(other) == file.name for other in files) == 1 else str(file.path)
         key = short if name == file.default else f"{short}:{name}"
         while key in chosen:  # the same file twice is what an examination finds
             key += "'"

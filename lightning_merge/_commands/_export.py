@@ -1,18 +1,23 @@
 """``lightning-merge export``: one set of weights of a checkpoint as a file that needs no lightning-merge."""
 
+import os
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from lightning_merge._weight_sets import bytes_of, contiguous, open_file
-from lightning_merge.weights import Weights, canonical, first_mismatch
+from lightning_merge._commands._target import refuse_target, save
+from lightning_merge.files import replacing
+from lightning_merge.files._layouts import open_file
+from lightning_merge.files._sets import bytes_of, contiguous, tensors
+from lightning_merge.weights import Weights, first_mismatch
 
-SUFFIXES = {".safetensors": "safetensors", ".pt": "a state dict", ".pth": "a state dict", ".bin": "a state dict"}
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def export(source: str, target: Path, name: str | None, strip: str, arch: str | None, force: bool) -> str:
+def export(
+    source: str, target: str | os.PathLike[str], name: str | None, strip: str, arch: str | None, force: bool
+) -> str:
     """Writes a set and says which, under what names, and how to load it.
 
     Args:
@@ -21,54 +26,64 @@ def export(source: str, target: Path, name: str | None, strip: str, arch: str | 
         name: The set; by default the one that the file's score belongs to.
         strip: Prefix to remove from names, with its dot; tensors without it are left out and listed.
         arch: A model of timm that the weights must fit.
-        force: Replace an existing file.
+        force: Replace an existing file, once the new one is whole.
 
     Raises:
         ValueError: If something does not fit; nothing is written then.
+        OSError: If the system refuses to read or write.
     """
-    if target.suffix not in SUFFIXES:
-        raise ValueError(f"the output must end in {', '.join(SUFFIXES)}, got {target}.")
-    if target.exists() and not force:
-        raise ValueError(f"{target} exists already; --force replaces it.")
-    if not target.parent.is_dir():
-        raise ValueError(f"there is no folder {target.parent} to write {target.name} to.")
+    refuse_target(target, "the output", SUFFIXES, force)
     file = open_file(source)
     chosen = file.default if name is None else name
-    everything = file.choose(name).weights
-    weights = {
-        canonical(key).removeprefix(strip): t for key, t in everything.items() if canonical(key).startswith(strip)
-    }
-    left_out = [key for key in everything if not canonical(key).startswith(strip)]
+    found = file.choose(name)
+    strip = strip.removeprefix(found.stripped) if strip.startswith(found.stripped) else strip
+    everything = found.state_dict
+    state = {key.removeprefix(strip): value for key, value in everything.items() if key.startswith(strip)}
+    weights = contiguous(tensors(state))
     if not weights:
         some = ", ".join(list(everything)[:3])
         raise ValueError(f"no tensor of {source} has a name that begins with {strip!r}; the first are: {some}.")
-    weights = contiguous(weights)
-    classes = None if arch is None else _refuse_other_architecture(arch, weights, list(everything))
-    how = _write(target, weights, {"arch": arch, "set": chosen, "source": str(file.path.name)})
+    as_safetensors = os.fspath(target).endswith(".safetensors")
+    extra = {key: value for key, value in state.items() if key not in weights}
+    classes = None if arch is None else _refuse_other_architecture(arch, {**weights, **extra}, list(everything))
+    about = {"arch": arch, "set": chosen, "source": file.name}
+    if as_safetensors:
+        _write_safetensors(target, weights, about)
+    else:
+        whole = {**weights, **extra}
+        save({"arch": arch, "state_dict": whole} if arch else whole, target)
     lines = [f"{target}: {chosen} of {file.path}, {len(weights)} tensors, {bytes_of(weights) / 2**20:.1f} MiB"]
-    if left_out:
+    if found.stripped:
+        lines.append(f"  without {found.stripped!r}, which every name of the file begins with (as under DDP)")
+    if left_out := [key for key in everything if not key.startswith(strip)]:
         lines.append(f"  left out, without the prefix {strip!r}: {', '.join(left_out[:8])} ({len(left_out)} in all)")
+    lost = [*found.left_out, *(extra if as_safetensors else ())]
+    if lost:
+        why = "no plain data" if found.left_out else "which safetensors cannot hold; .pt can"
+        lines.append(f"  left out, {why}: {', '.join(lost[:8])} ({len(lost)} in all)")
+    how = _how_to_load(as_safetensors, arch is not None, strict=not lost)
     return "\n".join([*lines, f"  load: {how.format(target=target, arch=arch, classes=classes)}"])
 
 
-def _write(target: Path, weights: Weights, about: dict[str, Any]) -> str:
-    """How to load what it wrote."""
-    if target.suffix == ".safetensors":
-        try:
-            from safetensors.torch import save_file
-        except ImportError as error:
-            raise ImportError('writing it needs safetensors: pip install "lightning-merge[export]"') from error
-        save_file(weights, target, {"format": "pt"} | {key: str(value) for key, value in about.items() if value})
-    else:
-        torch.save({"arch": about["arch"], "state_dict": weights} if about["arch"] else weights, target)
-    if about["arch"]:
+def _how_to_load(as_safetensors: bool, by_timm: bool, strict: bool) -> str:
+    if by_timm:
         return 'timm.create_model("{arch}", num_classes={classes}, checkpoint_path="{target}")'
-    if target.suffix == ".safetensors":
-        return 'model.load_state_dict(safetensors.torch.load_file("{target}"))'
-    return 'model.load_state_dict(torch.load("{target}", weights_only=True))'
+    end = ")" if strict else ", strict=False)"
+    if as_safetensors:
+        return f'model.load_state_dict(safetensors.torch.load_file("{{target}}"){end}'
+    return f'model.load_state_dict(torch.load("{{target}}", weights_only=True){end}'
 
 
-def _refuse_other_architecture(arch: str, weights: Weights, names: list[str]) -> int:
+def _write_safetensors(target: str | os.PathLike[str], weights: Weights, about: dict[str, Any]) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ImportError('writing it needs safetensors: pip install "lightning-merge[export]"') from error
+    with replacing(target) as unfinished:
+        save_file(weights, unfinished, {"format": "pt"} | {key: str(value) for key, value in about.items() if value})
+
+
+def _refuse_other_architecture(arch: str, state: dict[str, Any], names: list[str]) -> int:
     """The number of classes that a model of timm must have for these weights to fit."""
     import timm
 
@@ -77,10 +92,13 @@ def _refuse_other_architecture(arch: str, weights: Weights, names: list[str]) ->
         raise ValueError(f"timm has no model called {arch!r}.{f' Near it: {near}.' if near else ''}")
     with torch.device("meta"):
         model: Any = timm.create_model(arch)
-        head = weights.get(f"{model.pretrained_cfg['classifier']}.weight")
+        head = state.get(f"{model.pretrained_cfg['classifier']}.weight")
         classes = model.num_classes if head is None else len(head)
-        expected = timm.create_model(arch, num_classes=classes).state_dict()
-    if problem := first_mismatch(expected, weights):
+        model = timm.create_model(arch, num_classes=classes)
+        problem = first_mismatch(model.state_dict(), tensors(state))
+        if problem is None:
+            model.load_state_dict(state, assign=True)  # as the line that is printed does
+    if problem is not None:
         raise ValueError(
             f"the weights do not fit timm's {arch}: {problem}. If their names begin with the name of the model inside a"
             f" LightningModule, remove it: --strip {names[0].partition('.')[0]}."

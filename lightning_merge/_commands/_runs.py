@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Weights, canonical
 
 _PARTS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 
@@ -43,10 +43,19 @@ class Bench:
             measured.write_text(yaml.safe_dump(kept), encoding="utf-8")
             self.trainer, self.model, self.data = instantiate(measured)
 
+    def load(self, weights: Weights) -> None:
+        """Puts weights under canonical names into the model, which may be wrapped.
+
+        Raises:
+            RuntimeError: If they are not all of the model's.
+        """
+        keys = {canonical(key): key for key in self.model.state_dict()}
+        self.model.load_state_dict({keys.get(canonical(name), name): value for name, value in weights.items()})
+
     def metrics(self, weights: Weights | None = None, path: Path | None = None) -> dict[str, float]:
         """What validation logs for these weights, or for a checkpoint."""
         if weights is not None:
-            self.model.load_state_dict(weights)
+            self.load(weights)
         with quiet():
             self.trainer.validate(
                 self.model, datamodule=self.data, verbose=False, ckpt_path=None if path is None else str(path)
@@ -67,7 +76,7 @@ class Bench:
             return {}
         if not self.trainer.callback_metrics:
             self.metrics(weights)  # sets up devices and data
-        self.model.load_state_dict(weights)
+        self.load(weights)
         loader = self._training_loader()
         recent = RecentBatches(transferred(self.trainer, self.model, batch) for batch in islice(loader, batches))
         with quiet():

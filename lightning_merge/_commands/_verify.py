@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from lightning_merge._files import read
-from lightning_merge._weight_sets import FORMAT
+from lightning_merge.files._label import Label
+from lightning_merge.files._read import read
+from lightning_merge.files._stand_ins import stands_for
 
 
 def verify(run: Path, tolerance: float) -> tuple[str, bool]:
@@ -28,8 +29,13 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
         raise ValueError(f"{run} has no config.yaml, so its files cannot be measured again.{cure}")
     if tolerance < 0:
         raise ValueError(f"`--tolerance` must be at least 0, got {tolerance}.")
-    labels: dict[Path, dict[str, Any] | None] = {path: _label(path) for path in sorted(run.glob("**/*.ckpt"))}
-    recorded = {path: label for path, label in labels.items() if label is not None and label["metrics"]}
+    labels: dict[Path, Label | None] = {}
+    unread: dict[Path, dict[str, Any]] = {}  # weights of files that Lightning would not read: more than plain data
+    for path in sorted(run.glob("**/*.ckpt")):
+        labels[path] = Label.of(content := read(path), path)
+        if labels[path] is not None and stands_for(content) is not None:
+            unread[path] = content["state_dict"]
+    recorded = {path: label for path, label in labels.items() if label is not None and label.metrics}
     if not recorded:
         raise ValueError(
             f"no checkpoint below {run} records a metric ({len(labels)} found): nothing to compare with. Files written"
@@ -43,26 +49,14 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
             why = "written without lightning-merge" if labels[path] is None else "its weights were not measured"
             lines.append(f"  skipped  {shown}: {why}")
             continue
-        metrics, holds = recorded[path]["metrics"], recorded[path]["holds"]
-        again = bench.metrics(path=path)
+        metrics, holds = recorded[path].metrics, recorded[path].holds
+        again = bench.metrics(path=path) if path not in unread else bench.metrics(unread[path])
         same = all(_equal(value, again.get(name), tolerance) for name, value in metrics.items())
         agrees &= same
         figures = "; ".join(f"{k} recorded {v:.6g}, measured {_show(again.get(k))}" for k, v in metrics.items())
         lines.append(f"  {'equal  ' if same else 'DIFFERS'}  {shown} ({holds}): {figures}")
     verdict = "hold the weights their scores were measured on" if agrees else "do NOT all hold what was measured"
     return "\n".join([f"{run}: {len(recorded)} files {verdict}", *lines]), agrees
-
-
-def _label(path: Path) -> dict[str, Any] | None:
-    content = read(path)
-    label = content.get("lightning_merge") if isinstance(content, dict) else None
-    if label is None:
-        return None
-    if label.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {label.get('format')} of lightning-merge; this version reads {FORMAT}. Update it."
-        )
-    return dict(label)
 
 
 def _equal(recorded: float, measured: float | None, tolerance: float) -> bool:

@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_merge._checks import instance, path, sequence
-from lightning_merge._weight_sets import open_set
 from lightning_merge.combiners._base import Combiner, label
 from lightning_merge.combiners._vectors import add_vector, task_vector
+from lightning_merge.files._layouts import open_set
 from lightning_merge.weights import Weights, first_mismatch
 
 _GROUP = 2**23

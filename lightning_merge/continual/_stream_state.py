@@ -1,7 +1,6 @@
 """What a stream of tasks needs besides its vectors: the base, and the parts of the model that no vector holds."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import final
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lightning_merge._checks import path as checked_path
 from lightning_merge.continual._bank import _safetensors as safetensors_torch
+from lightning_merge.files import atomic
 from lightning_merge.weights import Weights
 
 _SEPARATOR = "|"
@@ -82,11 +82,8 @@ class StreamState:
         for old in self.folder.glob(f"{stem}-*.safetensors"):
             old.unlink()  # of a process that was killed before the bank took its task in
         path = self.folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-        with path.with_suffix(".part").open("wb") as file:
+        with atomic(path) as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        path.with_suffix(".part").replace(path)
 
     def _read(self, stem: str) -> dict[str, Weights]:
         path = self._find(stem)

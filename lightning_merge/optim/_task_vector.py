@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeAlias, final
 import torch
 from torch import Tensor, nn
 
-from lightning_merge._files import read
+from lightning_merge.files._read import read
+from lightning_merge.files._sets import weights_in
 from lightning_merge.weights import canonical, named_tensors
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
@@ -49,16 +50,17 @@ def tensors_of(source: Source | Literal["zero"], argument: str) -> Mapping[str, 
     content: Any = source
     if isinstance(source, (str, Path)):
         try:
-            content = read(Path(source))
+            content = read(source)
         except ValueError as error:
             raise ValueError(f"`{argument}`: {error}") from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise TypeError(
             f"`{argument}` must be a module, named tensors or the path of a checkpoint, got {type(source).__name__}."
         )
-    found = {canonical(name): t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    state = content["state_dict"] if isinstance(content.get("state_dict"), Mapping) else content
+    found = {canonical(name): t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
+    if isinstance(source, (str, Path)):
+        found = {**found, **weights_in(content)}  # a name may begin with DDP's `module.`, or with a module of that name
     if not found:
         raise ValueError(f"`{argument}` holds no named tensors: {source if isinstance(source, (str, Path)) else ''}.")
     return found

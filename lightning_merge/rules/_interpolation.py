@@ -1,13 +1,14 @@
 """The line through where a run began and where it is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, final
 
 from lightning_merge._checks import number, path, settle
-from lightning_merge._files import read
+from lightning_merge.files._read import read
+from lightning_merge.files._sets import weights_in
 from lightning_merge.rules._base import Rule
-from lightning_merge.weights import State, Weights, canonical, clone, copy_, first_mismatch, lerp_
+from lightning_merge.weights import State, Weights, clone, copy_, first_mismatch, lerp_
 
 
 @final
@@ -67,8 +68,8 @@ class Interpolation(Rule):
         return 1.0 - self.alpha if self.anchor is None and state["updates"] else 0.0
 
     def _read(self, weights: Weights, file: str) -> Weights:
-        content: Any = read(Path(file))
-        saved = {canonical(name): tensor for name, tensor in content.get("state_dict", content).items()}
+        content: Any = read(file)
+        saved = weights_in(content, weights) if isinstance(content, Mapping) else {}
         found = {name: saved[name].to(weights[name].device) for name in weights if name in saved}
         if difference := first_mismatch(weights, found):
             raise ValueError(f"`anchor`: {file} is of another model: {difference}.")

@@ -13,7 +13,7 @@ import torch
 from lightning_merge._checks import number, numbers, path, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
-from lightning_merge.rules._snapshots import OnDisk, OnHost, Snapshots
+from lightning_merge.rules._snapshots import OnDisk, OnHost, Snapshot, Snapshots
 from lightning_merge.weights import State, Weights, average_dtype, clone, lerp_, to_devices
 
 
@@ -83,7 +83,9 @@ class PowerMeans(Rule):
             watch_resolution(self, t, average, weights, share, LESS_OFTEN)
             lerp_(average, weights, share)
         if t % self.every == 0:
-            state["kept"].append({"time": t, "averages": [self._place.keep(each) for each in state["averages"]]})
+            beside = [snapshot for snapshot in _all_kept(state) if isinstance(snapshot, str)]
+            kept = [self._place.keep(each, beside) for each in state["averages"]]
+            state["kept"].append({"time": t, "averages": kept})
 
     def stored(self, state: State) -> Weights | None:
         last: Weights = state["averages"][-1]
@@ -134,14 +136,23 @@ class PowerMeans(Rule):
         for kept in state["kept"]:
             kept["averages"] = [self._place.extended(each, weights) for each in kept["averages"]]
 
+    def save(self, state: State) -> State:
+        self._place.name(_all_kept(state) if self.keeps_files else ())
+        return super().save(state)
+
     def load(self, saved: State, devices: Mapping[str, torch.device]) -> State:
         averages = [to_devices(average, devices) for average in saved["averages"]]
-        kept = [{"time": k["time"], "averages": self._place.load(k["averages"], devices)} for k in saved["kept"]]
+        named = _all_kept(saved)
+        kept = [{"time": k["time"], "averages": self._place.load(k["averages"], devices, named)} for k in saved["kept"]]
         return {"averages": averages, "updates": saved["updates"], "kept": kept}
 
     @property
     def _place(self) -> Snapshots:
         return OnHost() if self.directory is None else OnDisk(os.fspath(self.directory))
+
+
+def _all_kept(state: State) -> list[Snapshot]:
+    return [snapshot for kept in state["kept"] for snapshot in kept["averages"]]
 
 
 def gamma_of(sigma: float) -> float:

@@ -1,17 +1,26 @@
 """Where a window keeps its snapshots: on the device, in host memory, or on disk."""
 
 import os
-import pickle
+import re
 import secrets
 import shutil
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import IO, Any, TypeAlias
 
 import torch
 
+from lightning_merge.files._read import read
+from lightning_merge.files._write import atomic
 from lightning_merge.weights import Weights, average_dtype, clone, to_devices
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Snapshot: TypeAlias = Weights | str
 """The tensors, or the name of the file that holds them."""
@@ -30,8 +39,8 @@ class Snapshots(ABC):
         """What that many copies take: places in words, bytes needed there, and bytes free there if that is known."""
 
     @abstractmethod
-    def keep(self, weights: Weights) -> Snapshot:
-        """Makes a copy."""
+    def keep(self, weights: Weights, beside: Iterable[Snapshot] = ()) -> Snapshot:
+        """Makes a copy, of the same run as the snapshots it will be beside."""
 
     @abstractmethod
     def read(self, snapshot: Snapshot) -> Weights:
@@ -45,9 +54,15 @@ class Snapshots(ABC):
         """Removes files that will not be read again."""
         return
 
+    def name(self, snapshots: Iterable[Snapshot]) -> None:
+        """Called when a checkpoint names snapshots: they are kept whatever happens to the run."""
+        return
+
     @abstractmethod
-    def load(self, snapshots: list[Snapshot], devices: Mapping[str, torch.device]) -> list[Snapshot]:
-        """Snapshots of a saved state, where they belong."""
+    def load(
+        self, snapshots: list[Snapshot], devices: Mapping[str, torch.device], named: Iterable[Snapshot] = ()
+    ) -> list[Snapshot]:
+        """Snapshots of a saved state, where they belong; ``named`` are others that the checkpoint names."""
 
 
 class _InMemory(Snapshots):
@@ -60,7 +75,9 @@ class _InMemory(Snapshots):
         assert isinstance(fresh, dict)
         return {**self.read(snapshot), **fresh}
 
-    def load(self, snapshots: list[Snapshot], devices: Mapping[str, torch.device]) -> list[Snapshot]:
+    def load(
+        self, snapshots: list[Snapshot], devices: Mapping[str, torch.device], named: Iterable[Snapshot] = ()
+    ) -> list[Snapshot]:
         if any(isinstance(snapshot, str) for snapshot in snapshots):
             raise ValueError("the saved window is on disk: go on with `store='disk'` and its `directory`.")
         return [self._place(self.read(snapshot), devices) for snapshot in snapshots]
@@ -81,7 +98,7 @@ class OnDevice(_InMemory):
             needed[tensor.device] = needed.get(tensor.device, 0) + copies * _size({"": tensor})
         return [(f"on {device}", size, free_bytes(device)) for device, size in needed.items()]
 
-    def keep(self, weights: Weights) -> Weights:
+    def keep(self, weights: Weights, beside: Iterable[Snapshot] = ()) -> Weights:
         return clone(weights)
 
     def _place(self, snapshot: Weights, devices: Mapping[str, torch.device]) -> Weights:
@@ -97,7 +114,7 @@ class OnHost(_InMemory):
     def room(self, weights: Weights, copies: int) -> list[tuple[str, int, int | None]]:
         return [("in host memory", copies * _size(weights), free_bytes(_HOST))]
 
-    def keep(self, weights: Weights) -> Weights:
+    def keep(self, weights: Weights, beside: Iterable[Snapshot] = ()) -> Weights:
         # A bare `cpu()` of a tensor that is there already is the tensor itself: the "average" of those is the newest.
         return {name: t.detach().to(_HOST, average_dtype(t), copy=True) for name, t in weights.items()}
 
@@ -108,6 +125,11 @@ class OnHost(_InMemory):
 
 class OnDisk(Snapshots):
     """One file each, under a name that is never used twice: what a checkpoint names is there unchanged, or gone.
+
+    A name is ``RUN-NUMBER.pt``, both 16 hexadecimal digits; a run that goes on from a checkpoint has the ``RUN`` of the
+    one that wrote it. From the moment that a checkpoint names a file it is read-only; before, the process that will
+    read it holds a lock on it. So a file of a run that nobody named and nobody locks was left by a process that was
+    killed, and goes when the run goes on. Where there are no locks (Windows, some network file systems) it stays.
 
     Args:
         directory: Made if it does not exist. Runs may share it; each removes its own files only.
@@ -122,52 +144,69 @@ class OnDisk(Snapshots):
         self._directory.mkdir(parents=True, exist_ok=True)
         return [(f"in {self._directory}", copies * _size(weights), shutil.disk_usage(self._directory).free)]
 
-    def keep(self, weights: Weights) -> str:
-        return self._write(OnHost().keep(weights))
+    def keep(self, weights: Weights, beside: Iterable[Snapshot] = ()) -> str:
+        return self._write(OnHost().keep(weights), _run_of(beside))
 
     def read(self, snapshot: Snapshot) -> Weights:
         path = self._path(snapshot)
+        if not path.is_file():
+            raise self._gone([path])
         try:
-            tensors: Weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except FileNotFoundError as error:
-            raise self._gone([path]) from error
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            tensors: Weights = read(path)
+        except ValueError as error:
             raise ValueError(
                 f"the snapshot {path} cannot be read: it was changed or damaged after it was written."
             ) from error
         return tensors
 
     def extended(self, snapshot: Snapshot, weights: Weights) -> str:
-        return self._write({**self.read(snapshot), **OnHost().keep(weights)})
+        return self._write({**self.read(snapshot), **OnHost().keep(weights)}, _run_of([snapshot]))
 
     def drop(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._path(name).unlink(missing_ok=True)
+        for path in [self._path(name) for name in names]:
+            _remove(path)
 
-    def load(self, snapshots: list[Snapshot], devices: Mapping[str, torch.device]) -> list[Snapshot]:
+    def name(self, snapshots: Iterable[Snapshot]) -> None:
+        for path in map(self._path, snapshots):
+            if path.is_file():
+                path.chmod(path.stat().st_mode & ~_WRITE)
+                _unlock(path)
+
+    def load(
+        self, snapshots: list[Snapshot], devices: Mapping[str, torch.device], named: Iterable[Snapshot] = ()
+    ) -> list[Snapshot]:
         if any(isinstance(snapshot, dict) for snapshot in snapshots):
             raise ValueError("the saved window is in memory: go on with `store='device'` or `store='cpu'`.")
-        if gone := [path for path in map(self._path, snapshots) if not path.is_file()]:
+        paths, others = [self._path(snapshot) for snapshot in snapshots], [self._path(name) for name in named]
+        if gone := [path for path in paths if not path.is_file()]:
             raise self._gone(gone)
+        if snapshots:
+            self._remove_leftovers(_run_of(snapshots), {*paths, *others})
         return list(snapshots)
 
     def _path(self, snapshot: Snapshot) -> Path:
-        assert isinstance(snapshot, str)
+        """Where a file is. A name out of a checkpoint is data: it leads to no other folder, and to no other file."""
+        if not isinstance(snapshot, str) or not _NAME.fullmatch(snapshot):
+            raise ValueError(
+                f"a window on disk has files called as `0123456789abcdef-0123456789abcdef.pt` in its `directory`, and"
+                f" the checkpoint names {snapshot!r}. It was changed after it was written: use another one."
+            )
         return self._directory / snapshot
 
-    def _write(self, weights: Weights) -> str:
+    def _write(self, weights: Weights, run: str) -> str:
         self._directory.mkdir(parents=True, exist_ok=True)
-        name = f"{secrets.token_hex(8)}.pt"
-        unfinished = self._directory / f"{name}.tmp"
-        try:
-            with unfinished.open("wb") as file:
-                torch.save(weights, file)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(self._directory / name)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        name = f"{run}-{secrets.token_hex(8)}.pt"
+        path = self._directory / name
+        with atomic(path) as file:
+            _lock(path, file)
+            torch.save(weights, file)
         return name
+
+    def _remove_leftovers(self, run: str, named: set[Path]) -> None:
+        for path in self._directory.glob(f"{run}-*"):
+            is_ours = _NAME.fullmatch(path.name) or path.name.endswith(".tmp")
+            if is_ours and path not in named and os.path.abspath(path) not in _locks and _is_leftover(path):
+                _remove(path)
 
     def _gone(self, paths: list[Path]) -> FileNotFoundError:
         return FileNotFoundError(
@@ -175,6 +214,61 @@ class OnDisk(Snapshots):
             " of its last two checkpoints: resume from one of those, put the files back, point `directory` to where"
             " they are now, or start a fresh average."
         )
+
+
+_NAME = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{16})?\.pt")
+_WRITE = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+_MOST_LOCKS = 128  # of a process; those of windows that nobody reads any more are the oldest
+
+_locks: dict[str, int] = {}  # handles of files of this process that no checkpoint has named
+
+
+def _run_of(snapshots: Iterable[Snapshot]) -> str:
+    """The run that wrote the snapshots; a new one if there are none."""
+    names = [snapshot for snapshot in snapshots if isinstance(snapshot, str)]
+    return names[-1][:16] if names else secrets.token_hex(8)
+
+
+def _lock(path: Path, file: IO[bytes]) -> None:
+    """Holds a lock until the file is removed or the process ends, however it ends."""
+    if fcntl is None:
+        return
+    handle = os.dup(file.fileno())
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        return
+    _locks[os.path.abspath(path)] = handle
+    if len(_locks) > _MOST_LOCKS:
+        os.close(_locks.pop(next(iter(_locks))))
+
+
+def _unlock(path: Path) -> None:
+    if (handle := _locks.pop(os.path.abspath(path), None)) is not None:
+        os.close(handle)
+
+
+def _is_leftover(path: Path) -> bool:
+    """Whether neither a checkpoint has named it nor a process holds it."""
+    if fcntl is None:
+        return False
+    try:
+        with path.open("rb+") as file:  # fails if it is read-only, unless for root
+            if not os.fstat(file.fileno()).st_mode & stat.S_IWUSR:
+                return False
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    _unlock(path)
+    if fcntl is None and path.is_file():
+        path.chmod(path.stat().st_mode | stat.S_IWUSR)  # Windows removes no file that is read-only
+    path.unlink(missing_ok=True)
 
 
 def check_room(snapshots: Snapshots, weights: Weights, copies: int) -> None:

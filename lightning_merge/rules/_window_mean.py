@@ -30,7 +30,8 @@ class WindowMean(Rule):
             last two the mean is computed in host memory, in the time it takes to read ``k`` copies.
         directory: For ``"disk"``, and only for it: a folder, one file per snapshot. A checkpoint then names files
             instead of holding ``k`` copies. The files of the last two checkpoints are kept along with the window's, so
-            up to ``3 * k``; nothing is removed at the end of the run.
+            up to ``3 * k``; nothing is removed at the end of the run. A file is read-only once a checkpoint names it,
+            and what a killed run left beside those goes when the run goes on.
 
     Raises:
         ValueError: If an argument is outside its range.
@@ -80,8 +81,9 @@ class WindowMean(Rule):
 
     def update(self, state: State, weights: Weights) -> None:
         state.pop("cache", None)
+        beside = [snapshot for snapshot in _all_snapshots(state) if isinstance(snapshot, str)]
         self._forget(state, max(0, len(state["snapshots"]) + 1 - self.k))
-        state["snapshots"].append(self._place.keep(weights))
+        state["snapshots"].append(self._place.keep(weights, beside))
         state["updates"] += 1
 
     def stored(self, state: State) -> Weights | None:
@@ -101,6 +103,7 @@ class WindowMean(Rule):
     def save(self, state: State) -> State:
         """Names the window's files instead of holding them, and keeps them until two more checkpoints have been."""
         names = [snapshot for snapshot in state["snapshots"] if isinstance(snapshot, str)]
+        self._place.name(names)
         if names and names not in state["checkpointed"][-1:]:
             checkpointed = [*state["checkpointed"], names]
             state["checkpointed"] = checkpointed[-2:]
@@ -108,7 +111,7 @@ class WindowMean(Rule):
         return super().save(state)
 
     def load(self, saved: State, devices: Mapping[str, torch.device]) -> State:
-        snapshots = self._place.load(saved["snapshots"], devices)
+        snapshots = self._place.load(saved["snapshots"], devices, _all_snapshots(saved))
         return {"snapshots": snapshots, "checkpointed": list(saved["checkpointed"]), "updates": saved["updates"]}
 
     @property
@@ -130,6 +133,11 @@ class WindowMean(Rule):
         self._drop_unused(state, oldest)
 
     def _drop_unused(self, state: State, snapshots: list[Snapshot]) -> None:
-        used = [*state["snapshots"], *(name for window in state["checkpointed"] for name in window)]
+        used = _all_snapshots(state)
         names = {name for name in snapshots if isinstance(name, str)}
         self._place.drop(names.difference(name for name in used if isinstance(name, str)))
+
+
+def _all_snapshots(state: State) -> list[Snapshot]:
+    """Those of the last checkpoints, and those of the window."""
+    return [*(name for window in state["checkpointed"] for name in window), *state["snapshots"]]

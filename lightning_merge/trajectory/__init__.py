@@ -1,6 +1,6 @@
 """Trajectory: checkpoints on disk as a sequence that is read tensor by tensor."""
 
-from lightning_merge.trajectory._checkpoint import Checkpoint
+from lightning_merge.files._lazy import Checkpoint
 from lightning_merge.trajectory._coefficients import (
     by_decay,
     exponential,

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_merge._checks import instance, numbers, one_of, path, sequence, text, whole
 from lightning_merge._mergeable import carried
-from lightning_merge.trajectory._checkpoint import Checkpoint, Place, WhichWeights, memory_of
-from lightning_merge.weights import Weights, array, average_dtype, first_mismatch, nonfinite
+from lightning_merge.files._lazy import Checkpoint, Place, WhichWeights, memory_of
+from lightning_merge.weights import Weights, array, average_dtype, first_mismatch, is_averaged, nonfinite
 
 _CHUNK = 2**17
 """Numbers that are merged at a time: what is written stays in the cache while every file adds to it."""
@@ -129,8 +129,8 @@ class Trajectory(Sequence[Checkpoint]):
     def combine(self, coefficients: Sequence[float]) -> Weights:
         """``sum_i coefficients[i] * weights_i`` in float32 (or wider), then in the dtype of the first file.
 
-        Tied tensors stay tied. What cannot be averaged (integers, flags) is that of the last checkpoint that takes
-        part. Memory: the result, and a part of one tensor.
+        Tied tensors stay tied. What cannot be averaged (integers, flags, 8-bit floats, what modules keep beside their
+        tensors) is that of the last checkpoint that takes part. Memory: the result, and a part of one tensor.
 
         Args:
             coefficients: One finite number per checkpoint; files with 0 are not read.
@@ -168,7 +168,8 @@ class Trajectory(Sequence[Checkpoint]):
             with ThreadPoolExecutor(torch.get_num_threads()) as threads:
                 tensors = list(threads.map(one, names.values()))
         done = dict(zip(names, tensors, strict=True))
-        return {name: done[self._places(name, taking_part)] for name in self._checkpoints[0].places}
+        merged = {name: done[self._places(name, taking_part)] for name in self._checkpoints[0].places}
+        return {**merged, **taking_part[-1][0].extra}
 
     @staticmethod
     def _places(name: str, taking_part: list[tuple[Checkpoint, float]]) -> tuple[Place, ...]:
@@ -177,10 +178,13 @@ class Trajectory(Sequence[Checkpoint]):
     @torch.no_grad()
     def _combine(self, name: str, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, _Buffer]) -> Tensor:
         at = self._checkpoints[0].places[name]
-        if not at.dtype.is_floating_point and not at.dtype.is_complex:
-            return taking_part[-1][0].tensor(name)
-        if at.dtype.itemsize == 1:  # its scale is another tensor
+        averaged = [_is_averaged(checkpoint.places[name].dtype) for checkpoint, _ in taking_part]
+        if not any(averaged) and at.dtype.is_floating_point:  # 8 bits: its scale is another tensor
             return carried(name, (checkpoint.tensor(name) for checkpoint, _ in taking_part))
+        if not any(averaged):
+            return taking_part[-1][0].tensor(name)
+        if not all(averaged):
+            self._refuse_mixture(name, taking_part)
         merged = torch.empty(at.shape, dtype=at.dtype)
         if all(place.is_dense for place in self._places(name, taking_part)):
             is_mean = len({coefficient for _, coefficient in taking_part}) == 1
@@ -236,11 +240,21 @@ class Trajectory(Sequence[Checkpoint]):
                 merged[start : start + size] = torch.as_tensor(summed)
         return is_finite
 
+    @staticmethod
+    def _refuse_mixture(name: str, taking_part: list[tuple[Checkpoint, float]]) -> None:
+        kinds = {checkpoint.places[name].dtype: checkpoint.path for checkpoint, _ in taking_part}
+        found = ", ".join(f"{str(dtype).removeprefix('torch.')} in {path}" for dtype, path in kinds.items())
+        raise ValueError(f"`{name}` cannot be averaged where files hold numbers of different kinds: {found}.")
+
     def _refuse(self, name: str, taking_part: list[tuple[Checkpoint, float]]) -> None:
         for checkpoint, _ in taking_part:
             if nonfinite({name: checkpoint.tensor(name)}):
                 raise ValueError(f"`{name}` of {checkpoint.path} holds a NaN or an infinity. Leave that file out.")
         raise ValueError(f"`{name}` is too large for its dtype with these coefficients.")
+
+
+def _is_averaged(dtype: torch.dtype) -> bool:
+    return is_averaged(torch.empty(0, dtype=dtype))
 
 
 def _buffer(scratch: dict[str, _Buffer], use: str, dtype: torch.dtype) -> _Buffer:

@@ -17,7 +17,6 @@ from ranks import Sharded, ShardedParts, Wide, ddp, fit, fsdp2, launch, loaders,
 from tiny import differing, of, trainer
 from torch import Tensor, nn
 
-from lightning_merge._sharded_files import check_parts, is_sharded_checkpoint
 from lightning_merge.branches import Average
 from lightning_merge.callbacks import (
     EMA,
@@ -32,6 +31,7 @@ from lightning_merge.callbacks import (
     PostHocEMA,
     WeightMerging,
 )
+from lightning_merge.files._sharded import check_parts, is_sharded_checkpoint
 from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection

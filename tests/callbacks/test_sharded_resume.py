@@ -13,10 +13,10 @@ from tiny import differing, raw_of, read, trainer
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lightning_merge._files import describe
-from lightning_merge._weight_sets import open_file
+from lightning_merge._commands._inspect import describe
 from lightning_merge.callbacks import EMA, LAWA, SWA, WeightMerging
 from lightning_merge.cli import main
+from lightning_merge.files._layouts import open_file
 
 pytestmark = pytest.mark.multiprocess
 

@@ -14,8 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_merge._files import read
 from lightning_merge.callbacks import EMA, SWA, Doctor, ForkMerge
+from lightning_merge.files._read import read
 from lightning_merge.recipes import AuxiliaryClassifier, Classifier, Digits, RunReport, SmallConvNet
 from lightning_merge.recipes._page import page
 from lightning_merge.recipes._report import _figure, _limits

@@ -320,7 +320,9 @@ def test_file_appears_under_its_name_when_all_of_it_is_on_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", watch)
     state = push(rule, rule.init(weights(0)), 1)
     (name,) = state["snapshots"]
-    assert seen == [({".tmp"}, Path("snapshots", name).stat().st_size)]
+    whole, folder = seen
+    assert whole == ({".tmp"}, Path("snapshots", name).stat().st_size)
+    assert folder[0] == {".pt"}  # the name is brought to the disk too
     assert files() == {name}
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_merge._files import read
+from lightning_merge.files import _lazy
+from lightning_merge.files._read import read
 from lightning_merge.trajectory import (
     Checkpoint,
     Trajectory,
-    _checkpoint,
     by_decay,
     exponential,
     linear,
@@ -306,7 +306,7 @@ def test_older_torch_tells_the_same_places(tmp_path, monkeypatch):
             raise AttributeError("_checkpoint_offset")
         return read(path)
 
-    monkeypatch.setattr(_checkpoint, "read", read_before)
+    monkeypatch.setattr(_lazy, "read", read_before)
     old = Checkpoint(tmp_path / "file.ckpt")
     assert (old.places, old.step) == (new.places, new.step)
     assert all(torch.equal(old.tensor(name), tensor) for name, tensor in content.items())

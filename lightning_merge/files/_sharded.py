@@ -5,7 +5,8 @@ tensors are in ``state_dict`` too, under names of their own that nobody else ask
 """
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-KEY = "lightning_merge"
-"""Key of a checkpoint under which everything of ours is, and first part of the names of parts."""
+from lightning_merge.files._label import KEY
 
 _META = "meta.pt"
 _PREFIX = "state_dict."
@@ -33,6 +33,7 @@ def check_parts(path: Path) -> None:
     """
     expected = {path / ".metadata": 1, path / _META: 1}
     if (path / ".metadata").is_file():
+        _refuse_code(path / ".metadata")
         try:
             stored_parts = _reader(path).read_metadata().storage_data.values()
         except (EOFError, pickle.UnpicklingError):
@@ -50,16 +51,20 @@ def check_parts(path: Path) -> None:
         )
 
 
-def read_folder(path: Path) -> dict[str, Any]:
+def read_folder(path: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
     """The content of a sharded checkpoint as that of a checkpoint in one file, without optimizer states.
 
-    In one process and in host memory. Like torch, it trusts ``.metadata``, which is a pickle.
+    In one process and in host memory.
+
+    Args:
+        path: The folder.
+        load: Reads ``meta.pt``.
 
     Raises:
-        ValueError: If parts are missing.
+        ValueError: If parts are missing, or ``.metadata`` would run code.
     """
     check_parts(path)
-    content: dict[str, Any] = torch.load(path / _META, map_location="cpu", weights_only=True)
+    content: dict[str, Any] = load(path / _META)
     tensors = read_tensors(path, lambda name, size, dtype: torch.empty(size, dtype=dtype))
     content["state_dict"] = {name: t for name, t in tensors.items() if not name.startswith(f"{KEY}/")}
     if KEY in content:
@@ -99,6 +104,60 @@ def mergeable(section: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
         for state in section["states"].values():
             if "state" in state:
                 yield state, "state"
+
+
+class _OfCheckpoints(pickle.Unpickler):
+    """Takes the classes that torch describes a sharded checkpoint with, and no others."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" == "builtins.getattr":
+            return _member  # Python 3.11 looks members of enumerations up by it
+        described = module in _DESCRIBED and "." not in name and isinstance(super().find_class(module, name), type)
+        plain = f"{module}.{name}" in _PLAIN_NAMES or (module.partition(".")[0] == "pathlib" and name.endswith("Path"))
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), (torch.dtype, torch.layout))
+        if not (described or plain or is_dtype):
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError("GLOBAL builtins.getattr")
+    return kind[name]
+
+
+_DESCRIBED = {
+    *(f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "storage", "planner")),
+    "torch.distributed._shard.sharded_tensor.metadata",
+    "torch.distributed._shard.metadata",
+}
+
+
+_PLAIN_NAMES = {
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    "collections.OrderedDict",
+    "collections.defaultdict",
+    "builtins.dict",
+    "builtins.list",
+    "builtins.set",
+}
+
+
+def _refuse_code(metadata: Path) -> None:
+    """Raises if the description of a sharded checkpoint is more than that: torch unpickles whatever it says."""
+    try:
+        with metadata.open("rb") as file:
+            _OfCheckpoints(file).load()
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" in str(error):
+            raise ValueError(
+                f"{metadata} names {str(error).removeprefix('GLOBAL ')}, which is none of the classes that describe a"
+                " sharded checkpoint with, so reading it would run code. Something else wrote it."
+            ) from error
+    except Exception:  # damaged: what reads it next says so
+        return
 
 
 def _reader(path: Path) -> Any:

@@ -1,0 +1,154 @@
+"""``lightning-merge inspect``: what is in a checkpoint file, in words."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_merge.files._check import opened
+from lightning_merge.files._label import Label
+from lightning_merge.files._layouts import open_file
+from lightning_merge.files._read import read
+from lightning_merge.files._stand_ins import StandIn, stands_for
+from lightning_merge.files._write import is_remote
+
+
+def describe(path: str | os.PathLike[str]) -> str:
+    """Which weight sets a file holds, how often each was updated, which one its score belongs to, how to load it.
+
+    Raises:
+        ValueError: If the file cannot be read.
+        OSError: If the system refuses to read it.
+    """
+    content = {} if os.fspath(path).endswith(".safetensors") else read(path, check=False)  # `open_file` reads those
+    return "\n".join([f"{path} ({_bytes(path) / 2**20:.1f} MiB)", *_describe(content, path)])
+
+
+def _bytes(path: str | os.PathLike[str]) -> int:
+    if not is_remote(path) and Path(path).is_dir():
+        return sum(file.stat().st_size for file in Path(path).iterdir())
+    with opened(path) as file:
+        return file.seek(0, 2)
+
+
+def _describe(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
+    label = Label.of(content, path)
+    if label is None:
+        yield from _foreign(content, path)
+    else:
+        yield from _ours(content, label, path)
+    yield from _stand_ins(content)
+
+
+def _stand_ins(content: Any) -> Iterator[str]:
+    found = [(str(key), name) for key, value in _items(content) if (name := stands_for(value)) is not None]
+    if found:
+        shown = ", ".join(f"`{key}` ({name})" for key, name in found[:4])
+        yield f"  not read, since it is no plain data: {shown}{' ...' if len(found) > 4 else ''}"
+
+
+def _items(content: Any) -> Iterator[tuple[Any, Any]]:
+    """Entries of a file, those of its dicts of hyperparameters one by one."""
+    for key, value in content.items() if isinstance(content, Mapping) else ():
+        if isinstance(value, Mapping) and "hyper_parameters" in str(key) and not isinstance(value, StandIn):
+            yield from ((f"{key}.{inner}", item) for inner, item in value.items())
+        else:
+            yield key, value
+
+
+def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
+    if not isinstance(content, Mapping):
+        yield f"  a {type(content).__name__}, not a checkpoint; written without lightning-merge"
+        return
+    try:
+        file = open_file(path, check=False)
+    except ValueError:
+        if os.fspath(path).endswith(".safetensors"):
+            raise
+        yield "  written without lightning-merge, and no checkpoint this command knows"
+        yield f"  keys: {_some([str(key) for key in content]) or 'none'}"
+        return
+    yield f"  {file.kind}, written without lightning-merge{_progress(content)}"
+    yield from _table([(name, f"{stored.where}: {_size(stored.weights)}") for name, stored in file.sets.items()])
+    if len(file.sets) > 1:
+        for name, stored in file.sets.items():
+            if name != "raw":
+                yield f"  updates of {name}: {'not recorded' if stored.updates is None else stored.updates}"
+        yield "  score: the file does not say which weights its score was measured on"
+    if os.fspath(path).endswith(".safetensors"):
+        yield f'  load: model.load_state_dict(safetensors.torch.load_file("{path}"))'
+        return
+    yield f"  keys: {_some([str(key) for key in content])}"
+    if isinstance(content.get("state_dict"), Mapping):
+        yield from _how_to_load(path)
+    elif file.sets[file.default].where == "the whole file":
+        yield f'  load: model.load_state_dict(torch.load("{path}", weights_only=True))'
+    if len(file.sets) > 1 or not isinstance(content.get("state_dict"), Mapping):
+        yield f"  one set alone: lightning-merge export {path} weights.safetensors --set {file.default}"
+
+
+def _ours(content: Mapping[str, Any], label: Label, path: str | os.PathLike[str]) -> Iterator[str]:
+    if not isinstance(content.get("state_dict"), Mapping):
+        open_file(path, check=False)  # says what is wrong with it
+    full = label.raw is not None
+    yield f"  a {'full' if full else 'weights-only'} checkpoint with the label of lightning-merge{_progress(content)}"
+
+    holds = label.holds
+    rows = []
+    for name, average in label.averages.items():
+        where = "in `state_dict`" if name == holds else "state, to go on with" if full else "not in this file"
+        rows.append((name, f"{_average(average)}; {where}"))
+    rows.append(("raw", "in `state_dict`" if holds == "raw" else "to go on with" if full else "not in this file"))
+    yield from _table(rows)
+
+    yield f"  `state_dict` holds: {holds}, {_size(content['state_dict'])}"
+    if label.monitor is not None and label.score is not None:
+        yield f"  score: {label.monitor} = {label.score:.6g}, measured on {holds}"
+    if label.metrics:
+        yield f"  metrics of {holds}: " + ", ".join(f"{name} = {value:.6g}" for name, value in label.metrics.items())
+    if not label.measured:
+        yield f"  not measured: no validation ran on {holds} at this step"
+    yield from _how_to_load(path)
+    if full:
+        yield f'  go on training: trainer.fit(model, ckpt_path="{path}"), with the same callbacks'
+    else:
+        yield "  training cannot go on from it: the raw weights are not in this file"
+
+
+def _average(average: Mapping[str, Any]) -> str:
+    rule = re.sub(r", \w+=(None|False)", "", average.get("rule", "rule not said"))  # options that are off
+    text = f"{average.get('class')}, {rule}, {average.get('updates')} updates in {average.get('steps')} steps"
+    if "accepted" in average:
+        text += f", of which {average['accepted']:.0%} of the way from raw was accepted"
+    return text
+
+
+def _how_to_load(path: str | os.PathLike[str]) -> Iterator[str]:
+    if not is_remote(path) and Path(path).is_dir():
+        yield f"  a sharded checkpoint; to load it in one process: lightning-merge export {path} weights.pt"
+        return
+    yield f'  load: model.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"])'
+
+
+def _progress(content: Mapping[str, Any]) -> str:
+    parts = [f"{word} {content[key]}" for word, key in (("epoch", "epoch"), ("step", "global_step")) if key in content]
+    return f"; {', '.join(parts)}" if parts else ""
+
+
+def _size(weights: Mapping[str, Any]) -> str:
+    tensors = [value for value in weights.values() if isinstance(value, Tensor)]
+    return f"{len(tensors)} tensors, {sum(t.numel() for t in tensors):,} numbers"
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def _table(rows: list[tuple[str, str]]) -> Iterator[str]:
+    width = max(len(name) for name, _ in rows)
+    yield "  weight sets:"
+    for name, text in rows:
+        yield f"    {name:{width}}  {text}"

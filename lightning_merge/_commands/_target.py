@@ -1,0 +1,53 @@
+"""Where a command writes to."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+from lightning_merge.files import exists, is_remote, replacing
+
+
+def refuse_target(target: str | os.PathLike[str], what: str, suffixes: tuple[str, ...], force: bool) -> None:
+    """Raises before anything is read.
+
+    Args:
+        target: A path or a URL.
+        what: What errors call it.
+        suffixes: Its name must end in one of them.
+        force: Whether an existing file is replaced.
+
+    Raises:
+        ValueError: If it is a folder, exists without ``force``, is in no folder, or has another ending.
+    """
+    local = None if is_remote(target) else Path(target)
+    if local is not None and local.is_dir():
+        raise ValueError(
+            f"{what} must be a file, and {target} is a folder: name a file in it, as {local / 'merged'}.pt."
+        )
+    if not os.fspath(target).endswith(suffixes):
+        raise ValueError(f"{what} must end in {', '.join(suffixes)}, got {target}.")
+    if not force and exists(target):
+        raise ValueError(f"{target} exists already; --force replaces it.")
+    if local is not None and not local.parent.is_dir():
+        raise ValueError(f"there is no folder {local.parent} to write {local.name} to.")
+
+
+def save(content: Any, target: str | os.PathLike[str]) -> None:
+    """Writes what ``torch.load(..., weights_only=True)`` reads; an existing file stays until all of it is there.
+
+    Raises:
+        ValueError: If that could not read it.
+        OSError: If it cannot be written.
+    """
+    import torch
+
+    with replacing(target) as unfinished:
+        torch.save(content, unfinished)
+        try:
+            torch.load(unfinished, map_location="cpu", weights_only=True, mmap=True)  # reads no numbers
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{target} was not written: the set holds objects beside its tensors that `weights_only=True` does not"
+                f" read back ({str(error).partition('GLOBAL ')[2].split(' ')[0]})."
+            ) from error

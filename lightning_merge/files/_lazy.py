@@ -1,0 +1,302 @@
+"""A checkpoint file that is opened, and read tensor by tensor."""
+
+import hashlib
+import math
+import os
+import sys
+import weakref
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lightning_merge._checks import one_of
+from lightning_merge._checks import path as checked_path
+from lightning_merge.files._check import damaged, naming
+from lightning_merge.files._layouts import open_file, sets_of
+from lightning_merge.files._read import read
+from lightning_merge.files._safetensors import contiguous_stride, read_header
+from lightning_merge.files._sets import StoredSet, WeightFile, stored
+from lightning_merge.files._sharded import is_sharded_checkpoint
+from lightning_merge.files._sums import Sums
+from lightning_merge.files._write import is_remote
+from lightning_merge.weights import Weights
+
+WhichWeights: TypeAlias = Literal["raw", "published"]
+"""Of a file with an average: the weights that training works on, or those that the file's score was measured on."""
+
+_open_files: "weakref.WeakSet[Checkpoint]" = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the file a tensor is, and how to read it. Tied tensors have equal places."""
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of the file it spans."""
+        if 0 in self.shape:
+            return 0
+        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        """How many bytes of the file it spans."""
+        return self.numbers * self.dtype.itemsize
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether its numbers lie in their order, without gaps."""
+        steps = [math.prod(self.shape[index + 1 :]) for index in range(len(self.shape))]
+        return all(a == b or size == 1 for size, a, b in zip(self.shape, self.stride, steps, strict=True))
+
+
+class Checkpoint:
+    """A file that ``lightning-merge inspect`` knows, whose tensors stay on disk until they are asked for.
+
+    Nothing in the file is run. What is read is held against the checksums in the file, once for each tensor.
+
+    Args:
+        path: A ``.ckpt``, ``.pt`` or ``.safetensors`` file of any layout that ``open_file`` knows. The tensors of a
+            sharded checkpoint (a folder) are in host memory instead.
+        weights: Of a file with an average, the ``"raw"`` weights or the ``"published"`` ones, which its score belongs
+            to. Other files have one set.
+
+    Attributes:
+        path: The file.
+        step: ``global_step`` when it was written; ``None`` if the file does not say.
+        epoch: Likewise.
+        places: Where each tensor is, by the name it has in a plain module.
+        extra: What modules keep beside their tensors (``get_extra_state``).
+
+    Raises:
+        ValueError: If there is no such file, it cannot be read, holds no weights, or would run code.
+        OSError: If the system refuses to read it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], weights: WhichWeights = "published") -> None:
+        one_of("weights", weights, WhichWeights)
+        if is_remote(checked_path("path", path)):
+            raise ValueError(f"{path} is not on this machine: only local files are read tensor by tensor. Copy it.")
+        self.path = Path(path)
+        self.step: int | None = None
+        self.epoch: int | None = None
+        self.extra: dict[str, Any] = {}
+        self.places: dict[str, Place] = {}
+        self._memory: Weights = {}  # of a file that cannot be read tensor by tensor
+        self._sums: Sums | None = None
+        if self.path.suffix == ".safetensors":
+            self._safetensors()
+        elif is_sharded_checkpoint(self.path):
+            self._folder(weights)
+        else:
+            self._torch(weights)
+        self._file: IO[bytes] | None = None
+        self._identity: tuple[int, ...] = ()
+        if not self._memory:
+            self._open()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, step={self.step})"
+
+    @property
+    def like(self) -> Weights:
+        """Tensors of the right names, shapes and dtypes that hold nothing."""
+        return {name: torch.empty(at.shape, dtype=at.dtype, device="meta") for name, at in self.places.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        at = self.places[name]
+        numbers = torch.empty(at.numbers, dtype=at.dtype)
+        self.read_into(memory_of(numbers), name)
+        return numbers.as_strided(at.shape, at.stride)
+
+    def weights(self) -> Weights:
+        """All tensors, in memory of their own; tied ones are one tensor."""
+        read: dict[Place, Tensor] = {}
+        for name, at in self.places.items():
+            if at not in read:
+                read[at] = self.tensor(name)
+        return {name: read[at] for name, at in self.places.items()}
+
+    def read_into(self, memory: memoryview, name: str, start: int = 0) -> None:
+        """Fills the bytes with those of a tensor as they lie in the file, from number ``start`` on.
+
+        Raises:
+            ValueError: If they are not those that were written, or are no longer there.
+        """
+        at = self.places[name]
+        if name in self._memory:
+            held = memory_of(self._memory[name].view(-1))
+            memory[:] = held[start * at.dtype.itemsize :][: len(memory)]
+            return
+        handle, file = self._handle()
+        try:
+            self._refuse_damage(handle, name, at)
+            offset = at.offset + start * at.dtype.itemsize
+            while memory:
+                count = os.preadv(handle, [memory], offset)  # leaves other threads alone, as a seek would not
+                if not count:
+                    raise ValueError(f"{self.path} ends before `{name}` does: it was cut short after it was opened.")
+                memory, offset = memory[count:], offset + count
+        finally:
+            if file is not None:
+                file.close()
+
+    def sha256(self) -> str:
+        """The SHA-256 of the file, as ``sha256sum`` prints it; of a folder that of its files' hashes, by name."""
+        if self.path.is_dir():
+            files = sorted(each for each in self.path.iterdir() if each.is_file())
+            return hashlib.sha256("".join(f"{each.name} {_sha256(each)}\n" for each in files).encode()).hexdigest()
+        return _sha256(self.path)
+
+    # ---- opening
+
+    def _open(self) -> None:
+        """Keeps the file open, unless so many are that the process would soon be refused one."""
+        with naming(self.path):
+            file = self.path.open("rb", buffering=0)
+        self._identity = _identity(file)
+        if len(_open_files) >= _most_open():
+            file.close()
+            return
+        self._file = file
+        _open_files.add(self)
+        weakref.finalize(self, file.close)
+
+    def _handle(self) -> tuple[int, IO[bytes] | None]:
+        """The file to read from, and what to close afterwards."""
+        if self._file is not None:
+            return self._file.fileno(), None
+        with naming(self.path):
+            file = self.path.open("rb", buffering=0)
+        if _identity(file)[:2] != self._identity[:2]:
+            file.close()
+            raise ValueError(f"{self.path} was replaced after it was opened. Open the run again.")
+        return file.fileno(), file
+
+    def _refuse_damage(self, handle: int, name: str, at: "Place") -> None:
+        if self._sums is not None and (problem := self._sums.problem(handle, at.offset, at.bytes)) is not None:
+            if os.fstat(handle).st_size < at.offset + at.bytes:
+                raise ValueError(f"{self.path} ends before `{name}` does: it was cut short after it was opened.")
+            raise damaged(self.path, f"its part with `{name}` {problem}")
+
+    def _torch(self, weights: WhichWeights) -> None:
+        try:
+            self._take(self._layout(self._on_meta()), weights)
+        except AttributeError:
+            with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
+                self._take(self._layout(read(self.path)), weights)
+        self._sums = Sums(self.path)
+        if self.extra:
+            self.extra = dict(_choose(open_file(self.path), weights).extra)
+
+    def _on_meta(self) -> Any:
+        """The content with where tensors are, without reading them."""
+        try:
+            return read(self.path, "meta")
+        except ValueError:
+            for found in open_file(self.path).sets.values():  # fails likewise if the file is damaged
+                for name, tensor in found.weights.items():
+                    if tensor.layout != torch.strided or tensor.is_quantized:
+                        kind = "quantised" if tensor.is_quantized else "sparse"
+                        raise ValueError(
+                            f"{self.path}: `{name}` is a {kind} tensor, which is not read in parts and has no mean."
+                            " Save it as a plain one (`dequantize()`, `to_dense()`), or leave it out."
+                        ) from None
+            raise
+
+    def _layout(self, content: Any) -> WeightFile:
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(
+                f"{self.path} was written by torch before 1.6, in a format that is read as a whole. Load it with"
+                " `torch.load(..., weights_only=True)` and save it again."
+            )
+        return sets_of(content, self.path)
+
+    def _take(self, file: WeightFile, weights: WhichWeights) -> None:
+        chosen = _choose(file, weights)
+        self.path = chosen.file or self.path
+        content = file.content if isinstance(file.content, dict) else {}
+        self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
+        self.places = {name: _place(tensor) for name, tensor in chosen.weights.items()}
+        self.extra = dict(chosen.extra)
+        if not self.places:
+            raise ValueError(
+                f"{self.path} holds no weights that could be found: no `state_dict`, and no tensors by name."
+                " `lightning-merge inspect` says what is in it."
+            )
+
+    def _folder(self, weights: WhichWeights) -> None:
+        file = open_file(self.path)
+        chosen = _choose(file, weights)
+        self.step, self.epoch = _int(file.content.get("global_step")), _int(file.content.get("epoch"))
+        self.extra = dict(chosen.extra)
+        self._memory = {name: tensor.contiguous() for name, tensor in chosen.weights.items()}
+        for name, tensor in self._memory.items():
+            self.places[name] = Place(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    def _safetensors(self) -> None:
+        header = read_header(self.path)
+        like = {name: torch.empty(at.shape, dtype=at.dtype, device="meta") for name, at in header.items()}
+        names = stored(like, "the whole file")
+        for name in names.weights:
+            entry = header[names.keys.get(name, name)]
+            self.places[name] = Place(entry.start, entry.shape, contiguous_stride(entry.shape), entry.dtype)
+        if not self.places:
+            raise ValueError(f"{self.path} holds no tensors.")
+        if names.extra:
+            self.extra = dict(open_file(self.path).choose().extra)
+
+
+def _choose(file: WeightFile, weights: WhichWeights) -> StoredSet:
+    if weights == "published" or len(file.sets) == 1:
+        if weights == "raw" and "raw" not in file.sets and file.default != "weights":
+            raise ValueError(
+                f"{file.path} holds the weights of the average {file.default!r} only, without the raw ones. Take"
+                " files written without `save_weights_only=True`, or the published weights: `weights='published'`."
+            )
+        return file.choose()
+    return file.choose("raw" if "raw" in file.sets else None)
+
+
+def _sha256(path: Path) -> str:
+    with naming(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _most_open() -> int:
+    """How many files stay open: half of what the process may have."""
+    if sys.platform == "win32":
+        return 256
+    import resource
+
+    return max(1, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2**16) // 2)
+
+
+def _identity(file: IO[bytes]) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return (status.st_dev, status.st_ino)
+
+
+def memory_of(numbers: Tensor) -> memoryview:
+    """The bytes of a tensor of one dimension on the CPU, to be written to."""
+    return memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _place(tensor: Any) -> Place:
+    start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+    return Place(int(start), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+
+def _int(value: Any) -> int | None:
+    return int(value) if isinstance(value, int) else None

@@ -1,0 +1,115 @@
+"""The sets in a file of lightning-merge."""
+
+import ast
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_merge import rules, schedules
+from lightning_merge.files._label import Label, as_written
+from lightning_merge.files._sets import StoredSet, WeightFile, holds_numbers, stored, tensors
+from lightning_merge.rules import Rule
+from lightning_merge.weights import Weights, canonical
+
+_ELSEWHERE = (
+    "Its state names files in {directory}, a folder that only this file names, so nothing is read there. A run that"
+    " goes on from this file with that `directory` has it, and writes it to its own `-final.ckpt`."
+)
+
+
+def ours(content: Mapping[str, Any], path: str | os.PathLike[str]) -> WeightFile | None:
+    """The sets of a file that has our label."""
+    label = Label.of(content, path)
+    if label is None:
+        return None
+    if not isinstance(content.get("state_dict"), Mapping):
+        raise ValueError(f"{path} has the label of lightning-merge and no `state_dict`: it is not as it was written.")
+    saved, holds = content["state_dict"], label.holds
+    raw = None if label.raw is None else overlay(saved, label.raw)
+    averages: dict[str, StoredSet | None] = {}
+    elsewhere: dict[str, str] = {}
+    for name, about in label.averages.items():
+        state = (label.states or {}).get(name)
+        rule = _rule(about.get("rule", ""))
+        if rule is not None and rule.keeps_files and name != holds:
+            elsewhere[name] = _ELSEWHERE.format(directory=getattr(rule, "directory", None))
+        elif rule is not None and state is not None and raw is not None and holds_numbers(saved):
+            averages[name] = _average(rule, about, state, raw, f"{path}: the state of `{name}`")
+    sets = {holds: stored(saved, "in `state_dict`", of_lightning=True)}
+    if holds in label.averages:
+        held = averages.get(holds)
+        share = None if held is None else held.initial_share
+        updates = label.averages[holds].get("updates")
+        sets[holds] = stored(saved, "in `state_dict`", updates, share, of_lightning=True)
+    if raw is not None:
+        sets.setdefault("raw", stored(raw, "beside it, to go on with", of_lightning=True))
+    for name, average in averages.items():
+        if average is not None:
+            sets.setdefault(name, average)
+    kind = "a full checkpoint of lightning-merge" if raw is not None else "a weights-only checkpoint of lightning-merge"
+    return WeightFile(path, kind, sets, holds, content, elsewhere)
+
+
+def _average(
+    rule: Rule, about: Mapping[str, Any], saved: Mapping[str, Any], raw: Mapping[str, Any], what: str
+) -> StoredSet | None:
+    """An average out of the state that it goes on with; ``None`` if it has none yet."""
+    if saved.get("state") is None:
+        return None
+    with as_written(what):
+        state = rule.load(saved["state"], {})
+        merged = rule.result(state)
+        if merged is None:
+            return None
+        weights = overlay(raw, {**merged, **saved["buffers"]})
+        share = rule.initial_share(state)
+    return stored(weights, "as a state to go on with", about.get("updates"), share, of_lightning=True)
+
+
+def _rule(text: str) -> Rule | None:
+    """The rule that printed itself like this; nothing but constructors of ours with plain arguments is called."""
+
+    def build(node: ast.AST) -> Any:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            cls = getattr(rules, node.func.id, None) or getattr(schedules, node.func.id, None)
+            if isinstance(cls, type):
+                return cls(**{str(keyword.arg): build(keyword.value) for keyword in node.keywords})
+        return ast.literal_eval(node)
+
+    try:
+        rule = build(ast.parse(text, mode="eval").body)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return rule if isinstance(rule, Rule) else None
+
+
+def overlay(saved: Mapping[str, Any], merged: Mapping[str, Any]) -> dict[str, Any]:
+    """``saved`` with the tensors of ``merged`` in place, which has canonical names and tied tensors once."""
+    named = tensors(merged)
+    return {
+        **saved,
+        **{key: _like(named[name], tensor) for key, name, tensor in _owners(tensors(saved), named) if name in named},
+    }
+
+
+def _like(merged: Tensor, saved: Tensor) -> Tensor:
+    return merged.to(saved.dtype) if holds_numbers({"": merged}) else merged  # else its place in the file counts
+
+
+def _owners(saved: Weights, merged: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """Every key with the name that ``merged`` has for it: its own, or that of a key which is the same numbers."""
+    by_storage = {_storage(t): canonical(key) for key, t in reversed(saved.items()) if canonical(key) in merged}
+    for key, tensor in saved.items():
+        name = canonical(key)
+        yield key, name if name in merged else by_storage.get(_storage(tensor), ""), tensor
+
+
+def _storage(tensor: Tensor) -> tuple[Any, ...]:
+    if not tensor.numel():
+        return (id(tensor),)
+    if holds_numbers({"": tensor}):
+        return (tensor.data_ptr(), tensor.shape, tensor.stride())
+    storage: Any = tensor.untyped_storage()
+    return (storage._checkpoint_offset, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -1,0 +1,155 @@
+"""The one way in which a file gets its content: all of it, or nothing changes.
+
+On a local disk the content is written under a temporary name beside the target, flushed to the disk, given its name by
+a rename, and the folder is flushed. Whoever is killed at any moment leaves the old file or the new one under the name,
+and at worst a file that ends in ``.tmp``, which nobody reads.
+
+What that means elsewhere:
+
+- **Windows**: the rename replaces too, but fails with "permission denied" while another process has the old file open;
+  the old file stays then. A folder cannot be flushed there, so a power cut may bring the old file back.
+- **NFS**: the rename is atomic on the server. Another machine may see the old file for as long as it caches names.
+- **Object stores** (``s3://``, ``gs://``, ``memory://``, what fsspec opens): there is no rename. An object appears
+  under its name once it was sent completely, which is as good, so the content is made on the local disk and then sent.
+  Two writers of one name: the later one wins, and neither is told.
+- **Locks** hold among processes that see one file system, and only there: not on object stores, and not across
+  machines on network file systems that were mounted without them. Nothing here depends on a lock to keep a file whole.
+  Locks only say that a process lives (``rules/_snapshots.py``): without them less is tidied up.
+"""
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a URL as ``s3://bucket/run``, which fsspec opens.
+
+    Example:
+        >>> is_remote("s3://bucket/run"), is_remote("runs/a"), is_remote("C:/runs")
+        (True, False, False)
+    """
+    return _REMOTE.match(os.fspath(path)) is not None
+
+
+def exists(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a file, on the disk or in a store."""
+    if not is_remote(path):
+        return Path(path).exists()
+    import fsspec  # comes with torch
+
+    store, name = fsspec.core.url_to_fs(os.fspath(path))
+    return bool(store.exists(name))
+
+
+def join(folder: str | os.PathLike[str], name: str) -> str:
+    """A file in a folder, which may be a URL.
+
+    Example:
+        >>> join("s3://bucket/run/", "ema-final.ckpt")
+        's3://bucket/run/ema-final.ckpt'
+    """
+    return f"{os.fspath(folder).rstrip('/')}/{name}" if is_remote(folder) else str(Path(folder) / name)
+
+
+@contextmanager
+def atomic(target: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """A file to write to; when the block ends its content is on the disk under the target's name.
+
+    After an exception the target is as it was.
+
+    Args:
+        target: A path, in a folder that exists, or a URL.
+
+    Raises:
+        OSError: If it cannot be written (a full disk, a folder of that name, ...); the target is named.
+    """
+    with replacing(target) as unfinished, unfinished.open("xb") as file:
+        yield file
+
+
+@contextmanager
+def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """As ``atomic``, for what writes to a path: where to write in the block.
+
+    Raises:
+        OSError: As ``atomic``.
+    """
+    if is_remote(target):
+        with tempfile.TemporaryDirectory() as folder:
+            unfinished = Path(folder) / "content"
+            yield unfinished
+            with _naming(target):
+                _send(unfinished, os.fspath(target))
+        return
+    path = Path(target)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file, as {path / 'merged.pt'}.")
+    unfinished = path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.tmp")
+    try:
+        with _naming(target):
+            yield unfinished
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+            flush_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk, where a system can do that."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _naming(target: str | os.PathLike[str]) -> Iterator[None]:
+    """An error of the system says which file it is about, whatever was between."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = _of_the_system(error)
+        if cause is None:
+            raise
+        named = type(cause)(f"{os.fspath(target)} was not written: {cause.strerror or cause}. What was there is left.")
+        named.errno = cause.errno
+        raise named from error
+
+
+def _of_the_system(error: BaseException) -> OSError | None:
+    """The error of the system behind one: torch's writer hides it behind one of its own."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return link
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def _send(source: Path, url: str) -> None:
+    import fsspec  # comes with torch
+
+    store: Any
+    store, name = fsspec.core.url_to_fs(url)
+    store.makedirs(name.rpartition("/")[0], exist_ok=True)
+    with source.open("rb") as content, store.transaction, store.open(name, "wb") as sent:
+        shutil.copyfileobj(content, sent, 2**22)
