@@ -98,7 +98,8 @@ class ModelStock(Combiner):
 
 
 def _direction(tensor: Tensor) -> Tensor:
-    # Squares of what is large or small leave float32, which would make a direction of none.
-    wide = tensor.dtype if tensor.device.type == "mps" else torch.float64
-    norm = torch.linalg.vector_norm(tensor, dtype=wide).to(tensor.dtype)
+    norm = tensor.norm()
+    if tensor.numel() and not 1e-15 < float(norm) < 1e15:  # squares of what is large or small leave float32
+        tensor = tensor / tensor.abs().max().clamp(min=torch.finfo(tensor.dtype).tiny)
+        norm = tensor.norm()
     return torch.where(norm > 0, tensor / norm, 0.0)
