@@ -249,6 +249,13 @@ def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
 
 
 @torch.no_grad()
+def all_below(weights: Mapping[str, Tensor], limit: float) -> bool:
+    """Whether a cheap bound proves all magnitudes of real numbers to be below a limit of at least 1."""
+    tensors = [t for t in weights.values() if t.numel()]
+    return all(bool((torch.stack(norms) < limit).all()) for norms in _norms(tensors))  # or squares, which are larger
+
+
+@torch.no_grad()
 def largest(weights: Mapping[str, Tensor]) -> dict[str, float]:
     """The largest magnitude of each tensor of real numbers; 0 of an empty one."""
     groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
