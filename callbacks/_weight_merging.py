@@ -362,8 +362,10 @@ class WeightMerging(Published):
             self._follow(before)
 
     def _averaged_so_far(self) -> set[str]:
-        average = self._active_rule.stored(self._state) if self._state is not None else None
-        return set() if average is None else set(average)
+        if self._state is None or self._publisher is None:
+            return set()
+        with as_written(f"{self._publisher.checkpoints.path}: the state of the average `{self.name}`"):
+            return set(self._active_rule.stored(self._state) or ())
 
     def _to_be_copied(self, new: dict[str, Tensor]) -> set[str]:
         """Which tensors are taken from the model as they are at each update, since no mean of them is right.
