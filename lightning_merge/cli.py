@@ -130,7 +130,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _verify(options.run, options.tolerance)
     elif options.command == "unlearn":
         _need(_RECIPE_MODULES)
-        from lightning_merge.recipes._stream_cli import unlearn as forget
+        from lightning_merge.recipes.streams._command import unlearn as forget
 
         return 0 if forget(options.run, options.task, options.keep) else 1
     elif options.command == "doctor":
@@ -177,7 +177,7 @@ def _run(arguments: list[str]) -> int:
     config = whole(arguments[0])  # `--config` takes a text as well as a file
     if arguments[0].startswith("continual/"):
         _need(_RECIPE_MODULES)
-        from lightning_merge.recipes._stream_cli import run as run_stream
+        from lightning_merge.recipes.streams._command import run as run_stream
 
         run_stream(["--config", config, *arguments[1:]])
         return 0

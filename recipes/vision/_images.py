@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from lightning_merge.recipes._classifier import Classifier
-from lightning_merge.recipes._image_folders import check_unpacked, open_folders
+from lightning_merge.recipes.vision._classifier import Classifier
+from lightning_merge.recipes.vision._image_folders import check_unpacked, open_folders
 
 Batch = tuple[Tensor, Tensor]
 

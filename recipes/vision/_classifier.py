@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_merge.continual import masked_cross_entropy, only
-from lightning_merge.recipes._stream import TaskData
+from lightning_merge.recipes.streams._tasks import TaskData
 
 
 class Classifier(LightningModule):

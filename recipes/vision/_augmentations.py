@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_merge.recipes._images import COLOURS
+from lightning_merge.recipes.vision._images import COLOURS
 
 
 class Augmented:
