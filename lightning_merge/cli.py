@@ -130,7 +130,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _verify(options.run, options.tolerance)
     elif options.command == "unlearn":
         _need(_RECIPE_MODULES)
-        from lightning_merge.recipes._stream_cli import unlearn as forget
+        from lightning_merge.recipes.streams._command import unlearn as forget
 
         return 0 if forget(options.run, options.task, options.keep) else 1
     elif options.command == "doctor":
@@ -153,10 +153,10 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _recipes(name: str | None) -> None:
-    from lightning_merge.recipes._catalog import find, recipes, summary
+    from lightning_merge.recipes._catalog import recipes, summary, whole
 
     if name is not None:
-        print(find(name).read_text(encoding="utf-8"), end="")
+        print(whole(name), end="")
         return
     found = recipes()
     width = max(map(len, found))
@@ -166,7 +166,7 @@ def _recipes(name: str | None) -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    from lightning_merge.recipes._catalog import find, recipes
+    from lightning_merge.recipes._catalog import recipes, whole
 
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: lightning-merge run NAME [--option value]\n\nNAME is one of: {', '.join(recipes())}")
@@ -174,14 +174,14 @@ def _run(arguments: list[str]) -> int:
         return 0
     if not arguments or arguments[0].startswith("-"):
         return _fail(f"`run` needs the name of a recipe first: {', '.join(recipes())}.")
-    path = find(arguments[0])
+    config = whole(arguments[0])  # `--config` takes a text as well as a file
     if arguments[0].startswith("continual/"):
         _need(_RECIPE_MODULES)
-        from lightning_merge.recipes._stream_cli import run as run_stream
+        from lightning_merge.recipes.streams._command import run as run_stream
 
-        run_stream(["--config", str(path), *arguments[1:]])
+        run_stream(["--config", config, *arguments[1:]])
         return 0
-    return _lightning(["fit", "--config", str(path), *arguments[1:]], _RECIPE_MODULES)
+    return _lightning(["fit", "--config", config, *arguments[1:]], _RECIPE_MODULES)
 
 
 def _verify(run: Path, tolerance: float) -> int:
