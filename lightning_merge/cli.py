@@ -72,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else ""
     if command in _PASSED_ON:
-        module = import_module(f"lightning_merge._commands.{_PASSED_ON[command]}")
-        return int(module.main(arguments[1:] if command == "run" else arguments))
+        passed_on = import_module(f"lightning_merge._commands.{_PASSED_ON[command]}")
+        return int(passed_on.main(arguments[1:] if command == "run" else arguments))
     parser = argparse.ArgumentParser(
         prog="lightning-merge",
         description="Merge model weights during PyTorch Lightning training.",
