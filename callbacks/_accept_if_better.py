@@ -136,18 +136,18 @@ def refuse_unlogged(owner: str, monitor: str, trainer: Any) -> None:
         raise _unlogged(owner, monitor, trainer.callback_metrics)
 
 
-def logged(owner: str, monitor: str, metrics: Mapping[str, float]) -> float:
+def logged(owner: str, monitor: str | None, metrics: Mapping[str, Any]) -> float:
     """The metric among those of one validation.
 
     Raises:
         ValueError: If it is not among them.
     """
-    if monitor not in metrics:
+    if monitor is None or monitor not in metrics:
         raise _unlogged(owner, monitor, metrics)
-    return metrics[monitor]
+    return float(metrics[monitor])
 
 
-def _unlogged(owner: str, monitor: str, metrics: Iterable[str]) -> ValueError:
+def _unlogged(owner: str, monitor: str | None, metrics: Iterable[str]) -> ValueError:
     return ValueError(
         f"`monitor` of {owner} must be a metric that validation logs, got {monitor!r}; it logs:"
         f" {', '.join(sorted(metrics)) or 'none'}."

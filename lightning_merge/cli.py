@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from signal import SIGTERM
+from types import ModuleType
 
 from lightning_merge import __version__
 from lightning_merge._commands._mistakes import users_mistake
@@ -71,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else ""
     if command in _PASSED_ON:
-        module = import_module(f"lightning_merge._commands.{_PASSED_ON[command]}")
-        return int(module.main(arguments[1:] if command == "run" else arguments))
+        passed_on = import_module(f"lightning_merge._commands.{_PASSED_ON[command]}")
+        return int(passed_on.main(arguments[1:] if command == "run" else arguments))
     parser = argparse.ArgumentParser(
         prog="lightning-merge",
         description="Merge model weights during PyTorch Lightning training.",
@@ -82,7 +83,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=f"lightning-merge {__version__}")
     commands = parser.add_subparsers(prog="lightning-merge", dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
-    module = None
+    module: ModuleType | None = None
     for name in (*_PASSED_ON, *_COMMANDS):
         if name != command:
             commands.add_parser(name)

@@ -12,10 +12,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs it and gives the exit code."""
-    from lightning_merge.recipes._catalog import find, recipes, summary
+    from lightning_merge.recipes._catalog import recipes, summary, whole
 
     if options.name is not None:
-        print(find(options.name).read_text(encoding="utf-8"), end="")
+        print(whole(options.name), end="")
         return 0
     found = recipes()
     width = max(map(len, found))

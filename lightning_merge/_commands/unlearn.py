@@ -18,6 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Runs it and gives the exit code."""
     need(RECIPE_MODULES)
-    from lightning_merge.recipes._stream_cli import unlearn
+    from lightning_merge.recipes.streams._command import unlearn
 
     return 0 if unlearn(options.run, options.task, options.keep) else 1

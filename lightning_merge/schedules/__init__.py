@@ -2,10 +2,11 @@
 
 from lightning_merge.schedules._anneal import anneal
 from lightning_merge.schedules._duration import Duration
-from lightning_merge.schedules._every import EveryNEpochs, EveryNSteps, FromStart, LocalSteps
+from lightning_merge.schedules._every import AtValidations, EveryNEpochs, EveryNSteps, FromStart, LocalSteps
 from lightning_merge.schedules._moment import Moment, RunLength, Schedule
 
 __all__ = [
+    "AtValidations",
     "Duration",
     "EveryNEpochs",
     "EveryNSteps",

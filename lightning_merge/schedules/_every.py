@@ -127,6 +127,38 @@ class EveryNEpochs(Schedule):
 
 @final
 @dataclass(frozen=True)
+class AtValidations(Schedule):
+    """Never at a step or an epoch's end: for a rule that is handed the weights of each validation with their score.
+
+    Args:
+        start: Applied step from which on validations count; at least 0. A float in [0, 1) is a share of the run's
+            steps, rounded up.
+
+    Raises:
+        ValueError: If ``start`` is out of range, or at ``resolve`` if a share is asked of a run of unknown length.
+
+    Example:
+        >>> AtValidations().started(Moment(0, epoch=0)), AtValidations().due(Moment(9, epoch=0))
+        (True, False)
+    """
+
+    start: int | float = 0
+
+    def __post_init__(self) -> None:
+        settle(self, start=start("start", self.start))
+
+    def started(self, moment: Moment) -> bool:
+        return moment.step >= self.start
+
+    def due(self, moment: Moment) -> bool:
+        return False
+
+    def resolve(self, run: RunLength) -> Self:
+        return replace(self, start=_resolve_start(self.start, run.steps, "steps", run.unknown_since))
+
+
+@final
+@dataclass(frozen=True)
 class FromStart(Schedule):
     """As another schedule, but the rule starts with the weights that the run begins with.
 

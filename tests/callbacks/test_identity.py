@@ -109,6 +109,7 @@ class Complex(Awkward):
 
 MODULES = [OwnStateDict, TiedByStorage, BufferAssignedAnew, Parametrised, Complex]
 TRIED = {name: make for name, make in METHODS.items() if averages(make()) and name != "ondare"}
+TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",
     ("branching", Complex): "`phase` of the branches",

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_merge.callbacks import ContinualMerging, RandomState
 from lightning_merge.continual import continual_metrics
 from lightning_merge.files import atomic
-from lightning_merge.recipes._stream import TaskData
+from lightning_merge.recipes.streams._tasks import TaskData
 
 MakeTrainer = Callable[[list[Callback]], Trainer]
 

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from lightning_merge.recipes._page import COLOURS, GREY
+from lightning_merge.recipes.report._page import COLOURS, GREY
 
 
 def shares_figure(history: Sequence[Mapping[str, Any]]) -> Figure:

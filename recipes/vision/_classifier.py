@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_merge._checks import function, instance, number, one_of, whole
 from lightning_merge.continual import masked_cross_entropy, only
-from lightning_merge.recipes._stream import TaskData
+from lightning_merge.recipes.streams._tasks import TaskData
 
 
 class Classifier(LightningModule):

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
-from lightning_merge.recipes._stream_run import matrix_of
+from lightning_merge.recipes.streams._run import matrix_of
 
 _TITLES = {"accuracy": "among the classes seen", "accuracy_in_task": "told the task"}
 

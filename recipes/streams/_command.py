@@ -17,9 +17,9 @@ from lightning_merge.callbacks import ContinualMerging, RandomState
 from lightning_merge.continual import Bank, Split
 from lightning_merge.files import atomic
 from lightning_merge.recipes._lightning_cli import Parser, quiet
-from lightning_merge.recipes._stream import TaskData, split_by_class, split_by_domain
-from lightning_merge.recipes._stream_report import show
-from lightning_merge.recipes._stream_run import accuracies, newest_checkpoint, run_stream
+from lightning_merge.recipes.streams._report import show
+from lightning_merge.recipes.streams._run import accuracies, newest_checkpoint, run_stream
+from lightning_merge.recipes.streams._tasks import TaskData, split_by_class, split_by_domain
 
 
 @dataclass(frozen=True)

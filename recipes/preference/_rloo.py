@@ -12,15 +12,15 @@ from torchmetrics import MeanMetric
 
 from lightning_merge.callbacks import teacher
 from lightning_merge.files._read import read
-from lightning_merge.recipes._causal_lm import causal_lm
-from lightning_merge.recipes._dpo import PreferenceAccuracy
-from lightning_merge.recipes._language_model import (
+from lightning_merge.recipes.preference._causal_lm import causal_lm
+from lightning_merge.recipes.preference._data import IGNORED, Batch
+from lightning_merge.recipes.preference._dpo import PreferenceAccuracy
+from lightning_merge.recipes.preference._language_model import (
     LanguageModel,
     answer_log_probabilities,
     load_start,
     next_token_loss,
 )
-from lightning_merge.recipes._preference_data import IGNORED, Batch
 
 
 class RewardModel(LanguageModel):

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_merge.recipes._causal_lm import Tokenizer, tokenizer
+from lightning_merge.recipes.preference._causal_lm import Tokenizer, tokenizer
 
 Batch = dict[str, Tensor]
 IGNORED = -100  # the label of tokens that no loss counts, as in transformers

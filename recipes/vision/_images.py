@@ -17,8 +17,8 @@ from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from lightning_merge._checks import one_of, path, text, whole
 from lightning_merge._checks import seed as checked_seed
-from lightning_merge.recipes._classifier import Classifier
-from lightning_merge.recipes._image_folders import check_unpacked, open_folders
+from lightning_merge.recipes.vision._classifier import Classifier
+from lightning_merge.recipes.vision._image_folders import check_unpacked, open_folders
 
 Batch = tuple[Tensor, Tensor]
 

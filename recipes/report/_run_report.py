@@ -15,10 +15,10 @@ from rich.table import Table
 from lightning_merge._checks import monitor, names
 from lightning_merge.callbacks import Doctor, ForkMerge, Published
 from lightning_merge.files._read import read
-from lightning_merge.recipes import _page
-from lightning_merge.recipes._page import COLOURS, GREY
-from lightning_merge.recipes._shares import shares_figure
-from lightning_merge.recipes._trajectory import Trajectory
+from lightning_merge.recipes.report import _page
+from lightning_merge.recipes.report._page import COLOURS, GREY
+from lightning_merge.recipes.report._path import WeightPath
+from lightning_merge.recipes.report._shares import shares_figure
 
 
 class RunReport(Callback):
@@ -39,7 +39,7 @@ class RunReport(Callback):
         self.metrics = (accuracy, *others)
         # Name of the set -> optimizer step -> metric -> value; "raw" is a set.
         self.measured: dict[str, dict[int, dict[str, float]]] = {}
-        self.trajectory = Trajectory()  # from where this fit began; in no checkpoint
+        self.trajectory = WeightPath()  # from where this fit began; in no checkpoint
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lightning_merge.recipes._classifier import Classifier
+from lightning_merge.recipes.vision._classifier import Classifier
 
 
 class AuxiliaryClassifier(Classifier):

@@ -13,8 +13,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_merge.files._read import read
-from lightning_merge.recipes._causal_lm import causal_lm
-from lightning_merge.recipes._preference_data import IGNORED, Batch
+from lightning_merge.recipes.preference._causal_lm import causal_lm
+from lightning_merge.recipes.preference._data import IGNORED, Batch
 
 
 class LanguageModel(LightningModule):

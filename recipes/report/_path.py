@@ -11,7 +11,7 @@ _COORDINATES = 4096
 _MOST = 200  # points that are kept
 
 
-class Trajectory:
+class WeightPath:
     """Sketches of the weights along a run: the same random coordinates each time, at most 200 of them.
 
     When there are more, every second is dropped and the interval doubles, so the points stay evenly spread whatever the
