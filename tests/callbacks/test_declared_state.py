@@ -9,6 +9,8 @@ import pytest
 from golden import runs
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_merge.callbacks import Branching
+
 DERIVED = {"final_path", "final_metrics", "_resumed"}
 """Attributes that a resumed run need not have as they were: they say what an earlier fit did, or how this one began."""
 
