@@ -1,5 +1,6 @@
 """The one callback that touches Lightning's hooks. Named callbacks choose a rule, a schedule and a selection for it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -353,8 +354,10 @@ class WeightMerging(Published):
         chosen = self.selection.chosen(inventory) if before else self.selection.parameters(inventory)
         names = {*chosen, *self.selection.averaged_buffers(inventory)}
         names |= before.keys() if before else self._averaged_so_far()  # what was averaged once stays so, if frozen too
+        buffers = self.selection.copied_buffers(inventory)
         self._copied |= self._to_be_copied({n: t for n, t in inventory.tensors.items() if n in names - before.keys()})
-        copied = self.selection.copied_buffers(inventory).keys() | (self._copied & names)
+        self._copied |= self._constant({n: b for n, b in buffers.items() if n not in self._captured_buffers})
+        copied = buffers.keys() | (self._copied & names)
         self._captured_buffers = {name: t for name, t in inventory.tensors.items() if name in copied}
         self._captured = {name: t for name, t in inventory.tensors.items() if name in names - copied}
         self.is_sharded = any(map(weights.is_sharded, self.captured.values()))
@@ -372,8 +375,12 @@ class WeightMerging(Published):
         spectral normalisation, which are iterated under the merged weights.
         """
         assert self._publisher is not None
-        constant = weights.local({name: t for name, t in new.items() if not t.requires_grad})
-        return new.keys() & (self._buffers.keys() | self._publisher.singular_vectors | weights.nonfinite(constant))
+        return new.keys() & (self._buffers.keys() | self._publisher.singular_vectors | self._constant(new))
+
+    @staticmethod
+    def _constant(new: Mapping[str, Tensor]) -> set[str]:
+        """Those that hold an infinity, and that no training made."""
+        return weights.nonfinite(weights.local({name: t for name, t in new.items() if not t.requires_grad}))
 
     def _follow(self, before: dict[str, Tensor]) -> None:
         """Makes the average that of the tensors which are there now.
@@ -448,6 +455,9 @@ class WeightMerging(Published):
             if moved:
                 self._active_rule.forget(self._state, moved)  # an earlier version averaged them
                 self._buffers |= weights.copies({n: self._live_buffers[n] for n in moved if n not in self._buffers})
+            if average is not None and self._resumed and not self._is_strict:
+                self._complete(average)
+                average = self._active_rule.stored(self._state)
             kept = {name: tensor for name, tensor in (average or {}).items() if name not in moved}
             difference = None if average is None else weights.first_mismatch(self._live, kept)
         if difference is not None:
@@ -457,6 +467,25 @@ class WeightMerging(Published):
             )
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
+
+    @property
+    def _is_strict(self) -> bool:
+        """Whether a file has to hold all that the module has, and nothing else."""
+        return self._module is None or bool(self._module.strict_loading)
+
+    def _complete(self, average: Weights) -> None:
+        """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""
+        assert self._state is not None
+        live = self._live
+        fresh = {name: tensor for name, tensor in live.items() if name not in average}
+        gone = [name for name in average if name not in live]
+        if fresh or gone:
+            self._active_rule.forget(self._state, gone)
+            self._active_rule.extend(self._state, fresh)
+            rank_zero_info(
+                f"{self.title}: the file and the module differ, which `strict_loading=False` allows. New averages of:"
+                f" {', '.join(fresh) or 'none'}; dropped: {', '.join(gone) or 'none'}."
+            )
 
     # ---- for the publisher
 
