@@ -381,6 +381,9 @@ class WeightMerging(Published):
                 self._buffers |= weights.copies(
                     {n: self._tensors.live_copied[n] for n in moved if n not in self._buffers}
                 )
+            if average is not None and self._resumed and self._module is not None and not self._module.strict_loading:
+                self._complete(average)
+                average = self._active_rule.stored(self._state)
             kept = {name: tensor for name, tensor in (average or {}).items() if name not in moved}
             difference = None if average is None else weights.first_mismatch(self._tensors.live, kept)
         if difference is not None:
@@ -390,6 +393,20 @@ class WeightMerging(Published):
             )
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
+
+    def _complete(self, average: Weights) -> None:
+        """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""
+        assert self._state is not None
+        live = self._tensors.live
+        fresh = {name: tensor for name, tensor in live.items() if name not in average}
+        gone = [name for name in average if name not in live]
+        if fresh or gone:
+            self._active_rule.forget(self._state, gone)
+            self._active_rule.extend(self._state, fresh)
+            rank_zero_info(
+                f"{self.title}: the file and the module differ, which `strict_loading=False` allows. New averages of:"
+                f" {', '.join(fresh) or 'none'}; dropped: {', '.join(gone) or 'none'}."
+            )
 
     # ---- for the publisher
 
