@@ -1,5 +1,6 @@
 """Whether a run's averages are worth publishing, said at its end."""
 
+import math
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -68,7 +69,8 @@ class Doctor(Callback):
 
     def _examine(self, publisher: "Publisher", average: "Published") -> Examination:
         def loss(candidate: Weights) -> float:
-            return publisher.validation.probe(average, publisher.publishable(average, candidate))[self.monitor]
+            found = publisher.validation.probe(average, publisher.publishable(average, candidate))
+            return found.get(self.monitor, math.nan)
 
         return examine(
             {"raw": publisher.raw(average), average.name: publisher.set_of(average)},

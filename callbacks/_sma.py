@@ -55,7 +55,7 @@ class SMA(WeightMerging):
         monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
         start_step = start("start_step", start_step)
-        if validate == "raw":
+        if isinstance(validate, str) and validate == "raw":
             raise ValueError(
                 "`validate` must be 'merged' or 'both' for SMA, which is chosen by how it does, got 'raw'."
             )
@@ -87,6 +87,8 @@ class SMA(WeightMerging):
             return
         metrics = self._publisher.validation.metrics_of(self.name)
         score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
+        if not self._publisher.validation.has_logged(self.decides_by, self):
+            return
         assert self._state is not None
         assert isinstance(self._active_rule, SelectedMean)
         self._active_rule.select(self._state, standing(score, self.mode))

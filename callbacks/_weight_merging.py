@@ -327,6 +327,9 @@ class WeightMerging(Published):
             raise ValueError(
                 f"{self.title}: `monitor` must be a metric that validation logs, got {self.monitor!r}; it logs: {seen}."
             )
+        assert self._publisher is not None
+        if not self._publisher.validation.has_logged(self.monitor):
+            return
         # The ranks must decide alike, also where the metric is not synchronised.
         score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
         self._active_rule.evaluate(self._state, score)
