@@ -322,9 +322,12 @@ class WeightMerging(Published):
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         assert self._state is not None
         rule = self._active_rule
-        metrics = trainer.callback_metrics if rule.wants_score == "raw" else validation.metrics_of(self.name)
+        of_raw = rule.wants_score == "raw"
+        metrics = trainer.callback_metrics if of_raw else validation.metrics_of(self.name)
         # The ranks must decide alike, also where the metric is not synchronised.
         score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
+        if not validation.has_logged(str(self.decides_by), None if of_raw else self):
+            return
         if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
             self._skip(min(culprits))
             return
@@ -332,7 +335,7 @@ class WeightMerging(Published):
         rule.evaluate(self._state, score if self.mode == "min" else -score, self._tensors.live)
         if self.updates != updates and rule.merges_when_scored:
             self._note_update(self.steps)
-        self.evaluations += rule.wants_score == "raw"
+        self.evaluations += of_raw
         if self.stop_when_finished and rule.finished(self._state):
             trainer.should_stop = True
 

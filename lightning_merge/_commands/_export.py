@@ -70,8 +70,8 @@ def _how_to_load(as_safetensors: bool, by_timm: bool, strict: bool) -> str:
         return 'timm.create_model("{arch}", num_classes={classes}, checkpoint_path={target})'
     end = ")" if strict else ", strict=False)"
     if as_safetensors:
-        return f'model.load_state_dict(safetensors.torch.load_file({{target}}){end}'
-    return f'model.load_state_dict(torch.load({{target}}, weights_only=True){end}'
+        return f"model.load_state_dict(safetensors.torch.load_file({{target}}){end}"
+    return f"model.load_state_dict(torch.load({{target}}, weights_only=True){end}"
 
 
 def _write_safetensors(target: str | os.PathLike[str], weights: Weights, about: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def check(path: str | os.PathLike[str]) -> None:
     check_sums(path)
     with opened(path) as file:
         try:
-            torch._C.PyTorchFileReader(file)  # type: ignore[attr-defined]  # looks at more of an index than Python
+            torch._C.PyTorchFileReader(file)  # looks at more of an index than Python
         except RuntimeError as error:
             raise damaged(path, "torch cannot read its index") from error
 
