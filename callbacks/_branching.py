@@ -281,7 +281,7 @@ class Branching(Published):
 
     @property
     def watches_training(self) -> bool:
-        return True
+        return self.selection is None or self.selection.trainable
 
     def look_again(self) -> None:
         """Finds parameters that were replaced or unfrozen."""
