@@ -36,8 +36,8 @@ from lightning_merge.callbacks import Anchor, ContinualMerging
 from lightning_merge.combiners import ExponentialAverage
 from lightning_merge.continual import PRESETS, Split
 from lightning_merge.recipes import Classifier, SmallResNet, TaskData, WarmupCosine, jointly, split_by_class
-from lightning_merge.recipes._images import _Images
-from lightning_merge.recipes._stream_run import run_stream
+from lightning_merge.recipes.streams._run import run_stream
+from lightning_merge.recipes.vision._images import _Images
 from lightning_merge.selections import Selection
 
 COLOURS = (0.48, 0.46, 0.41), (0.26, 0.25, 0.27)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_merge.callbacks import ContinualMerging
 from lightning_merge.continual import Split
 from lightning_merge.recipes import Classifier, Digits, split_by_class
-from lightning_merge.recipes._stream_run import run_stream
+from lightning_merge.recipes.streams._run import run_stream
 
 METHODS = ("magmax", "ema", "sum", "ties", "opcm", "lora-arithmetic")
 TASKS, EPOCHS, BATCHES = 3, 2, 3

@@ -1,16 +1,24 @@
-"""Makes docs/methods/README.md, the table of all methods, from their cards: ``python docs/make_table.py``."""
+"""Makes docs/methods/README.md, the table of all methods, from their cards: ``python docs/make_table.py``.
 
-import re
+A card begins with its facts, as YAML between two lines of ``---``: ``when`` and ``when not`` to use the method, whether it
+needs a ``metric``, its ``cost``, what becomes of ``buffers``, the ``strategies`` it works under, the ``result`` that we
+measured and the ``import``.
+"""
+
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 METHODS = Path(__file__).parent / "methods"
 TABLE = METHODS / "README.md"
+FACTS = ("when", "when not", "metric", "cost", "buffers", "strategies", "result", "import")
 
 HEAD = """\
 # All methods
 
 Made from the cards by `python docs/make_table.py`; change a card, not this page. A card has the formula, an example,
-the settings that matter and the reference.
+the settings that matter and the reference. Which test shows a strategy is in [several devices](../strategies.md).
 
 """
 WHEN = ("method", "use it", "do not use it", "measured")
@@ -23,74 +31,49 @@ def cards() -> list[Path]:
 
 def table() -> str:
     """The whole page."""
-    texts = {path.name: path.read_text(encoding="utf-8") for path in cards()}
-    return (
-        HEAD
-        + "## Which one\n\n"
-        + _table(WHEN, [_when(name, card) for name, card in texts.items()])
-        + "\n## What it takes\n\n"
-        + _table(TAKES, [_takes(name, card) for name, card in texts.items()])
-    )
+    read = {path.name: parts(path) for path in cards()}
+    when = [
+        (_link(name, title(text)), *_cells(facts, FACTS[:2]), facts["result"]) for name, (facts, text) in read.items()
+    ]
+    takes = [
+        (
+            _link(name, title(text).partition(":")[0]),
+            *_cells(facts, FACTS[2:5]),
+            ", ".join(facts["strategies"]),
+            f"`{facts['import']}`",
+        )
+        for name, (facts, text) in read.items()
+    ]
+    return f"{HEAD}## Which one\n\n{_table(WHEN, when)}\n## What it takes\n\n{_table(TAKES, takes)}"
+
+
+def parts(card: Path) -> tuple[dict[str, Any], str]:
+    """The facts at the top of a card, and the page below them.
+
+    Raises:
+        ValueError: If a fact is missing, or one is there that no table shows.
+    """
+    _, facts, text = card.read_text(encoding="utf-8").split("---\n", 2)
+    found: dict[str, Any] = yaml.safe_load(facts)
+    if set(found) != set(FACTS):
+        raise ValueError(f"{card.name} must begin with {', '.join(FACTS)}, got {', '.join(found)}.")
+    return found, text
+
+
+def title(text: str) -> str:
+    return text.lstrip().splitlines()[0].removeprefix("# ")
+
+
+def _cells(facts: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    return [facts[name].replace("|", "\\|") for name in names]
+
+
+def _link(name: str, text: str) -> str:
+    return f"[{text}]({name})"
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ("---",) * len(columns), *rows])
-
-
-def _when(name: str, card: str) -> tuple[str, ...]:
-    return (
-        f"[{card.splitlines()[0].removeprefix('# ')}]({name})",
-        _paragraph(card, "Use it"),
-        _paragraph(card, "Do not use it"),
-        _measured(card),
-    )
-
-
-def _takes(name: str, card: str) -> tuple[str, ...]:
-    imported = re.search(r"^from (lightning_merge[\w.]*) import (.+)$", card, flags=re.MULTILINE)
-    snippet = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    return (
-        f"[{card.splitlines()[0].removeprefix('# ').partition(':')[0]}]({name})",
-        "yes" if snippet and "monitor=" in snippet[1] else "no",
-        _paragraph(card, "Cost"),
-        _paragraph(card, "Buffers"),
-        _strategies(_paragraph(card, "Does not combine with", whole=True)),
-        f"`from {imported[1]} import {imported[2]}`" if imported else "",
-    )
-
-
-def _paragraph(card: str, heading: str, whole: bool = False) -> str:
-    """What follows a bold heading, up to the next one; by default its first sentence."""
-    words = heading.replace(" ", r"\s+")
-    found = re.search(rf"\*\*{words}\.?\*\*\s*(.*?)(?=\n\n|\*\*[A-Z]|\Z)", card, flags=re.DOTALL)
-    if found is None:
-        return ""
-    text = " ".join(found[1].split()).replace("|", "\\|")
-    sentence = re.split(r"(?<=[a-z0-9`)])\.\s", text, maxsplit=1)[0]
-    return text if whole else sentence.removesuffix(".")
-
-
-def _strategies(limits: str) -> str:
-    return "one device, DDP" if re.search(r"harded strategies[^.]* not supported", limits) else "see the card"
-
-
-def _measured(card: str) -> str:
-    """The first figures of each data set that we measured ourselves, or "none yet"."""
-    section = re.search(r"\*\*Results\.?\*\*\s*(.*?)(?=\n\n\*\*[A-Z]|\Z)", card, flags=re.DOTALL)
-    paragraphs = [
-        " ".join(text.split()).partition("Published")[0] for text in (section[1] if section else "").split("\n\n")
-    ]
-    gains = [
-        f"{ours.partition(' (')[0].partition(',')[0]}: {found[0]}"
-        for ours in paragraphs
-        if (found := re.search(r"[+-]\d[\d.]* ± [\d.]+ points", ours))
-    ]
-    if gains:
-        return "; ".join(gains)
-    first = paragraphs[0].replace("|", "\\|")
-    if re.search(r"\d(\.\d+)? ?%|\d\.\d|± ", first):
-        return re.split(r"(?<=[a-z0-9`)%])[.;]\s", first, maxsplit=1)[0].strip()
-    return "none yet"
 
 
 if __name__ == "__main__":

@@ -9,20 +9,20 @@ if __name__ != "lightning_merge.recipes":
     raise ImportError(f"this package is imported as `lightning_merge.recipes`, not as `{__name__}`.")
 
 if TYPE_CHECKING:
-    from lightning_merge.recipes._augmentations import Augmented
-    from lightning_merge.recipes._auxiliary import AuxiliaryClassifier
-    from lightning_merge.recipes._classifier import Classifier
-    from lightning_merge.recipes._digits import Digits, SmallConvNet
-    from lightning_merge.recipes._dpo import DPO, PreferenceAccuracy, RewardMargin
-    from lightning_merge.recipes._images import CIFAR, ImageNet
-    from lightning_merge.recipes._language_model import LanguageModel
-    from lightning_merge.recipes._preference_data import Preferences
-    from lightning_merge.recipes._report import RunReport
-    from lightning_merge.recipes._resnet import SmallResNet
-    from lightning_merge.recipes._rloo import RLOO, RewardModel
-    from lightning_merge.recipes._stream import TaskData, jointly, split_by_class, split_by_domain
     from lightning_merge.recipes._threads import CPUThreads
     from lightning_merge.recipes._warmup_cosine import WarmupCosine
+    from lightning_merge.recipes.preference._data import Preferences
+    from lightning_merge.recipes.preference._dpo import DPO, PreferenceAccuracy, RewardMargin
+    from lightning_merge.recipes.preference._language_model import LanguageModel
+    from lightning_merge.recipes.preference._rloo import RLOO, RewardModel
+    from lightning_merge.recipes.report._run_report import RunReport
+    from lightning_merge.recipes.streams._tasks import TaskData, jointly, split_by_class, split_by_domain
+    from lightning_merge.recipes.vision._augmentations import Augmented
+    from lightning_merge.recipes.vision._auxiliary import AuxiliaryClassifier
+    from lightning_merge.recipes.vision._classifier import Classifier
+    from lightning_merge.recipes.vision._digits import Digits, SmallConvNet
+    from lightning_merge.recipes.vision._images import CIFAR, ImageNet
+    from lightning_merge.recipes.vision._resnet import SmallResNet
 
 __all__ = [
     "CIFAR",
@@ -50,28 +50,28 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Augmented": "_augmentations",
-    "AuxiliaryClassifier": "_auxiliary",
-    "CIFAR": "_images",
+    "Augmented": "vision._augmentations",
+    "AuxiliaryClassifier": "vision._auxiliary",
+    "CIFAR": "vision._images",
     "CPUThreads": "_threads",
-    "Classifier": "_classifier",
-    "DPO": "_dpo",
-    "Digits": "_digits",
-    "ImageNet": "_images",
-    "LanguageModel": "_language_model",
-    "PreferenceAccuracy": "_dpo",
-    "Preferences": "_preference_data",
-    "RLOO": "_rloo",
-    "RewardMargin": "_dpo",
-    "RewardModel": "_rloo",
-    "RunReport": "_report",
-    "SmallConvNet": "_digits",
-    "SmallResNet": "_resnet",
-    "TaskData": "_stream",
+    "Classifier": "vision._classifier",
+    "DPO": "preference._dpo",
+    "Digits": "vision._digits",
+    "ImageNet": "vision._images",
+    "LanguageModel": "preference._language_model",
+    "PreferenceAccuracy": "preference._dpo",
+    "Preferences": "preference._data",
+    "RLOO": "preference._rloo",
+    "RewardMargin": "preference._dpo",
+    "RewardModel": "preference._rloo",
+    "RunReport": "report._run_report",
+    "SmallConvNet": "vision._digits",
+    "SmallResNet": "vision._resnet",
+    "TaskData": "streams._tasks",
     "WarmupCosine": "_warmup_cosine",
-    "jointly": "_stream",
-    "split_by_class": "_stream",
-    "split_by_domain": "_stream",
+    "jointly": "streams._tasks",
+    "split_by_class": "streams._tasks",
+    "split_by_domain": "streams._tasks",
 }
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
@@ -123,14 +124,45 @@ assert torch.isfinite(model.net(torch.zeros(1, 8))).all()
 # ---- made from others
 
 
-def test_the_table_of_methods_is_made_from_the_cards() -> None:
+@pytest.fixture(scope="module")
+def maker() -> Any:
+    """``docs/make_table.py``."""
     specification = importlib.util.spec_from_file_location("make_table", ROOT / "docs" / "make_table.py")
     assert specification is not None
     assert specification.loader is not None
-    maker = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(maker)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_methods_is_made_from_the_cards(maker: Any) -> None:
     assert maker.TABLE.read_text() == maker.table(), "run `python docs/make_table.py`"
     assert maker.table().count("\n| [") == 2 * len(CARDS)
+
+
+@pytest.mark.parametrize("card", CARDS, ids=name)
+def test_facts_of_a_card_stand_on_its_page_too(maker: Any, card: Path) -> None:
+    facts, text = maker.parts(card)
+    words = " ".join(text.split())
+    assert not [facts[key] for key in ("when", "when not", "cost", "buffers", "import") if facts[key] not in words]
+    figures = re.findall(r"[+-]?\d[\d.]*(?: ± [\d.]*\d)?(?: %)?", facts["result"].replace("CIFAR-10", ""))
+    assert not [figure for figure in figures if figure not in words]
+
+
+def test_strategies_of_the_cards_are_those_that_are_tested(maker: Any) -> None:
+    from lightning_merge import callbacks
+
+    head = next(line for line in (ROOT / "docs" / "strategies.md").read_text().splitlines() if line.startswith("| | "))
+    sharded = set(re.findall(r"[A-Z]\w+", head.split("|")[2]))
+    for card in CARDS:
+        facts, _ = maker.parts(card)
+        strategies = {strategy.partition(" (")[0] for strategy in facts["strategies"]}
+        assert strategies <= {"one device", "DDP", "FSDP2", "tensor parallel", "a branch per process", "works on files"}
+        shown = facts["import"].partition(" import ")[2].split(", ")
+        assert ("tensor parallel" in strategies) == bool(set(shown) & sharded), card.name
+        classes = [getattr(callbacks, each) for each in shown if isinstance(getattr(callbacks, each, None), type)]
+        branching = any(issubclass(each, callbacks.Branching) for each in classes)
+        assert ("a branch per process" in strategies) == branching, card.name
 
 
 def test_every_cell_of_the_strategies_names_a_test_that_is_there() -> None:

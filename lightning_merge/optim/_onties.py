@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_merge.optim._blocks import Draw, blocks
-from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_, ranges
-from lightning_merge.optim._shards import Part
+from lightning_merge.optim._blocks import Draw, blocks, ranges, within
+from lightning_merge.optim._online import OnlineMerging
+from lightning_merge.optim._rounding import add_
+from lightning_merge.optim._settings import AlphaSchedule, Form, OnlineSettings, Rescale
 from lightning_merge.optim._task_vector import Source
+from lightning_merge.optim._turn import Turn
+from lightning_merge.weights._held import Part
 
 _KEPT_IN_SAMPLE = 4096  # the kept share of a sample with so many kept is within 5 % of the tensor's at three sigma
 _NOTABLE_TIES = 0.01
@@ -92,19 +95,21 @@ class OnTIES(OnlineMerging):
             base_optimizer,
             reference,
             pretrained,
-            density,
-            alpha,
-            form,
-            rescale,
-            alpha_schedule,
-            merge_every,
-            seed,
-            min_numel,
-            exempt,
             module,
-            tau_dtype,
             tau,
-            chunk_size,
+            OnlineSettings(
+                density=density,
+                alpha=alpha,
+                form=form,
+                rescale=rescale,
+                alpha_schedule=alpha_schedule,
+                merge_every=merge_every,
+                seed=seed,
+                min_numel=min_numel,
+                exempt=exempt,
+                tau_dtype=tau_dtype,
+                chunk_size=chunk_size,
+            ),
         )
 
     def is_dense(self, whole: Part) -> bool:
@@ -148,7 +153,7 @@ class OnTIES(OnlineMerging):
         cut = find_cut(values, whole, draw, self.density)
         sums = torch.zeros(2, dtype=torch.float64, device=values.device)
         for block, low, high in blocks(whole.start, whole.stop):
-            here = slice(*whole.within(block, low, high))
+            here = within(whole.start, block, low, high)
             kept = values[here]
             sums[0] += _sum(kept) if self.rescale == "l1" else 0.0
             kept.mul_(cut.keep(kept, here, draw, (block, low, high)).to(kept.dtype))

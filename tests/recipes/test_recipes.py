@@ -14,7 +14,7 @@ from torch import nn
 import lightning_merge.recipes
 from lightning_merge.cli import main
 from lightning_merge.recipes import Classifier, CPUThreads, Digits, SmallConvNet
-from lightning_merge.recipes._catalog import find, recipes, summary
+from lightning_merge.recipes._catalog import find, recipes, summary, whole
 
 RECIPES = recipes()
 # test_images.py runs the others, which need images or other options to merge within two steps.
@@ -39,7 +39,7 @@ def test_recipe_runs_two_steps(
     assert not [warning for warning in recwarn if "treespec" in str(warning.message)]
     out = capsys.readouterr().out
     averages = [path.name.removesuffix("-final.ckpt") for path in tmp_path.rglob("*-final.ckpt")]
-    assert bool(averages) == ("lightning_merge.callbacks" in RECIPES[name].read_text())
+    assert bool(averages) == ("lightning_merge.callbacks" in whole(name))
     for row in ("raw", *averages):
         assert re.search(rf"│ {row} +│ +[01]\.\d+ │", out), out
     assert list(tmp_path.rglob("checkpoints/last.ckpt"))
@@ -48,7 +48,7 @@ def test_recipe_runs_two_steps(
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_says_what_to_expect(name: str) -> None:
-    comment = RECIPES[name].read_text().partition("\nseed_everything")[0]
+    comment = whole(name).partition("\nseed_everything")[0]
     assert all(line.startswith("#") for line in comment.splitlines())
     assert 20 < len(summary(RECIPES[name])) <= 100
     for word in ("Hardware:", "Time:", "Expect:"):

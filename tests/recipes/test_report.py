@@ -17,10 +17,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_merge.callbacks import EMA, SWA, Doctor, ForkMerge
 from lightning_merge.files._read import read
 from lightning_merge.recipes import AuxiliaryClassifier, Classifier, Digits, RunReport, SmallConvNet
-from lightning_merge.recipes._page import page
-from lightning_merge.recipes._report import _figure, _limits
-from lightning_merge.recipes._shares import shares_figure
-from lightning_merge.recipes._trajectory import Trajectory
+from lightning_merge.recipes.report._page import page
+from lightning_merge.recipes.report._path import WeightPath
+from lightning_merge.recipes.report._run_report import _figure, _limits
+from lightning_merge.recipes.report._shares import shares_figure
 
 
 def fit(
@@ -191,13 +191,13 @@ def test_file_of_an_earlier_step_is_not_named(tmp_path: Path, capsys: pytest.Cap
     assert table(capsys.readouterr().out)["raw"][2] == "none"
 
 
-def test_file_with_objects_of_the_user_is_left_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_with_objects_of_the_user_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Odd(Callback):
         def state_dict(self) -> dict[str, Any]:
             return {"odd": tmp_path}
 
     fit(tmp_path, Odd())
-    assert table(capsys.readouterr().out)["raw"][2] == "none"
+    assert table(capsys.readouterr().out)["raw"][2] == "checkpoints/last.ckpt"
 
 
 def test_validation_after_the_fit_changes_nothing(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_validation_that_only_looks_is_not_taken_down(tmp_path: Path) -> None:
 
 
 def test_points_of_the_way_stay_evenly_spread_and_few() -> None:
-    way, module = Trajectory(), torch.nn.Linear(3, 2)
+    way, module = WeightPath(), torch.nn.Linear(3, 2)
     for step in range(1, 1001):
         with torch.no_grad():
             module.weight.fill_(step)
@@ -340,7 +340,7 @@ def test_points_of_the_way_stay_evenly_spread_and_few() -> None:
 
 
 def test_the_plane_is_that_of_the_path_and_averages_lie_on_it() -> None:
-    way, module = Trajectory(), torch.nn.Linear(40, 200)  # more than are kept
+    way, module = WeightPath(), torch.nn.Linear(40, 200)  # more than are kept
     directions = torch.randn(2, 200, 40)
     start = module.weight.detach().clone()
 

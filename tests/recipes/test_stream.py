@@ -15,8 +15,8 @@ from lightning_merge.cli import main
 from lightning_merge.continual import Bank
 from lightning_merge.recipes import Classifier, Digits
 from lightning_merge.recipes._catalog import recipes
-from lightning_merge.recipes._stream_cli import Stream
-from lightning_merge.recipes._stream_run import matrix_of
+from lightning_merge.recipes.streams._command import Stream
+from lightning_merge.recipes.streams._run import matrix_of
 
 STREAMS = [name for name in recipes() if name.startswith("continual/")]
 QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_test_batches=1"]
@@ -122,7 +122,7 @@ def test_unlearning_that_costs_the_others_too_much_changes_nothing(
 ) -> None:
     run(tmp_path)
     rows = iter([{"accuracy": [1.0, 1.0, 1.0]}, {"accuracy": [0.9, 0.0, 0.9]}])
-    monkeypatch.setattr("lightning_merge.recipes._stream_cli.accuracies", lambda *arguments: next(rows))
+    monkeypatch.setattr("lightning_merge.recipes.streams._command.accuracies", lambda *arguments: next(rows))
     assert main(["unlearn", str(tmp_path), "--task=task1"]) == 1
     assert "Nothing was changed" in capsys.readouterr().out
     assert len(Bank(tmp_path / "bank").tasks) == 3

@@ -1,0 +1,1 @@
+"""Preference tuning: language models, their data, DPO and RLOO."""

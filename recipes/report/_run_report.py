@@ -1,0 +1,262 @@
+"""What a run ends with: a table, one sentence, a figure, a page."""
+
+from collections.abc import Sized
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+from rich.console import Console
+from rich.table import Table
+
+from lightning_merge._checks import monitor, names
+from lightning_merge.callbacks import Doctor, ForkMerge, Published
+from lightning_merge.files._read import read
+from lightning_merge.recipes.report import _page
+from lightning_merge.recipes.report._page import COLOURS, GREY
+from lightning_merge.recipes.report._path import WeightPath
+from lightning_merge.recipes.report._shares import shares_figure
+
+
+class RunReport(Callback):
+    """Compares raw and merged weights at the end of a fit: prints a table, and leaves two files in the run's folder.
+
+    ``curves.png`` has the accuracy of each set over the run. ``report.html`` has that, the table, the branches that
+    took part in each merge of a ``ForkMerge``, what a ``Doctor`` among the callbacks found, and the way of the weights
+    with the averages on it. It needs nothing but a browser.
+
+    Args:
+        accuracy: Metric the sentence and the figure are about, a share in [0, 1].
+        others: Further metrics for the table.
+    """
+
+    def __init__(self, accuracy: str = "val/acc", others: tuple[str, ...] = ("val/loss",)) -> None:
+        self.accuracy = monitor("accuracy", accuracy)
+        others = names("others", others)
+        self.metrics = (accuracy, *others)
+        # Name of the set -> optimizer step -> metric -> value; "raw" is a set.
+        self.measured: dict[str, dict[int, dict[str, float]]] = {}
+        self.trajectory = WeightPath()  # from where this fit began; in no checkpoint
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes the raw weights down for the page."""
+        if trainer.is_global_zero:
+            self.trajectory.add(pl_module, trainer.global_step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes down what was logged; a later pass of the same validation completes it."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        # Under the name of an average that is not ready yet, the raw weights are measured.
+        averages = [average for average in _averages(trainer) if average.ready]
+        plain = next((average.name for average in averages if average.owns_plain_names), "raw")
+        for name in ("raw", *(average.name for average in averages)):
+            for metric in self.metrics:
+                value = trainer.callback_metrics.get(metric if name == plain else f"{name}/{metric}")
+                if value is not None:
+                    at_step = self.measured.setdefault(name, {}).setdefault(trainer.global_step, {})
+                    at_step[metric] = float(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resumed run shows its whole curves."""
+        return {"measured": self.measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See ``state_dict``."""
+        self.measured = state_dict["measured"]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the progress bar; a bar that lives on is redrawn over what averages say at the end."""
+        _end_progress_bar(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the table and draws the figure."""
+        _end_progress_bar(trainer, pl_module)  # one of the last measurement
+        folder = Path(trainer.log_dir or trainer.default_root_dir)  # asks all ranks
+        if trainer.is_global_zero:
+            self._report(trainer, folder)
+
+    def _report(self, trainer: Trainer, folder: Path) -> None:
+        averages = _averages(trainer)
+        final = {name: points.get(trainer.global_step, {}) for name, points in self.measured.items()}
+        final |= {average.name: average.final_metrics for average in averages if average.final_metrics}
+
+        files = _files(trainer, averages)
+        sentences = [_sentence(self.accuracy, average, final, _images(trainer)) for average in averages]
+        rows = _rows(self.metrics, averages, final, files, folder)
+        console = Console()
+        console.print(_table(self.metrics, rows))
+        for sentence in sentences:
+            console.print(sentence, soft_wrap=True)
+        console.print(f"Run folder: {folder}", soft_wrap=True)
+        curves = {name: _curve(points, self.accuracy) for name, points in self.measured.items()}
+        if any(curves.values()) and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
+            path = folder / "curves.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            windows = {average.name: average.update_window for average in averages}
+            _figure(curves, windows, self.accuracy, trainer.global_step).savefig(path)
+            console.print(f"Figure:     {path}", soft_wrap=True)
+            report = folder / "report.html"
+            curves_drawn = (self.accuracy, _page.picture(path, "curves"))
+            sections = [curves_drawn, *_shares(averages), *self._examined(trainer), *self._way(averages)]
+            columns = ("weights", *self.metrics, "file, in the run folder")
+            report.write_text(_page.page(str(folder), columns, rows, sentences, sections), encoding="utf-8")
+            console.print(f"Report:     {report}", soft_wrap=True)
+
+    def _examined(self, trainer: Trainer) -> list[tuple[str, str]]:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
+        doctors = [callback for callback in callbacks if isinstance(callback, Doctor)]
+        return [
+            (f"Is {name} sound?", _page.examination(name, found))
+            for doctor in doctors
+            for name, found in doctor.examinations.items()
+        ]
+
+    def _way(self, averages: list[Published]) -> list[tuple[str, str]]:
+        if len(self.trajectory.points) < 3:
+            return []
+        merged = {average.name: average.merged_weights() or {} for average in averages if average.ready}
+        return [("The way of the weights", _page.trajectory(*self.trajectory.plane(merged)))]
+
+
+def _averages(trainer: Trainer) -> list[Published]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
+    return [callback for callback in callbacks if isinstance(callback, Published)]
+
+
+def _shares(averages: list[Published]) -> list[tuple[str, str]]:
+    """What each merge was made of, where that was searched."""
+    forks = [average for average in averages if isinstance(average, ForkMerge) and average.history]
+    return [
+        (f"What {fork.name} merged", _page.image(shares_figure(fork.history), "share of each branch in each merge"))
+        for fork in forks
+    ]
+
+
+def _end_progress_bar(trainer: Trainer, module: LightningModule) -> None:
+    if trainer.progress_bar_callback is not None:
+        trainer.progress_bar_callback.teardown(trainer, module, "fit")
+
+
+def _curve(points: dict[int, dict[str, float]], metric: str) -> list[tuple[int, float]]:
+    return [(step, values[metric]) for step, values in sorted(points.items()) if metric in values]
+
+
+def _images(trainer: Trainer) -> int | None:
+    """How many images validation measures, if it has one loader that can tell and runs all of it."""
+    dataset = getattr(trainer.val_dataloaders, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) and _is_all(trainer.limit_val_batches) else None
+
+
+def _is_all(limit: int | float) -> bool:
+    return isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
+
+
+def _files(trainer: Trainer, averages: list[Published]) -> dict[str, str]:
+    """The file that holds each set as it is at the end; the raw weights may be beside merged ones in a file."""
+    files = {average.name: average.final_path for average in averages if average.final_path}
+    for checkpoint in trainer.checkpoint_callbacks:
+        for path in (getattr(checkpoint, name, "") for name in ("last_model_path", "best_model_path")):
+            if path and Path(path).is_file() and "raw" not in files:
+                with suppress(ValueError):  # a file with objects of the user's own in it stays unread
+                    content = read(path, check=False)
+                    label = content.get("lightning_merge", {"holds": "raw"})
+                    if content["global_step"] == trainer.global_step and (label["holds"] == "raw" or "raw" in label):
+                        files["raw"] = path if label["holds"] == "raw" else f"{path} (to go on training)"
+    return files
+
+
+def _rows(
+    metrics: tuple[str, ...],
+    averages: list[Published],
+    final: dict[str, dict[str, float]],
+    files: dict[str, str],
+    folder: Path,
+) -> list[list[str]]:
+    rows = []
+    for name in ("raw", *(average.name for average in averages)):
+        values = [f"{final[name][m]:.4f}" if m in final.get(name, {}) else "not measured" for m in metrics]
+        rows.append([name, *values, files.get(name, "none").replace(f"{folder}/", "")])
+    return rows
+
+
+def _table(metrics: tuple[str, ...], rows: list[list[str]]) -> Table:
+    table = Table(title="Weights at the end of the run", title_justify="left")
+    for heading in ("weights", *metrics, "file, in the run folder"):
+        table.add_column(heading, justify="right" if heading in metrics else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _sentence(accuracy: str, average: Published, final: dict[str, dict[str, float]], images: int | None) -> str:
+    """Raw against merged, with what chance alone does to such a number."""
+    if not average.ready:
+        return f"{average.name} merged nothing in this run."
+    merged, raw = (final.get(name, {}).get(accuracy) for name in (average.name, "raw"))
+    if merged is None:
+        return f"{average.name} was not measured: there was no validation."
+    if raw is None:
+        return (
+            f"{average.name} {merged:.2%} {accuracy}. The raw weights were not measured at the end:"
+            f" `validate: both` on {average.name} measures them."
+        )
+    text = f"{average.name} {merged:.2%} against raw {raw:.2%} {accuracy}: {100 * (merged - raw):+.2f} points"
+    if images:
+        error = (raw * (1 - raw) / images) ** 0.5
+        text += f", {round((merged - raw) * images):+d} of {images} images"
+        text += f" (standard error of each: {100 * error:.2f})"
+    return text + "."
+
+
+def _figure(
+    curves: dict[str, list[tuple[int, float]]],
+    windows: dict[str, tuple[int, int] | None],
+    accuracy: str,
+    steps: int,
+) -> Figure:
+    """Accuracy of each set over optimizer steps, and when each average took weights in."""
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = {"raw": GREY} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(windows)}
+    for name, points in curves.items():
+        if points:
+            x, y = zip(*points, strict=True)
+            marker = "o" if len(points) == 1 else None
+            axes.plot(x, y, color=colours[name], label=name, marker=marker, linewidth=1.2 if name == "raw" else 2)
+            axes.annotate(
+                f"{y[-1]:.1%}",
+                (x[-1], y[-1]),
+                xytext=(5, 0),
+                textcoords="offset points",
+                verticalalignment="center",
+                color=colours[name],
+                annotation_clip=False,
+            )
+    for name, window in windows.items():
+        if window:
+            label = f"{name} takes weights in (steps {window[0]} to {window[1]})"
+            axes.axvspan(*window, color=colours[name], alpha=0.12, linewidth=0, label=label)
+    axes.set_xlim(0, steps)
+    axes.set_ylim(*_limits([[value for _, value in points] for points in curves.values() if points]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel(accuracy)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0)
+    return figure
+
+
+def _limits(curves: list[list[float]]) -> tuple[float, float]:
+    """A range that shows the late differences: the lowest fifth of the values may fall below it, the last ones not."""
+    values = sorted(value for curve in curves for value in curve)
+    low = min(values[len(values) // 5], *(curve[-1] for curve in curves))
+    margin = max(0.1 * (values[-1] - low), 0.002)
+    return low - margin, min(1 + margin / 4, values[-1] + margin)

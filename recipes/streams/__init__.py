@@ -1,0 +1,1 @@
+"""Streams of tasks: tasks, the loop over them, its command and its report."""

@@ -1,0 +1,213 @@
+"""``lightning-merge run continual/NAME`` and ``lightning-merge unlearn``: a whole stream of tasks from a config."""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from lightning_merge.callbacks import ContinualMerging, RandomState
+from lightning_merge.continual import Bank, Split
+from lightning_merge.files import atomic
+from lightning_merge.recipes._lightning_cli import Parser, quiet
+from lightning_merge.recipes.streams._report import show
+from lightning_merge.recipes.streams._run import accuracies, newest_checkpoint, run_stream
+from lightning_merge.recipes.streams._tasks import TaskData, split_by_class, split_by_domain
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Which tasks there are, and what the base learns before them.
+
+    Args:
+        classes: Number of classes of the data; at least 2.
+        tasks: Number of tasks; at least 1.
+        scenario: ``class``: tested among all classes seen so far. ``task``: the task is told. ``domain``: all classes
+            in every task, images turned by 0, 90, 180, ... degrees (at most 4 tasks).
+        held_out: Classes that are in no task, for the base; at least 0.
+        base_epochs: Epochs that the base trains on them; the base is as initialised if it is 0.
+        order: Seed of the order of classes or domains; ``null`` keeps it.
+
+    Raises:
+        ValueError: If a value is out of range, or classes are held out for no base.
+    """
+
+    classes: int
+    tasks: int = 5
+    scenario: Literal["class", "task", "domain"] = "class"
+    held_out: int = 0
+    base_epochs: int = 0
+    order: int | None = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("classes", 2), ("tasks", 1), ("held_out", 0), ("base_epochs", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`stream.{name}` must be at least {least}, got {getattr(self, name)}.")
+        if (self.held_out > 0) != (self.base_epochs > 0):
+            raise ValueError(
+                "`stream.held_out` and `stream.base_epochs` must both be 0 or neither: classes are held out to train"
+                f" the base, got {self.held_out} classes and {self.base_epochs} epochs."
+            )
+        if self.scenario == "domain" and (self.tasks > 4 or self.held_out):
+            raise ValueError(
+                "`stream.tasks` must be at most 4 and `stream.held_out` 0 for `stream.scenario=domain`, got"
+                f" {self.tasks} and {self.held_out}."
+            )
+
+    def of(self, data: Any) -> tuple[list[TaskData], TaskData | None]:
+        """The tasks, and what the base is trained on."""
+        if self.scenario == "domain":
+            turned = {f"turned{90 * k}": partial(torch.rot90, k=k, dims=(-2, -1)) for k in range(self.tasks)}
+            return split_by_domain(data, turned, self.order), None
+        order = Split.of(self.classes, tasks=1, seed=self.order).tasks[0]
+        split = Split(Split.of(order[self.held_out :], self.tasks, seed=None).tasks, self.scenario, self.order)
+        held_out = order[: self.held_out]
+        return split_by_class(data, split), TaskData(data, "base", held_out, held_out) if held_out else None
+
+
+class _CLI(LightningCLI):
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(ContinualMerging, "merge", skip={"bank"})
+        parser.add_class_arguments(Stream, "stream")
+
+    def trainer_of(self, callbacks: list[Callback], **settings: Any) -> Trainer:
+        """A fresh Trainer as configured, with these callbacks as well."""
+        # The first Trainer, which LightningCLI makes to no purpose here, has put its own among the configured ones.
+        own = (Checkpoint, ModelSummary, ProgressBar)
+        configured = [c for c in self.config_init["trainer"].get("callbacks") or [] if not isinstance(c, own)]
+        checkpoints = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
+        return self.instantiate_trainer(
+            callbacks=[*configured, *callbacks], enable_checkpointing=checkpoints, logger=False, **settings
+        )
+
+
+class _Progress(Callback):
+    """One bar for the whole stream: epochs of all tasks."""
+
+    def __init__(self, bar: Progress, task: Any, title: str) -> None:
+        self.bar, self.task, self.title = bar, task, title
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.bar.update(self.task, description=f"{self.title}, epoch {trainer.current_epoch + 1}")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.bar.advance(self.task)
+
+
+def run(arguments: list[str]) -> None:
+    """Trains the base and then every task; goes on where an earlier run of the folder ended, and shows the result."""
+    cli = _parse(arguments)
+    folder = Path(cli.config_init["trainer"]["default_root_dir"])
+    stream: Stream = cli.config_init["stream"]
+    merging = _merging(cli, folder)
+    tasks, held_out = stream.of(cli.datamodule)
+    seed = cli.config_init["seed_everything"] or 0
+    console = Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.parser.save(cli.config, folder / "config.yaml", overwrite=True, multifile=False)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        epochs = cli.config_init["trainer"]["max_epochs"]
+        done = bar.add_task("", total=stream.base_epochs + len(tasks) * epochs)
+        if held_out is not None:
+            cli.model.load_state_dict(_base(arguments, stream, held_out, folder, seed, _Progress(bar, done, "base")))
+        bar.update(done, completed=stream.base_epochs + merging.completed * epochs)
+
+        def callbacks(index: int) -> list[Callback]:
+            return [_Progress(bar, done, f"{tasks[index].task} ({index + 1} of {len(tasks)})")]
+
+        record = run_stream(
+            cli.model, tasks, merging, folder, cli.trainer_of, seed=seed, callbacks=callbacks, log=bar.console.print
+        )
+    show(record, folder, console)
+
+
+def unlearn(folder: Path, task: str, keep: float) -> bool:
+    """Subtracts a task's vector from a finished stream; says what that does to it and to the others, the control tasks.
+
+    Args:
+        folder: Of the stream; its bank must have kept every vector, or merge by a sum or mean.
+        task: Which one.
+        keep: The share of their mean accuracy that the control tasks must keep, in (0, 1]; else nothing is changed.
+
+    Returns:
+        Whether they did.
+
+    Raises:
+        ValueError: If ``keep`` is out of range, or the folder holds no stream, or no such task.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"`keep` must be in (0, 1], got {keep}.")
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} holds no stream: it has no config.yaml. Name the folder of a `run continual/...`.")
+    cli = _parse(["--config", str(folder / "config.yaml")])
+    tasks, _ = cli.config_init["stream"].of(cli.datamodule)
+    merging = _merging(cli, folder)
+    names = [each.task for each in tasks]
+    tester = cli.trainer_of([])
+
+    merging.load_merged(cli.model)
+    before = accuracies(tester, cli.model, tasks, merging.completed - 1)["accuracy"]
+    merging.load_merged(cli.model, without=task)
+    after = accuracies(tester, cli.model, tasks, merging.completed - 1)["accuracy"]
+    console = Console()
+    merged = [index for index, name in enumerate(names) if name in merging.tasks]
+    for index in merged:
+        role = "unlearned" if names[index] == task else "control"
+        console.print(f"{names[index]:10} {before[index]:7.1%} -> {after[index]:7.1%}  {role}")
+    control = [index for index in merged if names[index] != task]
+    was, now = (sum(row[index] for index in control) / max(1, len(control)) for row in (before, after))
+    kept = now >= keep * was
+    console.print(f"control tasks: {was:.1%} -> {now:.1%}; {keep:.0%} of it must be kept")
+    if kept:
+        Bank(merging.folder).remove(task)
+        torch.save({"state_dict": cli.model.state_dict()}, folder / f"without-{task}.ckpt")
+        console.print(f"{task} is unlearned; the merged model is in {folder / f'without-{task}.ckpt'}")
+        record = json.loads((folder / "stream.json").read_text())
+        record.setdefault("unlearned", []).append({"task": task, "before": before, "after": after})
+        (folder / "stream.json").write_text(json.dumps(record, indent=1) + "\n")
+    else:
+        console.print("Nothing was changed: the other tasks would lose too much. A lower `--keep` accepts it.")
+    return kept
+
+
+def _parse(arguments: list[str]) -> _CLI:
+    quiet()
+    return _CLI(
+        args=arguments,
+        run=False,
+        parser_class=Parser,
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        save_config_callback=None,
+    )
+
+
+def _merging(cli: _CLI, folder: Path) -> ContinualMerging:
+    merging: ContinualMerging = cli.config_init["merge"]
+    merging.folder = folder / "bank"
+    return merging
+
+
+def _base(
+    arguments: list[str], stream: Stream, held_out: TaskData, folder: Path, seed: int, progress: Callback
+) -> dict[str, torch.Tensor]:
+    """The base's weights, trained on the classes that are held out; a schedule has the length of its training."""
+    path = folder / "base.ckpt"
+    if not path.is_file():
+        cli = _parse([*arguments, f"--trainer.max_epochs={stream.base_epochs}"])
+        seed_everything(seed, verbose=False)
+        place = folder / "checkpoints" / "base"
+        latest = ModelCheckpoint(place, filename="{epoch}", save_top_k=1)
+        fit = cli.trainer_of([progress, RandomState(), latest])
+        fit.fit(cli.model, datamodule=held_out, ckpt_path=newest_checkpoint(place))
+        with atomic(path) as file:
+            torch.save(cli.model.state_dict(), file)
+    state: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    return state
