@@ -283,10 +283,6 @@ class Branching(Published):
     def watches_training(self) -> bool:
         return self.selection is None or self.selection.trainable
 
-    @property
-    def watches_training(self) -> bool:
-        return self.selection is None or self.selection.trainable
-
     def look_again(self) -> None:
         """Finds parameters that were replaced or unfrozen."""
         if self._fit is not None:
