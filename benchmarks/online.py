@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from lightning_merge.optim import OnDARE, OnTIES
-from lightning_merge.optim._blocks import Draw, blocks
+from lightning_merge.optim._blocks import Draw, blocks, within
 from lightning_merge.optim._onties import find_cut
-from lightning_merge.optim._shards import Part
+from lightning_merge.weights._held import Part
 
 ALPHA = 5e-7
 
@@ -167,7 +167,7 @@ def threshold(numel: int, rounds: int) -> dict[str, Any]:
             cut = find_cut(values, whole, draw, density)
             times.append(time.perf_counter() - start)
             kept = sum(
-                int(cut.keep(values[slice(*whole.within(*block))], slice(*whole.within(*block)), draw, block).sum())
+                int(cut.keep(values[within(whole.start, *block)], within(whole.start, *block), draw, block).sum())
                 for block in blocks(0, numel)
             )
             errors.append(abs(kept / numel / density - 1))

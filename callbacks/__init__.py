@@ -7,6 +7,7 @@ if __name__ != "lightning_merge.callbacks":
 from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
 from lightning_merge.callbacks._anchor import Anchor
 from lightning_merge.callbacks._aswa import ASWA
+from lightning_merge.callbacks._best_k import BestK
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._continual_merging import ContinualMerging
@@ -47,6 +48,7 @@ __all__ = [
     "WASH",
     "AcceptIfBetter",
     "Anchor",
+    "BestK",
     "BranchStrategy",
     "Branching",
     "ContinualMerging",

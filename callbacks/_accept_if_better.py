@@ -1,7 +1,7 @@
 """Publishing what measures best: the merged weights, the raw ones, or a point between."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -11,15 +11,13 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import numbers, one_of
 from lightning_merge._choice import Mode, best, mode_by_name, mode_of
 from lightning_merge._ranks import gathered
+from lightning_merge.callbacks._publication._average import Average
+from lightning_merge.callbacks._publication._session import Judge, Publisher
 from lightning_merge.diagnostics import between
 from lightning_merge.weights import Weights
 
-if TYPE_CHECKING:
-    from lightning_merge.callbacks._publication._callback import Published
-    from lightning_merge.callbacks._publication._session import Publisher
 
-
-class AcceptIfBetter(Callback):
+class AcceptIfBetter(Judge, Callback):
     """At the end of a fit, publishes ``raw + share * (merged - raw)`` with the share that scores best.
 
     Every average of the Trainer is judged, and what is chosen takes its place: in the model, in ``<name>-final.ckpt``,
@@ -70,13 +68,13 @@ class AcceptIfBetter(Callback):
         if not trainer.sanity_checking:
             mode_of(type(self).__name__, self.monitor, self.mode)
 
-    def consider(self, publisher: "Publisher") -> None:
+    def consider(self, publisher: Publisher) -> None:
         """Measures the shares and chooses. Called before anything final is measured or saved."""
         for average in publisher.averages:
             if average.ready:
                 self._choose(publisher, average)
 
-    def _choose(self, publisher: "Publisher", average: "Published") -> None:
+    def _choose(self, publisher: Publisher, average: Average) -> None:
         mode = mode_of(type(self).__name__, self.monitor, self.mode)
         raw, merged = publisher.raw(average), publisher.set_of(average)
         # The copied buffers of an average are not on the line, and statistics are measured where it measures them.
@@ -106,9 +104,7 @@ class AcceptIfBetter(Callback):
             f" publishes {said}."
         )
 
-    def _score(
-        self, publisher: "Publisher", average: "Published", point: Weights, merged: Weights, between: bool
-    ) -> float:
+    def _score(self, publisher: Publisher, average: Average, point: Weights, merged: Weights, between: bool) -> float:
         """The score of weights in the place of an average; a NaN for those that hold one, whatever they would score."""
         broken = weights.nonfinite(point) - weights.nonfinite(merged)
         if any(gathered(bool(broken))):
@@ -120,7 +116,7 @@ class AcceptIfBetter(Callback):
 
 def refuse_without_validation(owner: str, trainer: Any) -> None:
     """For callbacks that measure at the end of the fit."""
-    if not any(hasattr(callback, "merged_weights") for callback in trainer.callbacks):
+    if not any(isinstance(callback, Average) for callback in trainer.callbacks):
         raise ValueError(f"{owner} looks at averages, and there is none among the callbacks: add one, as `EMA()`.")
     if not trainer.enable_validation:
         raise ValueError(f"{owner} measures by validation: give the Trainer a validation loader, or leave it out.")
@@ -140,18 +136,18 @@ def refuse_unlogged(owner: str, monitor: str, trainer: Any) -> None:
         raise _unlogged(owner, monitor, trainer.callback_metrics)
 
 
-def logged(owner: str, monitor: str, metrics: Mapping[str, float]) -> float:
+def logged(owner: str, monitor: str | None, metrics: Mapping[str, Any]) -> float:
     """The metric among those of one validation.
 
     Raises:
         ValueError: If it is not among them.
     """
-    if monitor not in metrics:
+    if monitor is None or monitor not in metrics:
         raise _unlogged(owner, monitor, metrics)
-    return metrics[monitor]
+    return float(metrics[monitor])
 
 
-def _unlogged(owner: str, monitor: str, metrics: Iterable[str]) -> ValueError:
+def _unlogged(owner: str, monitor: str | None, metrics: Iterable[str]) -> ValueError:
     return ValueError(
         f"`monitor` of {owner} must be a metric that validation logs, got {monitor!r}; it logs:"
         f" {', '.join(sorted(metrics)) or 'none'}."

@@ -288,6 +288,10 @@ class Branching(Published):
         if self.policy.restarts and not self._divergence.good:
             self._divergence.remember(self._trained_tensors)
 
+    @property
+    def watches_training(self) -> bool:
+        return self.selection is None or self.selection.trainable
+
     def look_again(self) -> None:
         """Finds parameters that were replaced or unfrozen."""
         if self._set is not None:

@@ -143,7 +143,7 @@ class ContinualMerging(Callback):
             ValueError: If heads are not kept per task, or there is no such task yet.
         """
         done = self.completed
-        if self.heads != "per_task" or not 0 <= task < done:
+        if self.heads != "per_task" or not 0 <= whole("task", task) < done:
             raise ValueError(f"`task` must be in [0, {done}) and `heads` 'per_task', got {task} and {self.heads!r}.")
         return self._stream().load(done)[f"head{task}"]
 
@@ -157,6 +157,7 @@ class ContinualMerging(Callback):
         Raises:
             ValueError: If the bank is empty, or of another model or base, or has no such task or vector.
         """
+        instance("module", module, nn.Module, "a module")
         bank, stream, live = self._bank(), self._stream(), weights.named_tensors(module)
         if not bank.added:
             raise ValueError(f"the bank {self.folder} holds no task yet.")
@@ -418,6 +419,7 @@ class ContinualMerging(Callback):
 
     def _open(self, module: LightningModule, trainer: Trainer) -> dict[str, Any]:
         """Where the stream is, its base, and the tensors that the next task starts from."""
+        instance("module", module, nn.Module, "a module")
         bank, stream, live = self._bank(), self._stream(), weights.named_tensors(module)
         done = bank.added
         # A base of a first task that was never taken in is of use only to go on with that task.

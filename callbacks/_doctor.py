@@ -1,7 +1,5 @@
 """Whether a run's averages are worth publishing, said at its end."""
 
-from typing import TYPE_CHECKING
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -9,16 +7,14 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import whole
 from lightning_merge._choice import refuse_higher_is_better
 from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
+from lightning_merge.callbacks._publication._average import Average
+from lightning_merge.callbacks._publication._session import Judge, Publisher
 from lightning_merge.diagnostics import MOST_POINTS, Examination, examine
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
-if TYPE_CHECKING:
-    from lightning_merge.callbacks._publication._callback import Published
-    from lightning_merge.callbacks._publication._session import Publisher
 
-
-class Doctor(Callback):
+class Doctor(Judge, Callback):
     """Examines, at the end of a fit, every average and the raw weights beside it, and says what is wrong.
 
     It looks at the loss on the line between them, their distance, BatchNorm statistics, NaN, and how much of the
@@ -59,14 +55,14 @@ class Doctor(Callback):
         """Refuses a loss that is not logged as soon as that is known."""
         refuse_unlogged(type(self).__name__, self.monitor, trainer)
 
-    def consider(self, publisher: "Publisher") -> None:
+    def consider(self, publisher: Publisher) -> None:
         """Examines. Called before anything final is measured or saved."""
         for average in publisher.averages:
             if average.ready:
                 self.examinations[average.name] = self._examine(publisher, average)
                 rank_zero_info(f"{average.title} and the raw weights: {self.examinations[average.name].report()}")
 
-    def _examine(self, publisher: "Publisher", average: "Published") -> Examination:
+    def _examine(self, publisher: Publisher, average: Average) -> Examination:
         def loss(candidate: Weights) -> float:
             return publisher.validation.probe(average, publisher.publishable(average, candidate))[self.monitor]
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from lightning_merge._checks import whole
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import PowerMeans
 from lightning_merge.schedules import EveryNSteps
@@ -68,4 +69,6 @@ class PostHocEMA(WeightMerging):
         if self._state is None or not self.ready:
             raise RuntimeError(f"{self.title} has averaged nothing yet.")
         assert isinstance(self._active_rule, PowerMeans)
+        if step is not None and not 1 <= whole("step", step) <= self.updates:
+            raise ValueError(f"`step` must be in [1, {self.updates}], the updates so far, got {step}.")
         return {**self._active_rule.synthesise(self._state, sigma, step), **self._buffers}

@@ -4,8 +4,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start
-from lightning_merge._choice import Mode, mode_of, standing
-from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
+from lightning_merge._choice import Mode, mode_of
+from lightning_merge.callbacks._accept_if_better import refuse_other_mode, refuse_without_validation
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import SelectedMean
 from lightning_merge.schedules import EveryNSteps
@@ -66,9 +66,9 @@ class SMA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            monitor=monitor,
+            mode=mode_of(type(self).__name__, monitor, mode),
         )
-        self.decides_by = monitor
-        self.mode = mode_of(type(self).__name__, monitor, mode)
 
     @property
     def version(self) -> tuple[int, int]:
@@ -79,14 +79,3 @@ class SMA(WeightMerging):
         """Refuses a run without validation."""
         refuse_without_validation(self.title, trainer)
         super().on_fit_start(trainer, pl_module)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells the rule how the mean did."""
-        super().on_validation_end(trainer, pl_module)
-        if self._publisher is None or not self._publisher.validation.is_judging(self):
-            return
-        metrics = self._publisher.validation.metrics_of(self.name)
-        score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
-        assert self._state is not None
-        assert isinstance(self._active_rule, SelectedMean)
-        self._active_rule.select(self._state, standing(score, self.mode))

@@ -8,13 +8,15 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge._checks import flag, instance
+from lightning_merge._checks import flag, instance, one_of
 from lightning_merge._checks import monitor as checked_monitor
-from lightning_merge._choice import refuse_higher_is_better
+from lightning_merge._choice import Mode, refuse_higher_is_better
 from lightning_merge._ranks import several
+from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
@@ -42,8 +44,9 @@ class WeightMerging(Published):
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose applied steps are counted; at least 0.
-        monitor: For a rule that decides on a score, and only for one: the metric of the raw weights that it is told
-            after each validation, lower is better.
+        monitor: For a rule that wants a score, and only for one: the metric that it is told after each validation, of
+            the raw weights or of the merged ones, as the rule says.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is; by default lower.
         stop_when_finished: Stop training once nothing more can change what such a rule merges.
 
     Attributes:
@@ -74,23 +77,28 @@ class WeightMerging(Published):
         *,
         optimizer: int = 0,
         monitor: str | None = None,
+        mode: Mode | None = None,
         stop_when_finished: bool = False,
     ) -> None:
         instance("rule", rule, Rule)
         schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
         selection = chosen(selection, Selection())
         super().__init__(validate, name, optimizer)
-        if (monitor is not None) != rule.decides_on_score:
-            need = "needs the metric it decides on" if rule.decides_on_score else "decides on no metric"
+        if (monitor is not None) != (rule.wants_score is not None):
+            need = "needs the metric it decides on" if rule.wants_score else "decides on no metric"
             raise ValueError(
                 f"`monitor` must be given if the rule decides on a score: {rule!r} {need}, got {monitor!r}."
             )
-        if monitor is not None:
+        if mode is not None:
+            one_of("mode", mode, Mode)
+        elif monitor is not None:
             refuse_higher_is_better(self.title, monitor)
         self.rule = rule
         self.schedule = schedule
         self.selection = selection
-        self.monitor = None if monitor is None else checked_monitor("monitor", monitor)
+        self.decides_by = None if monitor is None else checked_monitor("monitor", monitor)
+        self.monitor = self.decides_by if rule.wants_score == "raw" else None
+        self.mode: Mode = "min" if mode is None else mode
         self.stop_when_finished = flag("stop_when_finished", stop_when_finished)
 
         self.skipped_nonfinite = 0
@@ -247,9 +255,12 @@ class WeightMerging(Published):
             self._end_epoch(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells a rule that decides on a score how the raw weights did. Comes before any checkpoint is written."""
-        if self._state is not None and self._publisher is not None and self._publisher.validation.is_evaluation:
-            self._evaluate(trainer)
+        """Tells a rule that wants a score how its weights did. Comes before any checkpoint is written."""
+        if self._state is None or self._publisher is None or self.rule.wants_score is None:
+            return
+        validation = self._publisher.validation
+        if validation.is_evaluation if self.rule.wants_score == "raw" else validation.is_judging(self):
+            self._evaluate(trainer, validation)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch that was cut short (``max_steps``, an exhausted loader) ends here, after its validation."""
@@ -289,9 +300,11 @@ class WeightMerging(Published):
             return
         if not self._update():
             return
+        self._note_update(moment.step)
+
+    def _note_update(self, step: int) -> None:
         weights.copy_(self._buffers, self._live_buffers)
-        first = self.update_window[0] if self.update_window else moment.step
-        self.update_window = (first, moment.step)
+        self.update_window = (self.update_window[0] if self.update_window else step, step)
 
     def _update(self) -> bool:
         """Hands the live weights to the rule; whether they were taken in."""
@@ -318,20 +331,21 @@ class WeightMerging(Published):
                 " learning rate or clip gradients."
             )
 
-    def _evaluate(self, trainer: Trainer) -> None:
+    def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         assert self._state is not None
-        if self.monitor is None:
-            return
-        if self.monitor not in trainer.callback_metrics:
-            seen = ", ".join(sorted(trainer.callback_metrics)) or "none"
-            raise ValueError(
-                f"{self.title}: `monitor` must be a metric that validation logs, got {self.monitor!r}; it logs: {seen}."
-            )
+        rule = self._active_rule
+        metrics = trainer.callback_metrics if rule.wants_score == "raw" else validation.metrics_of(self.name)
         # The ranks must decide alike, also where the metric is not synchronised.
-        score = trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
-        self._active_rule.evaluate(self._state, score)
-        self.evaluations += 1
-        if self.stop_when_finished and self._active_rule.finished(self._state):
+        score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
+        if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
+            self._skip(min(culprits))
+            return
+        updates = self.updates
+        rule.evaluate(self._state, score if self.mode == "min" else -score, self._live)
+        if self.updates != updates and rule.merges_when_scored:
+            self._note_update(self.steps)
+        self.evaluations += rule.wants_score == "raw"
+        if self.stop_when_finished and rule.finished(self._state):
             trainer.should_stop = True
 
     # ---- which tensors
@@ -362,8 +376,10 @@ class WeightMerging(Published):
             self._follow(before)
 
     def _averaged_so_far(self) -> set[str]:
-        average = self._active_rule.stored(self._state) if self._state is not None else None
-        return set() if average is None else set(average)
+        if self._state is None or self._publisher is None:
+            return set()
+        with as_written(f"{self._publisher.checkpoints.path}: the state of the average `{self.name}`"):
+            return set(self._active_rule.stored(self._state) or ())
 
     def _to_be_copied(self, new: dict[str, Tensor]) -> set[str]:
         """Which tensors are taken from the model as they are at each update, since no mean of them is right.

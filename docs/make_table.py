@@ -1,8 +1,8 @@
 """Makes docs/methods/README.md, the table of all methods, from their cards: ``python docs/make_table.py``.
 
 A card begins with its facts, as YAML between two lines of ``---``: ``when`` and ``when not`` to use the method, whether
-it needs a ``metric``, its ``cost``, what becomes of ``buffers``, the ``strategies`` it works under, the ``result`` that we
-measured and the ``import``.
+it needs a ``metric``, its ``cost``, what becomes of ``buffers``, the ``strategies`` it works under, the ``result`` that
+we measured and the ``import``.
 """
 
 from pathlib import Path

@@ -99,7 +99,8 @@ def numbers(name: str, values: object, interval: str = "(-inf, inf)", says: str 
         ValueError: `shares` must be numbers in (0, 1], at least one, got (0.5, 2).
     """
     low, high = (float(end) for end in interval[1:-1].split(","))
-    says = says or f"numbers {_words(interval, low, high)}"
+    plain = "finite numbers" if low == -math.inf and high == math.inf else f"numbers {_words(interval, low, high)}"
+    says = says or plain
     found = sequence(name, values, says)
     try:
         return tuple(number(name, each, interval) for each in found)

@@ -7,8 +7,7 @@ from typing import Literal, final
 from torch import Tensor, nn
 
 from lightning_merge._checks import flag, instance, names, one_of, settle
-from lightning_merge.inventory import Inventory
-from lightning_merge.weights import is_averaged
+from lightning_merge.weights import Inventory, is_averaged
 
 BufferPolicy = Literal["average", "copy", "recompute"]
 

@@ -108,14 +108,14 @@ def pareto_front(scores: Sequence[Sequence[float]]) -> list[int]:
 
     Raises:
         TypeError: If they are not numbers.
-        ValueError: If one is a NaN, or a point has more scores than another.
+        ValueError: If a point has more scores than another.
 
     Example:
         >>> pareto_front([(1.0, 0.0), (0.6, 0.6), (0.5, 0.5), (0.0, 1.0)])
         [0, 1, 3]
     """
-    says = "scores for each point, equally many and none a NaN"
-    points = [numbers("scores", point, "[-inf, inf]", says) for point in sequence("scores", scores, says)]
+    says = "scores for each point, equally many"
+    points = [_scores(point, says) for point in sequence("scores", scores, says)]
     if len({len(point) for point in points}) > 1:
         raise ValueError(f"`scores` must be {says}, got {points}.")
     return [
@@ -124,6 +124,11 @@ def pareto_front(scores: Sequence[Sequence[float]]) -> list[int]:
         if not any(map(math.isnan, mine))
         and not any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in points)
     ]
+
+
+def _scores(point: object, says: str) -> tuple[float, ...]:
+    found = sequence("scores", point, says)
+    return tuple(each if each != each else number("scores", each, "[-inf, inf]", says) for each in found)
 
 
 @final

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from lightning_merge.inventory import canonical, submodules
+from lightning_merge.weights import canonical, submodules
 
 ITERATIONS = 50
 """Steps of the power iteration: from the vectors of weights that are near, a fraction of that is enough."""

@@ -3,6 +3,8 @@
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_merge._checks import whole
+
 
 class CPUThreads(Callback):
     """Lets torch compute with ``count`` threads during a run, and with as many as before after it.
@@ -18,9 +20,7 @@ class CPUThreads(Callback):
     """
 
     def __init__(self, count: int = 1) -> None:
-        if count < 1:
-            raise ValueError(f"`count` must be at least 1, got {count}.")
-        self.count = count
+        self.count = whole("count", count, 1, 10_000)
         self.before = torch.get_num_threads()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

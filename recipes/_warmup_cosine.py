@@ -6,6 +6,8 @@ from functools import partial
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_merge._checks import instance, whole
+
 
 class WarmupCosine(LambdaLR):
     """The learning rate rises linearly for ``warmup_epochs``, then falls to 0 along half a cosine.
@@ -34,10 +36,9 @@ class WarmupCosine(LambdaLR):
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, warmup_epochs: int = 5, last_epoch: int = -1) -> None:
-        if epochs < 1:
-            raise ValueError(f"`epochs` must be at least 1, got {epochs}.")
-        if warmup_epochs < 0:
-            raise ValueError(f"`warmup_epochs` must be at least 0, got {warmup_epochs}.")
+        instance("optimizer", optimizer, Optimizer, "a torch optimizer")
+        epochs, warmup_epochs = whole("epochs", epochs, 1), whole("warmup_epochs", warmup_epochs, 0)
+        last_epoch = whole("last_epoch", last_epoch, -1)
         super().__init__(optimizer, partial(_factor, epochs, min(warmup_epochs, epochs // 2)), last_epoch)
 
 

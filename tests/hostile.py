@@ -149,7 +149,7 @@ GOOD: dict[str, Callable[[], Any]] = {
 LEFT_OUT = {"Moment", "Finding", "Examination", "BranchStrategy", "Published", "Branches", "Placement", "OnePerRank"}
 
 
-ANYTHING = {("Answer", "value")}
+ANYTHING = {("Answer", "value"), ("Found", "score"), ("Evaluation", "score")}
 """What may be any number, infinities included."""
 
 
@@ -188,6 +188,8 @@ def arguments_of(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         given["combiner"] = good(name, "combiner")
     if name == "OnlineMerging":
         given["pretrained"] = "zero"
+    if name in ("ASWA", "BestK", "SMA"):
+        given["mode"] = "min"  # asked for where the name of the metric does not say it
     return given
 
 

@@ -17,7 +17,7 @@ import pytest
 import lightning_merge
 
 RECORD = Path(__file__).with_name("public_names.txt")
-WITHOUT_ALL = ("calibration", "diagnostics", "schedules", "selections", "soups")
+WITHOUT_ALL = ("calibration", "selections", "soups")
 """Modules of which everything is public that they define; ``weights`` and ``shards`` are for the library's own use."""
 
 OF_AVERAGES = [

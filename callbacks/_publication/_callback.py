@@ -1,31 +1,27 @@
-"""What the publisher asks of a callback that merges: a name, merged weights, and what a file needs to go on."""
+"""The callback that every published average is: it hands Lightning's hooks on to the Trainer's one session."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from lightning_merge import calibration, weights
-from lightning_merge._checks import flag, one_of, whole, word
-from lightning_merge._ranks import settings_of, several
+from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import restore_loader_position
-from lightning_merge.callbacks._publication._session import Ending, Publisher
+from lightning_merge.callbacks._publication._average import Average, Validate
+from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.diagnostics import between
-from lightning_merge.schedules import Moment
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.spectral import iterate_
 from lightning_merge.weights import Weights
 
-Validate = Literal["merged", "raw", "both"]
+__all__ = ["Published", "Validate"]
 
 
-class Published(Callback, ABC):
+class Published(Average, Callback):
     """A callback whose merged weights are measured, saved and left in the model by the Trainer's one publisher.
 
     Args:
@@ -57,51 +53,17 @@ class Published(Callback, ABC):
         final_validation: bool = True,
         final_checkpoint: bool = True,
     ) -> None:
-        self.validate: Validate = one_of("validate", validate, Validate)
-        self.name = word("name", name, other_than=("raw",))
-        self.optimizer = whole("optimizer", optimizer, 0)
-        self.final_validation = flag("final_validation", final_validation)
-        self.final_checkpoint = flag("final_checkpoint", final_checkpoint)
-        self.monitor: str | None = None  # the metric of the raw weights that it decides by, if it decides by one
-
-        self.steps = 0
-        self.accepted: float | None = None
-        self.update_window: tuple[int, int] | None = None
-        self.final_path: str | None = None
-        self.final_metrics: dict[str, float] = {}
-
+        super().__init__(
+            validate, name, optimizer, final_validation=final_validation, final_checkpoint=final_checkpoint
+        )
         self._buffers: Weights = {}  # copies of the buffers that are published as they were at the last update
         self._calibrated_at: list[int] | None = None  # `version` when the statistics in `_buffers` were measured
         self._recent: RecentBatches | None = None
         self._resumed = False
         self._publisher: Publisher | None = None
         self._module: LightningModule | None = None
-        self.ending: Ending | None = None  # how the last fit ended, until the next begins
-        self.is_sharded = False  # whether this process holds a part only of what it merges
 
     # ---- what there is
-
-    @property
-    @abstractmethod
-    def updates(self) -> int:
-        """Times that something was merged."""
-
-    @property
-    @abstractmethod
-    def version(self) -> tuple[int, int]:
-        """Changes whenever the merged weights do."""
-
-    @property
-    @abstractmethod
-    def ready(self) -> bool:
-        """Whether there is something to publish."""
-
-    @abstractmethod
-    def merged(self) -> Weights | None:
-        """The merged parameters and buffers, each once by the first of its names; ``None`` if there are none.
-
-        They are the stored tensors, in the average's precision. Of sharded ones it is the part that is here.
-        """
 
     def merged_weights(self) -> Weights | None:
         """The merged parameters and buffers by canonical name, in the average's precision; ``None`` if there are none.
@@ -121,58 +83,6 @@ class Published(Callback, ABC):
         raw = self._publisher.raw(self)
         return {**between(raw, merged, self.accepted), **self._buffers} if self.accepted else raw
 
-    @property
-    @abstractmethod
-    def tensors(self) -> dict[str, Tensor]:
-        """The live parameters and buffers that it merges, by canonical name; of sharded ones the part that is here."""
-
-    @property
-    def captured(self) -> dict[str, Tensor]:
-        """The same as the module has them: sharded ones as they are."""
-        return self.tensors
-
-    @property
-    def checked(self) -> dict[str, Tensor]:
-        """Those of ``tensors`` in which a NaN or an infinity keeps the weights from being merged."""
-        return self.tensors
-
-    @property
-    def watches_training(self) -> bool:
-        """Whether what it merges depends on which parameters require gradients."""
-        return False
-
-    def look_again(self) -> None:
-        """Called when tensors of the module were replaced, added, removed, frozen or unfrozen."""
-
-    def remarks(self) -> list[str]:
-        """Lines for the start of a fit, beside ``describe``."""
-        return []
-
-    @property
-    def works_on_shards(self) -> bool:
-        """Whether it merges parts of tensors, each process its own."""
-        return False
-
-    @property
-    def left_alone(self) -> list[str]:
-        """Names of selected parameters that cannot be merged, since they are quantised, packed or integers."""
-        return []
-
-    def configuration(self) -> dict[str, Any]:
-        """What has to be the same in every process, each under words that an error can use."""
-        fields = {f"`{field}` of {self.title}": getattr(self, field) for field in ("validate", "optimizer", "monitor")}
-        fields |= {f"{words} {self.name!r}": value for words, value in settings_of(self).items()}
-        shapes = {f"`{name}`, which {self.title} merges": tuple(t.shape) for name, t in self.captured.items()}
-        return {**fields, **shapes}
-
-    def progress(self) -> dict[str, Any]:
-        """Counters that have to be the same in every process."""
-        return {f"how often {self.title} took weights in": self.updates}
-
-    @abstractmethod
-    def describe(self) -> str:
-        """What is merged and what it takes, in a few words."""
-
     def raw_weights(self) -> Weights:
         """The weights that training works on, by canonical name: live during a fit, set aside after it.
 
@@ -187,31 +97,6 @@ class Published(Callback, ABC):
     def owns_plain_names(self) -> bool:
         """Whether validation logs its metrics under plain names, as ``val/acc``, once it is ready."""
         return self._publisher is not None and self._publisher.validation.owner is self
-
-    @property
-    def buffer_names(self) -> set[str]:
-        """Which of ``tensors`` are buffers."""
-        return {name for name, tensor in self.captured.items() if not isinstance(tensor, torch.nn.Parameter)}
-
-    @property
-    def decides_on_score(self) -> bool:
-        """Whether what it merges depends on the scores of the raw weights, which then own the plain metric names."""
-        return False
-
-    @property
-    def initial_share(self) -> float:
-        """Share of the merged weights that is still the weights of the start, in [0, 1]."""
-        return 0.0
-
-    @property
-    def title(self) -> str:
-        """What messages call it."""
-        return f"{type(self).__name__} {self.name!r}"
-
-    @property
-    def state_key(self) -> str:
-        """By name, not by hyperparameters: a run may go on with another decay."""
-        return f"lightning_merge.{self.name}"
 
     # ---- a fit begins and ends
 
@@ -262,46 +147,7 @@ class Published(Callback, ABC):
                 " process, that one failed first, and its error is the cause."
             )
 
-    # ---- for the publisher
-
-    @abstractmethod
-    def wants(self, moment: Moment) -> bool:
-        """Whether it starts or takes the live weights in right after this optimizer step."""
-
-    @abstractmethod
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
-        """Takes the live weights in, of which those in ``nonfinite`` hold a NaN or an infinity."""
-
-    @abstractmethod
-    def label(self) -> dict[str, Any]:
-        """What every file says about it."""
-
-    @abstractmethod
-    def save(self) -> dict[str, Any]:
-        """What a full file needs to go on bit for bit."""
-
-    @abstractmethod
-    def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
-        """Takes over what ``save`` and ``label`` gave."""
-
-    def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:
-        """Goes on with an average that other software kept, if that is all it keeps itself; whether it does.
-
-        Args:
-            average: By canonical name, of all parameters and buffers.
-            updates: How many weights were merged into it.
-            steps: Optimizer steps of the run so far.
-            epochs: Epochs completed so far.
-        """
-        return False
-
-    @abstractmethod
-    def to_host(self) -> None:
-        """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
-
-    @abstractmethod
-    def note_the_end(self) -> None:
-        """Settles what is published, and says in a line what the user should know about it."""
+    # ---- for the session
 
     def recalibrate(self) -> None:
         """Makes the buffers fit the merged weights, unless that was done already: BatchNorm statistics are measured,

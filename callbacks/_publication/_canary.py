@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -18,11 +18,9 @@ from lightning_merge._isolation import untouched
 from lightning_merge.callbacks._lightning._eval_mode import extends_train, written_in_eval
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._user_step import muted
+from lightning_merge.callbacks._publication._average import Average
+from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.weights import Weights, canonical
-
-if TYPE_CHECKING:
-    from lightning_merge.callbacks._publication._callback import Published
-    from lightning_merge.callbacks._publication._session import Publisher
 
 _CLEARLY_DIFFERENT = 1e-3
 """Relative distance of merged and raw weights from which outputs must differ; right after the start they are closer."""
@@ -50,7 +48,7 @@ class Canary:
         self._sightings: list[_Sighting] = []  # of the batch that is being validated
 
     @contextmanager
-    def watch(self, publisher: "Publisher", average: "Published", merged: Weights) -> Iterator[None]:
+    def watch(self, publisher: Exchange, average: Average, merged: Weights) -> Iterator[None]:
         """Watches one validation run under merged weights, until one has shown that the exchange works."""
         if self._sang or average.validate == "raw":  # then it is measured at the end of the fit, if at all
             yield
@@ -78,7 +76,7 @@ class Canary:
                     " it too), or validate with `validate='raw'`."
                 )
 
-    def _compare(self, publisher: "Publisher", average: "Published", name: str) -> Callable[..., None]:
+    def _compare(self, publisher: Exchange, average: Average, name: str) -> Callable[..., None]:
         def hook(child: nn.Module, args: Any, kwargs: Any, merged_output: Any) -> None:
             if self._sang or child.training:
                 return
@@ -93,7 +91,7 @@ class Canary:
 
         return hook
 
-    def _compare_step(self, publisher: "Publisher", average: "Published") -> Callable[..., Any]:
+    def _compare_step(self, publisher: Exchange, average: Average) -> Callable[..., Any]:
         """Stands around ``validation_step``: runs it again under raw weights where a part gave the same output."""
 
         def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +123,7 @@ class Canary:
         return step
 
 
-def _comparable_children(publisher: "Publisher", average: "Published") -> Iterator[tuple[str, nn.Module]]:
+def _comparable_children(publisher: Exchange, average: Average) -> Iterator[tuple[str, nn.Module]]:
     """Children that hold weights of the average, take a hook, and may be run a second time without harm."""
     written = written_in_eval(publisher.module)
     if average.is_sharded:  # a child of a sharded module does not run by itself
@@ -141,13 +139,13 @@ def _comparable_children(publisher: "Publisher", average: "Published") -> Iterat
             yield name, child
 
 
-def _below(name: str, average: "Published") -> dict[str, Tensor]:
+def _below(name: str, average: Average) -> dict[str, Tensor]:
     prefix = canonical(f"{name}.")
     return {n: tensor for n, tensor in average.tensors.items() if n.startswith(prefix)}
 
 
 @contextmanager
-def _again_under_raw(publisher: "Publisher", average: "Published", module: nn.Module) -> Iterator[None]:
+def _again_under_raw(publisher: Exchange, average: Average, module: nn.Module) -> Iterator[None]:
     """Raw weights in place for something that ran under merged ones and runs again; it leaves no trace."""
     # To be able to put everything back one has to see each operation, and a compiled graph would not run then.
     compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in module.modules())

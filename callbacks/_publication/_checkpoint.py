@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -11,8 +11,11 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._arrival import Arrival, storage
+from lightning_merge.callbacks._publication._average import Average
+from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.callbacks._publication._ledger import RAW
 from lightning_merge.callbacks._publication._migration import Migration
+from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.callbacks._publication._sharded import pack, unpack
 from lightning_merge.files._check import check
 from lightning_merge.files._label import FORMAT, KEY, Label, as_written
@@ -21,10 +24,6 @@ from lightning_merge.files._sets import WeightFile
 from lightning_merge.files._write import is_remote, join
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
-
-if TYPE_CHECKING:
-    from lightning_merge.callbacks._publication._callback import Published
-    from lightning_merge.callbacks._publication._session import Publisher
 
 
 class Checkpoints:
@@ -35,10 +34,11 @@ class Checkpoints:
     file also has the raw weights and the states of all averages, to go on bit for bit.
     """
 
-    def __init__(self, publisher: "Publisher") -> None:
+    def __init__(self, publisher: Exchange, validation: Validation) -> None:
         self._publisher = publisher
+        self._validation = validation
         self._writer: Any = None  # the ModelCheckpoint that is writing
-        self._final: Published | None = None  # the average whose final file is being written
+        self._final: Average | None = None  # the average whose final file is being written
         self._raw: Weights = {}  # raw weights of a file that have no key in its `state_dict`
         self.path = "the checkpoint"  # that the fit goes on from
 
@@ -57,7 +57,7 @@ class Checkpoints:
             if hasattr(callback, "monitor") and hasattr(callback, "_save_checkpoint"):
                 patches.replace(callback, "_save_checkpoint", self._writes(callback))
 
-    def write_final(self, average: "Published") -> str | None:
+    def write_final(self, average: Average) -> str | None:
         """Writes ``<name>-final.ckpt`` beside the other checkpoints; ``None`` if checkpointing is off."""
         trainer = self._publisher.trainer
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
@@ -87,15 +87,15 @@ class Checkpoints:
     def _monitor(self) -> str | None:
         return getattr(self._writer, "monitor", None)
 
-    def _choose(self) -> "Published | None":
+    def _choose(self) -> Average | None:
         """Whose weights the file is to hold; ``None``: the raw ones."""
         if self._final is not None:
             return self._final
         publisher = self._publisher
-        running = publisher.validation.running
+        running = self._validation.running
         if self._writer is None and running is not None:
             return running.average  # other code that saves while a set is measured means that set
-        name = publisher.primary.name if self._monitor is None else publisher.validation.set_of(self._monitor)
+        name = publisher.primary.name if self._monitor is None else self._validation.set_of(self._monitor)
         return next((average for average in publisher.averages if average.name == name and average.ready), None)
 
     def _dump(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -144,11 +144,11 @@ class Checkpoints:
         self._label(checkpoint, holds, arrival, states if "callbacks" in checkpoint else None)
 
     def _label(
-        self, checkpoint: dict[str, Any], holds: "Published | None", arrival: Arrival, states: dict[str, Any] | None
+        self, checkpoint: dict[str, Any], holds: Average | None, arrival: Arrival, states: dict[str, Any] | None
     ) -> None:
         publisher = self._publisher
         name = RAW if holds is None else holds.name
-        measured = publisher.validation.is_measured(holds, self._monitor)
+        measured = self._validation.is_measured(holds, self._monitor)
         score = publisher.trainer.callback_metrics.get(self._monitor) if measured and self._monitor else None
         section: dict[str, Any] = {
             "format": FORMAT,
@@ -156,7 +156,7 @@ class Checkpoints:
             "measured": measured,
             "monitor": self._monitor,
             "score": None if score is None else float(score),
-            "metrics": publisher.validation.metrics_of(name) if measured else {},
+            "metrics": self._validation.metrics_of(name) if measured else {},
             "averages": {average.name: _about(average) for average in publisher.averages},
             **arrival.notes(),
         }
@@ -288,6 +288,6 @@ def _with_memory_of_its_own(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {**checkpoint, "state_dict": copy(checkpoint["state_dict"]), KEY: copy(checkpoint[KEY])}
 
 
-def _about(average: "Published") -> dict[str, Any]:
+def _about(average: Average) -> dict[str, Any]:
     """Its label, and what was accepted in its place."""
     return average.label() | ({} if average.accepted is None else {"accepted": average.accepted})

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -12,13 +12,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._eval_mode import forget_what_eval_mode_kept
 from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._publication._average import Average
 from lightning_merge.callbacks._publication._canary import Canary
+from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.callbacks._publication._ledger import RAW, Entry, Ledger
 from lightning_merge.weights import Weights
-
-if TYPE_CHECKING:
-    from lightning_merge.callbacks._publication._callback import Published
-    from lightning_merge.callbacks._publication._session import Publisher
 
 _PROBE = "probe/"
 """Prefix of what is measured only to be looked at."""
@@ -28,7 +26,7 @@ _PROBE = "probe/"
 class Pass:
     """One validation run: the weights it measures (``None``: raw) and the prefixes its metrics are logged under."""
 
-    average: "Published | None"
+    average: Average | None
     prefixes: list[str]
 
     @property
@@ -43,7 +41,7 @@ class Validation:
     could not: they run before the module's own.
     """
 
-    def __init__(self, publisher: "Publisher") -> None:
+    def __init__(self, publisher: Exchange) -> None:
         self._publisher = publisher
         self._canary = Canary()
         self._current: Pass | None = None
@@ -81,7 +79,7 @@ class Validation:
                     f"Validation measures {title} as {_some(names)}{until if pass_.average is None else ''}."
                 )
 
-    def measure_final(self, ready: "list[Published]") -> None:
+    def measure_final(self, ready: list[Average]) -> None:
         """Measures the final sets that no validation has seen, where there is a validation loader."""
         trainer = self._publisher.trainer
         ready = [average for average in ready if average.final_validation]
@@ -111,11 +109,11 @@ class Validation:
                 trainer.training = True
                 trainer._logger_connector._first_loop_iter = first_loop_iter
 
-    def forget(self, average: "Published") -> None:
+    def forget(self, average: Average) -> None:
         """What was measured on an average is not about what will be published in its place."""
         self._measured_at.pop(average.name, None)
 
-    def probe(self, average: "Published", tensors: Weights) -> dict[str, float]:
+    def probe(self, average: Average, tensors: Weights) -> dict[str, float]:
         """What validation measures on any weights in the place of an average's.
 
         Nothing is logged or remembered, and no callback sees it.
@@ -176,11 +174,11 @@ class Validation:
         """Whether the validation run that is going on measures the raw weights for a rule to decide by."""
         return self._current is not None and self._current.average is None and not self._at_the_end
 
-    def is_judging(self, average: "Published") -> bool:
+    def is_judging(self, average: Average) -> bool:
         """Whether the validation run that is going on is the regular one of this average."""
         return self._current is not None and self._current.average is average and not self._at_the_end
 
-    def is_measured(self, average: "Published | None", monitor: str | None = None) -> bool:
+    def is_measured(self, average: Average | None, monitor: str | None = None) -> bool:
         """Whether a validation run has measured (or is measuring) just these weights, and a metric with them."""
         holds = RAW if average is None else average.name
         if self._current is not None and self._current.holds == holds:
@@ -217,16 +215,16 @@ class Validation:
         return self._publisher.trainer.fit_loop.epoch_loop.val_loop
 
     @property
-    def owner(self) -> "Published | None":
+    def owner(self) -> Average | None:
         """The average whose metrics have plain names; ``None``: the raw weights do, since a rule decides on them."""
         averages = self._publisher.averages
         raw_owns = averages[0].validate == "raw" or any(average.decides_on_score for average in averages)
         return None if raw_owns else averages[0]
 
-    def _prefix(self, average: "Published") -> str:
+    def _prefix(self, average: Average) -> str:
         return "" if average is self.owner else f"{average.name}/"
 
-    def _version(self, average: "Published | None") -> tuple[int, int]:
+    def _version(self, average: Average | None) -> tuple[int, int]:
         """Changes whenever the set does."""
         if average is not None:
             return average.version

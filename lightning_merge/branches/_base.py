@@ -12,9 +12,8 @@ from lightning_merge import weights
 from lightning_merge._checks import instance, numbers, one_of, sequence, whole
 from lightning_merge.branches import _optimizer_states as optimizer_states
 from lightning_merge.branches._buffers import mix_buffers_
-from lightning_merge.inventory import Inventory
 from lightning_merge.selections import Selection
-from lightning_merge.weights import State, Weights
+from lightning_merge.weights import Inventory, State, Weights
 
 Matrix: TypeAlias = Sequence[Sequence[float]]
 """A row per new branch, a column per old one."""

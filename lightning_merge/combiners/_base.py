@@ -139,7 +139,7 @@ class Combiner(ABC):
         if isinstance(vectors, list | tuple) and vectors:
             together = [(_next(labels, index, tasks), vector) for index, vector in enumerate(vectors)]
             _refuse_more(tasks, len(vectors))
-            return refuse_overflow(self._combine_parts(together))
+            return self._combine_parts(together)
         stream = iter(vectors)
         vector = next(stream, None)
         if vector is None:
@@ -172,7 +172,7 @@ class Combiner(ABC):
                 self._take(state, piece, task)
                 state["updates"] += 1
             copy_(target, self._merged(state) or {})
-        return merged
+        return refuse_overflow(merged)
 
     def save(self, state: State) -> State:
         """What a file holds of the state."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge.combiners._base import Combiner
-from lightning_merge.combiners._overflow import narrowed, widened
+from lightning_merge.combiners._overflow import narrowed, refuse_overflow, widened
 from lightning_merge.combiners._vectors import check_finite, check_vector
 from lightning_merge.weights import State, Weights, array, empty, in_threads, part, parts, scaled, zeros
 
@@ -95,6 +95,7 @@ def combine_elementwise(
                     for share, (task, _) in zip(shares, vectors, strict=True):
                         check_finite(share, task)
                     _combine_widely(out[piece], own, merge, factor)
+                    refuse_overflow({name: torch.as_tensor(out[piece])})
 
     in_threads(combine, parts(merged, size=8 * _PIECE))
     return merged

@@ -99,7 +99,7 @@ class ModelStock(Combiner):
 
 def _direction(tensor: Tensor) -> Tensor:
     norm = tensor.norm()
-    if tensor.device.type != "mps":  # squares of what is large or small leave float32, and the direction with them
-        wide = torch.linalg.vector_norm(tensor, dtype=torch.float64).to(tensor.dtype)
-        norm = torch.where(norm.isfinite() & (norm > 0), norm, wide)
+    if tensor.numel() and not 1e-15 < float(norm) < 1e15:  # squares of what is large or small leave float32
+        tensor = tensor / tensor.abs().max().clamp(min=torch.finfo(tensor.dtype).tiny)
+        norm = tensor.norm()
     return torch.where(norm > 0, tensor / norm, 0.0)

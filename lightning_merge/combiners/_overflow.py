@@ -1,12 +1,13 @@
 """What is too large for its type once it is merged: found before it is written, or refused by name."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_merge.weights import State, Weights, is_averaged, largest, nonfinite
+from lightning_merge.weights import State, Weights, all_below, is_averaged, largest, nonfinite
 
 _MANY = 2.0**24
 """Vectors whose sum cannot be too large if each is this many times smaller than the largest number of its type."""
@@ -14,6 +15,8 @@ _MANY = 2.0**24
 
 def room_left(kept: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors whose sums with a vector could be too large for the type they are kept in."""
+    if all_below(vector, min(map(_limit, kept.values()), default=math.inf) / _MANY):
+        return []
     sizes = {name: size for name, size in largest(vector).items() if size > _limit(kept[name]) / _MANY}
     before = largest({name: kept[name] for name in sizes})
     return [name for name, size in sizes.items() if before[name] + size > _limit(kept[name])]

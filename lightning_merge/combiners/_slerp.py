@@ -87,12 +87,21 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     t = number("t", t)
     if not a.numel():
         return a + b
-    # Brought to a largest magnitude of 1: squares of what is large or small would leave their type.
-    one, other = (x.to(average_dtype(x)) / x.abs().max().to(average_dtype(x)) for x in (a, b))
-    cosine = float((one * other).sum() / (one.norm() * other.norm()))
-    if math.isnan(cosine) or abs(cosine) > _STRAIGHT:  # one of them is zero, or they lie on a line
+    cosine = _cosine(a, b)
+    if abs(cosine) > _STRAIGHT:
         straight = torch.lerp(a, b, t)
         return straight if bool(straight.isfinite().all()) else a * (1.0 - t) + b * t
     angle = torch.tensor(cosine, dtype=torch.float64).arccos()
     first, second = ((angle * share).sin() / angle.sin() for share in (1 - t, t))
     return a * float(first) + b * float(second)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Of the angle between them; 1 if one of them is zero."""
+    lengths = a.norm(), b.norm()
+    if not all(1e-15 < float(length) < 1e15 for length in lengths):
+        # Brought to a largest magnitude of 1: squares of what is large or small leave their type.
+        a, b = (x.to(average_dtype(x)) / x.abs().max().to(average_dtype(x)) for x in (a, b))
+        lengths = a.norm(), b.norm()
+    cosine = float((a * b).sum() / (lengths[0] * lengths[1]))
+    return 1.0 if math.isnan(cosine) else cosine

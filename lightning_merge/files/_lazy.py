@@ -88,6 +88,8 @@ class Checkpoint:
         if is_remote(checked_path("path", path)):
             raise ValueError(f"{path} is not on this machine: only local files are read tensor by tensor. Copy it.")
         self.path = Path(path)
+        if not self.path.exists():
+            raise ValueError(f"`path`: there is no file {self.path}.")
         self.step: int | None = None
         self.epoch: int | None = None
         self.extra: dict[str, Any] = {}

@@ -20,6 +20,11 @@ _LEVELS = 2**16  # a mask compares 16 random bits, so a density is resolved to 2
 _GAPS_BELOW = 0.1  # under this density it costs less to draw what is kept than one number per element
 
 
+def within(start: int, block: int, low: int, high: int) -> slice:
+    """Where elements ``low`` to ``high`` of a block lie in a part of the tensor that begins with element ``start``."""
+    return slice(block * BLOCK + low - start, block * BLOCK + high - start)
+
+
 def blocks(start: int, stop: int, piece: int = BLOCK) -> Iterator[tuple[int, int, int]]:
     """The blocks that elements ``start`` to ``stop`` touch, each with where the elements begin and end in it.
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_merge._checks import whole
-from lightning_merge.optim._blocks import PIECE, Draw, blocks
+from lightning_merge.optim._blocks import PIECE, Draw, blocks, within
 from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_
-from lightning_merge.optim._shards import Part
 from lightning_merge.optim._task_vector import Source
+from lightning_merge.weights._held import Part
 
 Piece = tuple[int, int, int]
 
@@ -153,7 +153,7 @@ class OnDARE(OnlineMerging):
 
     def _thin_out(self, after: Tensor, before: Tensor, turn: Turn, piece: Piece, factor: float) -> Tensor:
         """``after <- factor * F(after - before)`` in a piece; the sum of magnitudes before F if it is needed."""
-        here = slice(*turn.part.within(*piece))
+        here = within(turn.part.start, *piece)
         update = after[here].sub_(before[here])
         full = _magnitude(update) if self.rescale == "l1" else update
         if self.is_dense(turn.part):
@@ -181,7 +181,7 @@ class OnDARE(OnlineMerging):
 
     def _add(self, after: Tensor, before: Tensor, turn: Turn, piece: Piece) -> None:
         """``after <- before + after + alpha * tau`` in a piece, in one add; a sparse tau is in ``after`` already."""
-        here = slice(*turn.part.within(*piece))
+        here = within(turn.part.start, *piece)
         increment = after[here]
         if turn.reference and turn.tau.index is None:
             increment.add_(turn.tau.values[here], alpha=turn.reference)

@@ -19,10 +19,11 @@ from torch.optim import LBFGS, Optimizer
 from lightning_merge._checks import instance, names, number, one_of, whole
 from lightning_merge._checks import seed as checked_seed
 from lightning_merge._mergeable import why_not
-from lightning_merge.inventory import Inventory
 from lightning_merge.optim._blocks import PIECE, Draw
-from lightning_merge.optim._shards import Part, local, part, work_dtype
 from lightning_merge.optim._task_vector import Source, Stored, named, tensors_of
+from lightning_merge.weights import Inventory
+from lightning_merge.weights._held import Part, held_of, part_held
+from lightning_merge.weights._precision import work_dtype
 
 Form = Literal["paper", "official"]
 Rescale = Literal["none", "inverse_p", "l1"]
@@ -153,7 +154,7 @@ class OnlineMerging(Optimizer):
         merged = {self._names[p]: p for g in self.param_groups for p in g["params"] if p not in self._exempt}
         if not merged:
             raise ValueError(f"`exempt` {tuple(exempt)} and groups with `merge: False` leave no parameter to merge.")
-        self._parts = {name: part(name, p) for name, p in merged.items()}
+        self._parts = {name: part_held(name, p) for name, p in merged.items()}
         if tau is None:
             assert reference is not None
             assert pretrained is not None
@@ -228,12 +229,12 @@ class OnlineMerging(Optimizer):
     def _step_and_merge(self, shares: list[Share]) -> None:
         """Steps these parameters by one call and merges what came of it."""
         before = [self._starts(share.merged) for share in shares]
-        memory = [local(p).data_ptr() for share in shares for p in share.merged]
+        memory = [held_of(p).data_ptr() for share in shares for p in share.merged]
         known = None if self._checked else self._traces(shares)
         decays = self._step_base(shares)
         if known is not None:
             self._refuse_coupled(known, self._traces(shares))
-        if memory != [local(p).data_ptr() for share in shares for p in share.merged]:
+        if memory != [held_of(p).data_ptr() for share in shares for p in share.merged]:
             raise RuntimeError(
                 f"{type(self.base).__name__} replaces parameters instead of writing to them, so its update is not seen."
                 " Use an optimizer that updates in place."
@@ -243,13 +244,13 @@ class OnlineMerging(Optimizer):
             for parameter, start in zip(share.merged, starts, strict=True):
                 if due:
                     self.state[parameter].pop("merge_anchor", None)
-                    self._merge_one(share.group, parameter, local(start), decay)
+                    self._merge_one(share.group, parameter, held_of(start), decay)
                 else:  # after the wrapped step, since an optimizer starts its state where it finds none
                     self.state[parameter]["merge_anchor"] = start
 
     def _merge_one(self, group: Group, parameter: Tensor, before: Tensor, decay: float) -> None:
         name = self._names[parameter]
-        whole, held = self._parts[name], local(parameter)
+        whole, held = self._parts[name], held_of(parameter)
         dtype = work_dtype(held)
         count = group["merge_step"] // self.merge_every // self.tau_every
         alpha = self._alpha(group)
@@ -304,7 +305,7 @@ class OnlineMerging(Optimizer):
         held: list[Tensor] = []
         size = 0
         for parameter in parameters:
-            numel = local(parameter).numel()
+            numel = held_of(parameter).numel()
             like = not held or (held[0].dtype, held[0].device) == (parameter.dtype, parameter.device)
             if held and (not like or size + numel > most):
                 yield held
@@ -379,7 +380,7 @@ class OnlineMerging(Optimizer):
         if self.merge_every > 1:
             anchors = [self.state[p].get("merge_anchor") if p in self.state else None for p in parameters]
             return [p.detach().clone() if a is None else a for p, a in zip(parameters, anchors, strict=True)]
-        held = [local(p) for p in parameters]
+        held = [held_of(p) for p in parameters]
         size = sum(t.numel() for t in held)
         if not held or self.chunk_size is None or size > self.chunk_size:
             return [t.clone() for t in held]
@@ -418,7 +419,7 @@ class OnlineMerging(Optimizer):
         found = {}
         for name, parameter in merged.items():
             whole, work = self._parts[name], work_dtype(parameter)
-            device = local(parameter).device
+            device = held_of(parameter).device
             dense = _held(named(ours, name, parameter.shape, "reference"), whole, device, work)
             if theirs is not None:
                 dense = dense - _held(named(theirs, name, parameter.shape, "pretrained"), whole, device, work)
@@ -525,7 +526,7 @@ def ranges(numel: int) -> Iterator[slice]:
 
 def _held(tensor: Tensor, whole: Part, device: torch.device, dtype: torch.dtype) -> Tensor:
     """This process's part, flat, of a tensor that may be whole or cut in the same way."""
-    flat = local(tensor).reshape(-1)
+    flat = held_of(tensor).reshape(-1)
     if flat.numel() == whole.numel:
         flat = flat[whole.start : whole.stop]
     return flat.to(device=device, dtype=dtype)
@@ -536,7 +537,7 @@ def _loaded(tau: Mapping[str, Mapping[str, Any]], merged: dict[str, Tensor]) -> 
         raise ValueError(f"`tau` lacks `{missing[0]}`, which the optimizer updates.")
     found = {}
     for name, parameter in merged.items():
-        device, index = local(parameter).device, tau[name]["index"]
+        device, index = held_of(parameter).device, tau[name]["index"]
         found[name] = Stored(tau[name]["values"].to(device), None if index is None else index.to(device))
     return found
 

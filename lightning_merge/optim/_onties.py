@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_merge.optim._blocks import Draw, blocks
+from lightning_merge.optim._blocks import Draw, blocks, within
 from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_, ranges
-from lightning_merge.optim._shards import Part
 from lightning_merge.optim._task_vector import Source
+from lightning_merge.weights._held import Part
 
 _KEPT_IN_SAMPLE = 4096  # the kept share of a sample with so many kept is within 5 % of the tensor's at three sigma
 _NOTABLE_TIES = 0.01
@@ -148,7 +148,7 @@ class OnTIES(OnlineMerging):
         cut = find_cut(values, whole, draw, self.density)
         sums = torch.zeros(2, dtype=torch.float64, device=values.device)
         for block, low, high in blocks(whole.start, whole.stop):
-            here = slice(*whole.within(block, low, high))
+            here = within(whole.start, block, low, high)
             kept = values[here]
             sums[0] += _sum(kept) if self.rescale == "l1" else 0.0
             kept.mul_(cut.keep(kept, here, draw, (block, low, high)).to(kept.dtype))

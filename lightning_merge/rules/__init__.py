@@ -1,6 +1,7 @@
 """Rules: how the weights of one run are merged."""
 
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._best_mean import BestMean
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
 from lightning_merge.rules._exponential_mean import ExponentialMean
 from lightning_merge.rules._gated_mean import GatedMean
@@ -12,6 +13,7 @@ from lightning_merge.rules._valley_mean import ValleyMean
 from lightning_merge.rules._window_mean import WindowMean
 
 __all__ = [
+    "BestMean",
     "DecayWarmup",
     "DiffusersWarmup",
     "EmaPytorchWarmup",

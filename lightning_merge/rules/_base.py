@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ class Rule(ABC):
 
     decides_on_score: ClassVar[bool] = False
     """Whether what it merges depends on the scores of the raw weights, so that ``evaluate`` has to be called."""
+
+    wants_score: ClassVar[Literal["raw", "own"] | None] = None
+    """Whose score ``evaluate`` is told after each validation: that of the raw weights, or of its own result."""
+
+    merges_when_scored: ClassVar[bool] = False
+    """Whether it takes the weights in that ``evaluate`` hands it with their score, rather than at steps."""
 
     callback: ClassVar[str] = "WeightMerging"
     """The callback of ``lightning_merge.callbacks`` that uses this rule."""
@@ -59,8 +65,14 @@ class Rule(ABC):
             raise NotImplementedError(f"{type(self).__name__} must define `result`, or `stored`.")
         return self.result(state)
 
-    def evaluate(self, state: State, score: float) -> None:
-        """Takes in the score of the raw weights that were just measured; only rules that decide on it do anything."""
+    def evaluate(self, state: State, score: float, weights: Weights | None = None) -> None:
+        """Takes in a score that was just measured, lower is better; only rules that want one do anything.
+
+        Args:
+            state: What it remembers.
+            score: Of the raw weights or of its result, as ``wants_score`` says.
+            weights: The raw weights at that moment.
+        """
         return
 
     def finished(self, state: State) -> bool:

@@ -111,7 +111,7 @@ class ExponentialMean(Rule):
     def resolve(self, run: RunLength) -> "ExponentialMean":
         if not isinstance(self.half_life, Duration):
             return self
-        return replace(self, half_life=self.half_life.steps(run))
+        return replace(self, half_life=Duration(self.half_life.steps(run)))
 
     def initial_share(self, state: State) -> float:
         return float(state["initial_share"])

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 from lightning_merge._choice import is_eligible
 from lightning_merge.rules._base import Rule
@@ -37,6 +37,7 @@ class SelectedMean(Rule):
         generalization", NeurIPS 2022, section 3 (SMA).
     """
 
+    wants_score: ClassVar[Literal["raw", "own"] | None] = "own"
     callback: ClassVar[str] = "SMA"
 
     def init(self, weights: Weights) -> State:
@@ -55,6 +56,9 @@ class SelectedMean(Rule):
         share = 1 / (state["updates"] + 1)
         watch_resolution(self, state["updates"], state["mean"], weights, share, LESS_OFTEN)
         lerp_(state["mean"], weights, share)
+
+    def evaluate(self, state: State, score: float, weights: Weights | None = None) -> None:
+        self.select(state, -score)
 
     def select(self, state: State, score: float) -> None:
         """Takes in the score of the mean as it is, higher is better.

@@ -71,6 +71,7 @@ class ValleyMean(Rule):
 
     callback: ClassVar[str] = "SWAD"
     decides_on_score: ClassVar[bool] = True
+    wants_score: ClassVar[Literal["raw", "own"] | None] = "raw"
 
     n_converge: int = 3
     n_tolerance: int = 6
@@ -107,7 +108,7 @@ class ValleyMean(Rule):
         state["updates"] += 1
         fold(state["open"], single(weights, state["updates"]), 1)
 
-    def evaluate(self, state: State, score: float) -> None:
+    def evaluate(self, state: State, score: float, weights: Weights | None = None) -> None:
         if not state["open"]["weight"]:
             return
         self._go_on(state)

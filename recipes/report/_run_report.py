@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 from rich.table import Table
 
+from lightning_merge._checks import monitor, names
 from lightning_merge.callbacks import Doctor, ForkMerge, Published
 from lightning_merge.files._read import read
 from lightning_merge.recipes.report import _page
@@ -33,7 +34,8 @@ class RunReport(Callback):
     """
 
     def __init__(self, accuracy: str = "val/acc", others: tuple[str, ...] = ("val/loss",)) -> None:
-        self.accuracy = accuracy
+        self.accuracy = monitor("accuracy", accuracy)
+        others = names("others", others)
         self.metrics = (accuracy, *others)
         # Name of the set -> optimizer step -> metric -> value; "raw" is a set.
         self.measured: dict[str, dict[int, dict[str, float]]] = {}

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_merge._checks import function, one_of, whole
 from lightning_merge.recipes.vision._images import COLOURS
 
 
@@ -35,13 +36,10 @@ class Augmented:
         colours: Literal["cifar10", "cifar100", "imagenet"] | None = None,
         images_per_draw: int = 1,
     ) -> None:
-        if colours is not None and colours not in COLOURS:
-            raise ValueError(f"`colours` must be one of {', '.join(map(repr, COLOURS))} or None, got {colours!r}.")
-        if images_per_draw < 1:
-            raise ValueError(f"`images_per_draw` must be at least 1, got {images_per_draw}.")
-        self.transform = transform
-        self.colours = colours
-        self.images_per_draw = images_per_draw
+        says = f"one of {', '.join(map(repr, COLOURS))} or None"
+        self.transform = None if transform is None else function("transform", transform)
+        self.colours = one_of("colours", colours, (*COLOURS, None), says)
+        self.images_per_draw = whole("images_per_draw", images_per_draw, 1)
 
     def __call__(self, batch: Any) -> Any:
         """The batch with its images transformed; what else is in it stays."""

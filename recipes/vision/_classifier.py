@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_merge._checks import function, instance, number, one_of, whole
 from lightning_merge.continual import masked_cross_entropy, only
 from lightning_merge.recipes.streams._tasks import TaskData
 
@@ -49,10 +50,13 @@ class Classifier(LightningModule):
         lr_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"`num_classes` must be at least 2, got {num_classes}.")
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f"`label_smoothing` must be in [0, 1), got {label_smoothing}.")
+        instance("model", model, nn.Module, "a module")
+        num_classes = whole("num_classes", num_classes, 2)
+        label_smoothing = number("label_smoothing", label_smoothing, "[0, 1)")
+        function("optimizer", optimizer)
+        if lr_scheduler is not None:
+            function("lr_scheduler", lr_scheduler)
+        one_of("lr_interval", lr_interval, ("epoch", "step"))
         self.model = model
         self.label_smoothing = label_smoothing
         self.optimizer = optimizer

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from lightning_merge._checks import LISTED, real, whole
+
 
 class Digits(LightningDataModule):
     """1,797 images of digits, 8x8 grey values in [0, 1], from 43 writers (Alpaydin and Kaynak, 1998). No download.
@@ -33,20 +35,15 @@ class Digits(LightningDataModule):
         split_seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.val_share, self.test_share = real("val_share", val_share), real("test_share", test_share)
         if not (val_share > 0 and test_share > 0 and val_share + test_share < 1):
             raise ValueError(
                 "`val_share` and `test_share` must be more than 0 and together less than 1,"
                 f" got {val_share} and {test_share}."
             )
-        if shift < 0:
-            raise ValueError(f"`shift` must be at least 0, got {shift}.")
-        self.batch_size = batch_size
-        self.val_share = val_share
-        self.test_share = test_share
-        self.shift = shift
-        self.split_seed = split_seed
+        self.shift = whole("shift", shift, 0, 1000)
+        self.split_seed = whole("split_seed", split_seed, 0, 2**32 - 1)
 
     def setup(self, stage: str) -> None:
         from sklearn.datasets import load_digits
@@ -95,6 +92,8 @@ class SmallConvNet(nn.Sequential):
     """
 
     def __init__(self, channels: int = 1, num_classes: int = 10, width: int = 16) -> None:
+        channels, width = whole("channels", channels, 1, 10_000), whole("width", width, 1, 10_000)
+        num_classes = whole("num_classes", num_classes, 1, LISTED)
         super().__init__(
             _block(channels, width),
             _block(width, 2 * width),

@@ -15,6 +15,8 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from lightning_merge._checks import one_of, path, text, whole
+from lightning_merge._checks import seed as checked_seed
 from lightning_merge.recipes.vision._classifier import Classifier
 from lightning_merge.recipes.vision._image_folders import check_unpacked, open_folders
 
@@ -62,11 +64,11 @@ class CIFAR(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if name not in _SOURCES:
-            raise ValueError(f"`name` must be one of {', '.join(map(repr, _SOURCES))}, got {name!r}.")
-        _check_loader(batch_size, num_workers)
-        if val_images < 0:
-            raise ValueError(f"`val_images` must be at least 0, got {val_images}.")
+        one_of("name", name, tuple(_SOURCES), f"one of {', '.join(map(repr, _SOURCES))}")
+        batch_size, num_workers = _checked_loader(batch_size, num_workers)
+        root = None if root is None else path("root", root)
+        val_images, seed = whole("val_images", val_images, 0), checked_seed("seed", seed)
+        train_images = None if train_images is None else whole("train_images", train_images)
         if train_images is not None and train_images < batch_size:
             raise ValueError(f"`train_images` must be at least `batch_size` ({batch_size}), got {train_images}.")
         self.kind = name  # `name` is Lightning's
@@ -186,10 +188,11 @@ class ImageNet(LightningDataModule):
         auto_augment: str | None = None,
     ) -> None:
         super().__init__()
-        _check_loader(batch_size, num_workers)
-        if image_size < 1:
-            raise ValueError(f"`image_size` must be at least 1, got {image_size}.")
-        self.root = Path(root).expanduser()
+        batch_size, num_workers = _checked_loader(batch_size, num_workers)
+        image_size = whole("image_size", image_size, 1, 100_000)
+        if auto_augment is not None:
+            text("auto_augment", auto_augment)
+        self.root = Path(path("root", root)).expanduser()
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.image_size = image_size
@@ -321,11 +324,8 @@ def _loader(
     )
 
 
-def _check_loader(batch_size: int, num_workers: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-    if num_workers < 0:
-        raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+def _checked_loader(batch_size: int, num_workers: int) -> tuple[int, int]:
+    return whole("batch_size", batch_size, 1), whole("num_workers", num_workers, 0, 10_000)
 
 
 def _check_head(trainer: Trainer | None, classes: int, root: Path) -> None:

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from lightning_merge._checks import LISTED, whole
+
 
 class SmallResNet(nn.Sequential):
     """The CIFAR network of He et al.: a convolution, three stages of residual blocks, a mean over the image, a head.
@@ -28,9 +30,8 @@ class SmallResNet(nn.Sequential):
     """
 
     def __init__(self, num_classes: int = 10, blocks: int = 1, width: int = 16) -> None:
-        for name, value, least in (("num_classes", num_classes, 2), ("blocks", blocks, 1), ("width", width, 1)):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        num_classes = whole("num_classes", num_classes, 2, LISTED)
+        blocks, width = whole("blocks", blocks, 1, 1000), whole("width", width, 1, 10_000)
         stages = [
             _Residual(width << max(stage - (block == 0), 0), width << stage, stride=2 if stage and block == 0 else 1)
             for stage in range(3)

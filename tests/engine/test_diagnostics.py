@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_merge import diagnostics
 from lightning_merge.diagnostics import examine
+from lightning_merge.diagnostics._examination import ORDER
 
 A = {"w": torch.tensor([[1.0, 2.0], [2.0, 4.0]]), "bn.running_mean": torch.tensor([9.0]), "n": torch.tensor(3)}
 B = {"w": torch.tensor([[1.0, -2.0], [2.0, 0.0]]), "bn.running_mean": torch.tensor([1.0]), "n": torch.tensor(5)}
@@ -114,7 +115,7 @@ def test_what_cannot_be_examined_is_refused(arguments: Any, match: str) -> None:
 def test_twenty_cases_of_trouble_get_the_right_verdict() -> None:
     cases = doctor_cases.constructed()
     assert len(cases) == 20
-    assert {case.expected for case in cases} == set(diagnostics._ORDER)
+    assert {case.expected for case in cases} == set(ORDER)
     wrong = {case.name: found.verdict for case in cases if (found := case.examine()).verdict != case.expected}
     assert not wrong
 

@@ -34,8 +34,8 @@ from golden.compare import differing, loaded, sets_in
 from ranks import launch
 
 from lightning_merge import callbacks as merging
-from lightning_merge.files._layouts import open_file
 from lightning_merge.cli import main
+from lightning_merge.files._layouts import open_file
 
 
 def inspected(path: Path) -> dict[str, str]:

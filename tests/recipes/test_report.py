@@ -191,13 +191,13 @@ def test_file_of_an_earlier_step_is_not_named(tmp_path: Path, capsys: pytest.Cap
     assert table(capsys.readouterr().out)["raw"][2] == "none"
 
 
-def test_file_with_objects_of_the_user_is_left_unread(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_with_objects_of_the_user_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Odd(Callback):
         def state_dict(self) -> dict[str, Any]:
             return {"odd": tmp_path}
 
     fit(tmp_path, Odd())
-    assert table(capsys.readouterr().out)["raw"][2] == "none"
+    assert table(capsys.readouterr().out)["raw"][2] == "checkpoints/last.ckpt"
 
 
 def test_validation_after_the_fit_changes_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lightning_merge.rules
 from lightning_merge.rules import (
+    BestMean,
     DiffusersWarmup,
     EmaPytorchWarmup,
     ExponentialMean,
@@ -39,6 +40,8 @@ RULES = [
     Interpolation(),
     Interpolation(alpha=1.5),
     Mean(),
+    BestMean(k=1),
+    BestMean(k=3),
     SelectedMean(),
     PowerMeans(every=3),
     PowerMeans((0.05, 0.1, 0.2), every=2, directory="averages"),
@@ -84,7 +87,7 @@ def go_on(rule: Rule, state: State, updates: list[Weights]) -> None:
     for weights in updates:
         rule.update(state, weights)
         if state["updates"] % 2 == 0:
-            rule.evaluate(state, 1.0)  # as low as those before: the first three are a valley
+            rule.evaluate(state, 1.0, weights)  # as low as those before: the first three are a valley
 
 
 def devices(weights: Weights) -> dict[str, torch.device]:
@@ -202,8 +205,8 @@ def test_only_rules_that_decide_on_a_score_notice_it(rule):
     start, *updates = stream(4)
     rule, state = run(rule, start, updates)
     before = bits(deepcopy(state))
-    rule.evaluate(state, 1.0)
-    assert (bits(state) != before) == rule.decides_on_score
+    rule.evaluate(state, 0.5, start)
+    assert (bits(state) != before) == (rule.wants_score is not None)
 
 
 @every_rule

@@ -303,5 +303,10 @@ def test_half_life_in_epochs_that_was_not_resolved_is_an_error_with_the_cure():
         rule.update(state, weights(1.0))
 
 
+def test_a_share_of_a_very_short_run_may_be_less_than_a_step():
+    rule = ExponentialMean(half_life="5%").resolve(RunLength(steps=2))
+    assert rule.decay == pytest.approx(2.0**-10)
+
+
 def test_default_decay_is_0999():
     assert ExponentialMean() == ExponentialMean(decay=0.999)

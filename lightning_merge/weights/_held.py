@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import final
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_merge.optim._blocks import BLOCK
+from lightning_merge.weights._shards import is_sharded, part_here
 
 _REFUSED = (
     "online merging knows DTensors that are replicated or sharded in dimension 0, as `fully_shard` (FSDP2) makes them."
@@ -25,10 +24,6 @@ class Part:
     group: dist.ProcessGroup | None = None
     """The processes that hold the other parts; ``None`` if there are none."""
 
-    def within(self, block: int, low: int, high: int) -> tuple[int, int]:
-        """Where elements ``low`` to ``high`` of a block lie among those of this process."""
-        return block * BLOCK + low - self.start, block * BLOCK + high - self.start
-
     def total_(self, values: Tensor) -> Tensor:
         """Sums ``values`` over the processes that hold the other parts, in place."""
         if self.group is not None:
@@ -36,13 +31,12 @@ class Part:
         return values
 
 
-def local(tensor: Tensor) -> Tensor:
+def held_of(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor; it shares memory."""
-    shard: Tensor = tensor.to_local() if _is_distributed(tensor) else tensor.detach()  # type: ignore[attr-defined]
-    return shard.detach()
+    return (part_here(tensor) if is_sharded(tensor) else tensor).detach()
 
 
-def part(name: str, tensor: Tensor) -> Part:
+def part_held(name: str, tensor: Tensor) -> Part:
     """Where what this process holds lies in the whole tensor.
 
     Raises:
@@ -50,7 +44,7 @@ def part(name: str, tensor: Tensor) -> Part:
     """
     if hasattr(tensor, "_handle") or type(tensor).__name__ == "FlatParameter":
         raise ValueError(f"`{name}` is a flat parameter of FSDP1; {_REFUSED}")
-    if not _is_distributed(tensor):
+    if not is_sharded(tensor):
         return Part(tensor.numel(), 0, tensor.numel())
     placements, mesh = tensor.placements, tensor.device_mesh  # type: ignore[attr-defined]
     sharded = [i for i, placement in enumerate(placements) if not placement.is_replicate()]
@@ -63,20 +57,7 @@ def part(name: str, tensor: Tensor) -> Part:
     group = mesh.get_group(sharded[0])
     each = -(-rows // dist.get_world_size(group))
     first = min(mesh.get_local_rank(sharded[0]) * each, rows)
-    held = local(tensor).shape[0]
-    if held != min(each, rows - first):
+    rows_held = held_of(tensor).shape[0]
+    if rows_held != min(each, rows - first):
         raise ValueError(f"`{name}` is sharded unevenly in a way that its mesh does not say; {_REFUSED}")
-    return Part(tensor.numel(), first * row, (first + held) * row, group)
-
-
-def _is_distributed(tensor: Tensor) -> bool:
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def work_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision in which updates are formed: float32, or wider if the parameter is."""
-    return torch.promote_types(tensor.dtype, torch.float32)
+    return Part(tensor.numel(), first * row, (first + rows_held) * row, group)

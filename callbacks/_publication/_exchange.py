@@ -1,0 +1,168 @@
+"""Which weights are live: merged ones in the place of raw ones and back, for the length of a block."""
+
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_merge import weights
+from lightning_merge._ranks import check_agreement
+from lightning_merge.callbacks._lightning._eval_mode import written_in_eval
+from lightning_merge.callbacks._publication._average import Average, Ending, averages_of
+from lightning_merge.inventory import Inventory
+from lightning_merge.shards import reshard
+from lightning_merge.spectral import iterate_, singular_vectors
+from lightning_merge.weights import Weights
+
+
+class Exchange:
+    """Puts the weights of a Trainer's averages in place; the only one that moves live tensors.
+
+    Args:
+        trainer: A Trainer of ``lightning.pytorch`` or of ``pytorch_lightning``; the two share no class.
+        module: The module that is trained.
+
+    Attributes:
+        swapped_out: Raw tensors while merged ones are in their place.
+        interrupted: Whether the fit has failed, so that no forward pass and no collective may run.
+        busy: Whether a file is being written or read, for which torch may step optimizers.
+        begun: The averages whose fit has begun.
+
+    Raises:
+        ValueError: If the averages of the Trainer do not go together.
+    """
+
+    def __init__(self, trainer: Any, module: LightningModule) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.averages = averages_of(trainer)
+        self.begun: list[Average] = []
+        self.ending: Ending | None = None
+        self.interrupted = False
+        self.inventory = Inventory(module)
+        self.swapped_out: Mapping[str, Tensor] = {}
+        self.busy = False
+        self.watches_training = False  # whether what is merged depends on which parameters require gradients
+        self._vectors: tuple[int, set[str]] | None = None
+        self._trained: tuple[bool, ...] = ()  # which parameters require gradients
+
+    @property
+    def primary(self) -> Average:
+        """The first average of the callback list."""
+        return self.averages[0]
+
+    def check_progress(self) -> None:
+        """Raises in every process if one has left weights out that others took in, since theirs held no NaN."""
+        check_agreement(
+            {name: value for average in self.averages for name, value in average.progress().items()},
+            "A NaN or an infinity in the weights of one process alone makes averages that do not fit together. Resume"
+            " from an earlier checkpoint with a lower learning rate or clipped gradients.",
+        )
+
+    def look(self) -> None:
+        """Looks the live tensors up, and tells the averages if any was replaced, added, removed, frozen or unfrozen."""
+        if self.swapped_out:
+            return  # what is assigned anew while others are in place goes with them
+        if self._is_sharded:
+            reshard(self.module)
+        changed = self.inventory.refresh()
+        if self.watches_training:
+            trained = tuple([parameter.requires_grad for parameter in self.inventory.parameters.values()])
+            changed, self._trained = changed or trained != self._trained, trained
+        if changed:
+            for average in self.begun:
+                average.look_again()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return any(average.is_sharded for average in self.averages)
+
+    # ---- which weights
+
+    def raw(self, average: Average) -> Weights:
+        """The raw tensors of the names an average merges."""
+        set_aside = average.ending.raw if average.ending is not None else self.swapped_out
+        return {name: set_aside.get(name, tensor).detach() for name, tensor in average.tensors.items()}
+
+    def under_every_name(self, tensors: Weights) -> Weights:
+        """Tensors under each name that the module has for them."""
+        return self.inventory.under_every_name(tensors)
+
+    @property
+    def singular_vectors(self) -> set[str]:
+        """Names of the buffers that spectral normalisation iterates."""
+        if self._vectors is None or self._vectors[0] != self.inventory.version:
+            self._vectors = self.inventory.version, singular_vectors(self.module)
+        return self._vectors[1]
+
+    def fit_vectors_(self, average: Average, tensors: Weights) -> None:
+        """Iterates the vectors of spectral normalisation among the tensors, until they fit the weights among them."""
+        if names := self.singular_vectors & tensors.keys():
+            fitted = weights.copies(weights.like(tensors, average.tensors))
+            with self.in_place(fitted):
+                iterate_(self.module)
+            weights.copy_({name: tensors[name] for name in names}, fitted)
+
+    @property
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """All raw tensors that others are in the place of."""
+        return self.swapped_out if self.ending is None else {**self.swapped_out, **self.ending.raw}
+
+    def set_of(self, average: Average) -> Weights:
+        """The merged tensors of an average as they are published."""
+        if not self.interrupted:
+            average.recalibrate()
+        return self.publishable(average, average.published_weights() or {})
+
+    def publishable(self, average: Average, tensors: Mapping[str, Tensor]) -> Weights:
+        """Any tensors in the place of an average's: in the live dtype, buffers equal on all ranks."""
+        live = average.tensors
+        published = weights.like({name: t for name, t in tensors.items() if name in live}, live)
+        # Parameters that a forward pass writes to are handed out as copies.
+        published |= weights.copies({name: published[name] for name in written_in_eval(self.module) & published.keys()})
+        # So are buffers: a DDP forward broadcasts into them, and they are small.
+        buffers = weights.copies({name: published[name] for name in average.buffer_names if name in published})
+        if not self.interrupted:
+            weights.mean_over_ranks_(buffers)
+        return {**published, **buffers}
+
+    @contextmanager
+    def swapped(self, average: Average, merged: Weights | None = None) -> Iterator[None]:
+        """Merged weights in place of the raw ones, for the length of a block, whatever happens in it."""
+        self.look()
+        with self.in_place(self.set_of(average) if merged is None else merged):
+            yield
+
+    @contextmanager
+    def raw_in_place(self, average: Average) -> Iterator[None]:
+        """Raw weights in place again within a block of merged ones."""
+        with self.in_place(dict(self.swapped_out)):
+            yield
+
+    @contextmanager
+    def in_place(self, tensors: Mapping[str, Tensor]) -> Iterator[Weights]:
+        """Tensors in the place of the live ones of their names for the length of a block, whatever happens in it.
+
+        Yields what was there before, which fills as the exchange goes on.
+        """
+        live, ties = self.inventory.tensors, self.inventory.ties
+        before: Weights = {}
+        outer = self.swapped_out
+        # Of nested blocks the outermost knows the raw weights.
+        self.swapped_out = ChainMap(outer, before)  # type: ignore[arg-type]
+        reshard(self.module)
+        try:
+            weights.exchange(live, tensors, before, ties)
+            yield before
+        except BaseException:
+            reshard(self.module, interrupted=True)
+            raise
+        finally:
+            reshard(self.module)
+            if not outer:
+                self.inventory.put_objects_back()
+            weights.put_back(live, before, ties)
+            self.swapped_out = outer

@@ -1,0 +1,231 @@
+"""Inventory: where each tensor of a module lives, under which names, and which names are the same numbers.
+
+Names are canonical: the prefixes that ``torch.compile`` and wrappers insert are removed, so a name means the same in
+every run and file.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from operator import is_, methodcaller
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+
+from lightning_merge.weights._memory import is_in_memory, region, view
+from lightning_merge.weights._names import canonical, submodules
+
+Kind = Literal["parameter", "buffer", "passing", "attribute"]
+"""Of a tensor: ``passing`` is a buffer that is not saved, ``attribute`` an ordinary attribute of a module."""
+
+
+class Place(NamedTuple):
+    """A tensor of a module under one of its names."""
+
+    name: str
+    """As the module has it, with the parts that wrappers insert."""
+    tensor: Tensor
+    kind: Kind
+
+
+class Inventory:
+    """The parameters and buffers of a module as they are now, each once, by the first of its names.
+
+    Tensors that are the same numbers in memory are one group, whether that is one object under two names, two objects
+    over one storage, a transposed or flattened view, or a buffer over a parameter. ``refresh`` finds what was replaced,
+    added, removed or tied since; it costs about 0.1 microseconds per tensor where nothing was.
+
+    Args:
+        module: What torchmetrics metrics hold does not count, nor do buffers that are not saved.
+
+    Attributes:
+        parameters: Of each group that holds a parameter the first one, by canonical name.
+        buffers: Of each other group the first buffer that is saved.
+        aliases: Every further name of a group, with the name of the group.
+        ties: Further tensor objects over a group's numbers, by the name of the group; for most modules empty.
+        keys: The name of the group of each key of ``module.state_dict()``, as torch makes it.
+        version: Rises whenever something was replaced, added, removed or tied.
+
+    Raises:
+        ValueError: If two tensors overlap in memory and are not the same numbers.
+
+    Example:
+        >>> module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        >>> module[1].weight = module[0].weight
+        >>> Inventory(module).aliases
+        {'1.weight': '0.weight'}
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.version = 0
+        self._walk()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers."""
+        return self._tensors
+
+    def refresh(self) -> bool:
+        """Looks all tensors up again; whether something has changed."""
+        seen = self._now()
+        if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)) and not self._has_lazy:
+            return False
+        self._walk()
+        return True
+
+    @property
+    def title(self) -> str:
+        """What messages call the module."""
+        return type(self._module).__name__
+
+    def names_of(self, name: str) -> list[str]:
+        """All names of a group, its own first."""
+        return [name, *self._further.get(name, ())]
+
+    def under_every_name(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights with those of each group also under its further names, in the shapes these have."""
+        further = {alias: owner for alias, owner in self.aliases.items() if owner in weights and alias in self._alias}
+        views = {n: view(weights[owner], self._tensors[owner], self._alias[n]) for n, owner in further.items()}
+        return {**weights, **views}
+
+    def in_shape_of(self, key: str, tensor: Tensor) -> Tensor:
+        """A group's tensor in the shape that it has under a key of the state dict."""
+        other = self._alias.get(canonical(key))
+        return tensor if other is None else view(tensor, self._tensors[self.keys[key]], other)
+
+    def put_objects_back(self) -> None:
+        """Makes names that were assigned anew since the last look lead to the tensors that they led to then."""
+        seen = self._now()
+        if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
+            return
+        for (entries, key), value in zip(self._entries, self._seen, strict=False):
+            if key not in entries or entries[key] is not value:
+                entries[key] = value
+
+    def _now(self) -> tuple[Any, ...]:
+        return tuple(chain.from_iterable(map(_values, self._dicts)))
+
+    def _walk(self) -> None:
+        owners = list(submodules(self._module))
+        tensors = [entries for _, owner in owners for entries in (owner._parameters, owner._buffers)]
+        self._entries = [(entries, key) for entries in tensors for key in entries.keys()]  # noqa: SIM118 (of scripts)
+        self._dicts = [*tensors, *(owner._modules for _, owner in owners)]
+        self._seen = self._now()
+        self._has_lazy = any(isinstance(value, UninitializedTensorMixin) for value in self._seen)
+        self.version += 1
+        places = sorted(_places(owners), key=lambda place: _ORDER[place.kind])  # stable: in the order of the module
+        groups: dict[tuple[Any, ...], Place] = {}
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.buffers: dict[str, Tensor] = {}
+        self.aliases: dict[str, str] = {}
+        self.ties: dict[str, list[Tensor]] = {}
+        self.keys: dict[str, str] = {}
+        self._alias: dict[str, Tensor] = {}
+        self._further: dict[str, list[str]] = {}
+        for place in places:
+            first = groups.setdefault(region(place.tensor), place)
+            name, owner = canonical(place.name), canonical(first.name)
+            if first.kind in ("parameter", "buffer") and place.kind in ("parameter", "buffer"):
+                self.keys[place.name] = owner
+            if first is place:
+                if place.kind == "parameter":
+                    self.parameters[name] = place.tensor  # type: ignore[assignment]
+                elif place.kind == "buffer":
+                    self.buffers[name] = place.tensor
+            elif first.kind in ("parameter", "buffer"):
+                self._tie(name, owner, place, first)
+        self._tensors: dict[str, Tensor] = {**self.parameters, **self.buffers}
+        _refuse_overlaps([group for group in groups.values() if group.tensor.numel()])
+
+    def _tie(self, name: str, owner: str, place: Place, first: Place) -> None:
+        if place.kind in ("parameter", "buffer") and name != owner:
+            self.aliases[name] = owner
+            self._further.setdefault(owner, []).append(name)
+            self._alias[name] = place.tensor
+        others = self.ties.get(owner, ())
+        if place.tensor is not first.tensor and not any(place.tensor is other for other in others):
+            self.ties.setdefault(owner, []).append(place.tensor)
+
+
+_values = methodcaller("values")
+_ORDER: dict[Kind, int] = {"parameter": 0, "buffer": 1, "passing": 2, "attribute": 3}
+
+
+def _places(owners: Sequence[tuple[str, nn.Module]]) -> Iterator[Place]:
+    for prefix, owner in owners:
+        path = f"{prefix}." if prefix else ""
+        passing = getattr(owner, "_non_persistent_buffers_set", ())  # a scripted module has none
+        for key, parameter in owner._parameters.items():
+            if parameter is not None and not isinstance(parameter, UninitializedTensorMixin):
+                yield Place(path + key, parameter, "parameter")
+        for key, buffer in owner._buffers.items():
+            if buffer is not None and not isinstance(buffer, UninitializedTensorMixin):
+                yield Place(path + key, buffer, "passing" if key in passing else "buffer")
+        for key, value in owner.__dict__.items():
+            for tensor in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is None and is_in_memory(tensor):
+                    yield Place(path + key, tensor, "attribute")
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters under canonical names; tied ones appear once, those inside torchmetrics metrics never."""
+    return Inventory(module).parameters
+
+
+def named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Persistent buffers under canonical names; shared ones appear once, those inside torchmetrics metrics never."""
+    return Inventory(module).buffers
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers under canonical names."""
+    return Inventory(module).tensors
+
+
+def state_dict_names(module: nn.Module) -> dict[str, str]:
+    """The name in ``named_tensors`` of every key of ``module.state_dict()``.
+
+    Tied tensors are tracked once but saved under each of their names, so a file needs the way back.
+    """
+    return Inventory(module).keys
+
+
+def _refuse_overlaps(groups: Sequence[Place]) -> None:
+    """Raises if two groups overlap in memory: a value cannot have two averages."""
+    by_storage: dict[int, list[Place]] = {}
+    for place in groups:
+        if place.kind != "attribute" and is_in_memory(place.tensor):  # attributes are made anew in a forward pass
+            by_storage.setdefault(place.tensor.untyped_storage().data_ptr(), []).append(place)
+    for shared in by_storage.values():
+        if len(shared) > 1 and not _are_apart(shared):
+            _refuse_overlap(shared)
+
+
+def _are_apart(shared: Sequence[Place]) -> bool:
+    ends = sorted((place.tensor.data_ptr(), place.tensor.data_ptr() + _extent(place.tensor)) for place in shared)
+    return all(end <= start for (_, end), (start, _) in pairwise(ends))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first number to behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _refuse_overlap(shared: Sequence[Place]) -> None:
+    # Columns of one matrix lie between each other and are apart all the same, so bytes are counted.
+    taken = torch.zeros(shared[0].tensor.untyped_storage().nbytes(), dtype=torch.int16)
+    for number, place in enumerate(shared, 1):
+        t = place.tensor
+        width = t.element_size()
+        strides = (*(stride * width for stride in t.stride()), 1)
+        own = taken.as_strided((*t.shape, width), strides, t.storage_offset() * width)
+        if (other := int(own.max())) > 0:
+            raise ValueError(
+                f"`{canonical(place.name)}` and `{canonical(shared[other - 1].name)}` overlap in memory and are not the"
+                " same numbers, so merged weights cannot take the place of one without changing the other. Let each"
+                " have memory of its own, as by `.clone()`."
+            )
+        own.fill_(number)
