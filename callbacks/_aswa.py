@@ -93,11 +93,11 @@ class ASWA(WeightMerging):
         rule = self._active_rule
         assert isinstance(rule, GatedMean)
         assert self._state is not None
-        return rule.offer(self._state, self._live, self._score)
+        return rule.offer(self._state, self._tensors.live, self._score)
 
     def _score(self, candidate: Weights) -> float:
         """The score of weights in the place of the mean, higher is better."""
         assert self._publisher is not None
-        fitted = weights.like({**candidate, **weights.copies(self._live_buffers)}, self.tensors)
+        fitted = weights.like({**candidate, **weights.copies(self._tensors.live_copied)}, self.tensors)
         fitted |= weights.like(self.statistics(fitted), self.tensors)
         return standing(logged(self.title, self.decides_by, self._publisher.validation.probe(self, fitted)), self.mode)

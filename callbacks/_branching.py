@@ -203,9 +203,10 @@ class Branching(Published):
     @property
     def _shared_buffers(self) -> Weights:
         """The live buffers that there is one set of."""
-        if self._publisher is None or self.buffers == "average":
+        if self._publisher is None or self._set is None:
             return {}
-        return self._publisher.inventory.buffers
+        branched = self._set.live  # with `average`, all but masks and bounds
+        return {name: b for name, b in self._publisher.inventory.buffers.items() if name not in branched}
 
     @property
     def _trained_tensors(self) -> dict[str, Tensor]:
@@ -262,6 +263,8 @@ class Branching(Published):
             refuse_without_score(self.title, trainer, pl_module, self.score)
             self._set.scorer = self._measure
         if self._saved is not None:
+            if "constant" in self._saved:  # not in files of earlier versions
+                self._set.leave_alone(self._saved["constant"])
             placement.check_saved(self.title, self._set, self._saved)
             self._set.load(self._saved)
             self._set.steps = list(self._saved.get("steps", self._set.steps))

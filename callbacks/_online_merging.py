@@ -13,7 +13,7 @@ from lightning_merge._checks import instance, number, one_of, whole
 from lightning_merge._checks import seed as checked_seed
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.optim import OnDARE, OnTIES
-from lightning_merge.optim._online import AlphaSchedule, Form, Rescale, checked_chunk_size
+from lightning_merge.optim._settings import AlphaSchedule, Form, Rescale, checked_chunk_size
 from lightning_merge.selections import Selection, chosen
 from lightning_merge.weights import named_parameters
 

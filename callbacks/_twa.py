@@ -12,8 +12,10 @@ from torch.optim import LBFGS, Optimizer
 from lightning_merge import weights
 from lightning_merge._checks import number, one_of, path
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
-from lightning_merge.callbacks._lightning._run import planned_length
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.callbacks._publication._session import Publisher
+from lightning_merge.callbacks._twa_run._fit import Counts, Fit, TWASaved
+from lightning_merge.callbacks._twa_run._plan import Plan, plan_of_given, plan_of_run
 from lightning_merge.optim import Subspace
 from lightning_merge.optim._subspace import Form, Store, check_settings
 from lightning_merge.schedules import Duration, Moment
@@ -102,15 +104,10 @@ class TWA(Published):
             checkpoints = path("checkpoints", checkpoints)
         self.checkpoints = checkpoints
         self.selection = chosen(selection, Selection(buffers="recompute"))
-        self.skipped_nonfinite = 0
 
-        self._interval = self._first = self._stage_start = self._end = 0  # in applied steps, known at fit start
-        self._stage_steps = 0  # steps of the second stage that were taken
-        self._planned = 0  # snapshots of the whole first stage
-        self._subspace: Subspace | None = None
+        self._counts = Counts()
+        self._fit: Fit | None = None
         self._saved: State | None = None  # the subspace of a checkpoint, until the fit starts
-        self._live: dict[str, Tensor] = {}
-        self._live_buffers: dict[str, Tensor] = {}
 
     def __repr__(self) -> str:
         return (
@@ -124,50 +121,60 @@ class TWA(Published):
     @property
     def snapshots(self) -> int:
         """Weights that were collected."""
-        return 0 if self._subspace is None else self._subspace.count
+        return 0 if self._fit is None else self._fit.subspace.count
 
     @property
     def coefficients(self) -> list[Any] | None:
         """The weight of each snapshot in the merged weights; a list per tensor with ``form="journal"``."""
-        return self._subspace.coefficients.tolist() if self._subspace is not None and self.ready else None
+        return self._fit.subspace.coefficients.tolist() if self._fit is not None and self.ready else None
+
+    @property
+    def skipped_nonfinite(self) -> int:
+        """Snapshots and steps left out because of a NaN or an infinity."""
+        return self._counts.skipped
 
     @property
     def updates(self) -> int:
         """Steps of the second stage."""
-        return self._stage_steps
+        return self._counts.stage_steps
 
     @property
     def version(self) -> tuple[int, int]:
         """Changes whenever the merged weights do."""
-        return self._stage_steps, int(self.ready)
+        return self._counts.stage_steps, int(self.ready)
 
     @property
     def ready(self) -> bool:
         """Whether the second stage has begun."""
-        return self._subspace is not None and self._subspace.begun
+        return self._fit is not None and self._fit.subspace.begun
 
     def merged(self) -> Weights | None:
         """The weights of the second stage; ``None`` before it."""
-        if not self.ready:
+        if self._fit is None or not self.ready:
             return None
-        assert self._publisher is not None
-        raw = self._publisher.raw(self)
-        return {**{name: raw[name] for name in self._live}, **self._buffers}
+        raw = self._fit.publisher.raw(self)
+        return {**{name: raw[name] for name in self._fit.live}, **self._buffers}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live parameters that it trains, and the buffers."""
-        return {**self._live, **self._live_buffers}
+        return {} if self._fit is None else self._fit.tensors
+
+    @property
+    def _running(self) -> Fit:
+        if self._fit is None:
+            raise RuntimeError(f"{self.title} has not been part of a fit yet, so it has no snapshots.")
+        return self._fit
 
     def describe(self) -> str:
         """How many snapshots of what, and when."""
-        assert self._subspace is not None
-        numbers = sum(tensor.numel() for tensor in self._live.values())
-        size = sum(t.numel() * weights.average_dtype(t).itemsize for t in self._live.values())
-        copies = self._capacity
+        fit = self._running
+        numbers = sum(tensor.numel() for tensor in fit.live.values())
+        size = sum(t.numel() * weights.average_dtype(t).itemsize for t in fit.live.values())
+        copies = max(fit.plan.snapshots, self.snapshots)
         return (
             f"{copies} snapshots of {numbers:,} numbers ({copies * size / 1e6:,.1f} MB), whose coefficients it trains"
-            f" from step {self._stage_start} to {self._end}; buffers: {self.selection.buffers}"
+            f" from step {fit.plan.stage_start} to {fit.plan.end}; buffers: {self.selection.buffers}"
         )
 
     # ---- a fit begins
@@ -175,33 +182,28 @@ class TWA(Published):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plans the two stages, and makes room for the snapshots."""
         super().on_fit_start(trainer, pl_module)
-        assert self._publisher is not None
+        publisher = Publisher.attach(trainer, pl_module)
         if len(trainer.optimizers) != 1 or isinstance(trainer.optimizers[0], LBFGS):
             kinds = ", ".join(type(each).__name__ for each in trainer.optimizers)
             raise ValueError(f"{self.title} replaces the steps of one optimizer other than LBFGS, got {kinds}.")
         trajectory = self._trajectory()
-        self._plan(trainer, None if trajectory is None else len(trajectory))
-        self._publisher.look()
-        self._capture()
+        plan = self._plan(trainer, trajectory)
+        publisher.look()
+        goes_on = self._fit is not None
+        fit = Fit(self.title, publisher, self.selection, plan, self._room, self._counts, self._fit)
         if self.selection.buffers == "recompute":
             self._keep_recent_batches()
-        goes_on = self._subspace is not None
-        if self._subspace is None:
-            self._subspace = Subspace(
-                self._live, self._capacity, self.form, self.store, self.inner, self.momentum, self.weight_decay
-            )
-            if self._saved is not None:
-                self._subspace.load(self._saved)
-                self._saved = None
-        else:
-            self._subspace.to_devices_of(self._live)
+        if self._saved is not None:
+            fit.subspace.load(self._saved)
+            self._saved = None
+        self._fit = fit
         if trajectory is not None and not self.snapshots:
-            self._collect_from(trajectory)
+            fit.collect_from(trajectory)
         if goes_on and not self._resumed:
-            self._publisher.continue_fit(self)
-        self._publisher.begin(self, trainer.optimizers[0])
+            publisher.continue_fit(self)
+        publisher.begin(self, trainer.optimizers[0])
         if self.ready:
-            self._take_over(trainer.optimizers[0])
+            fit.take_over(self._train)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """With given checkpoints the second stage begins here."""
@@ -221,34 +223,21 @@ class TWA(Published):
         if self._recent is not None:
             self._recent.keep()
 
-    @property
-    def _capacity(self) -> int:
-        return max(self._planned, self.snapshots)
-
     def _trajectory(self) -> Trajectory | None:
         if self.checkpoints is None or isinstance(self.checkpoints, Trajectory):
             return self.checkpoints
         return Trajectory.of_run(self.checkpoints)
 
-    def _plan(self, trainer: Trainer, given: int | None) -> None:
-        run = planned_length(trainer)
-        if run.steps is None:
-            why = run.unknown_since or "set `max_steps` or `max_epochs`"
-            raise ValueError(f"{self.title} needs a run of known length: {why}.")
-        self._end = run.steps
-        if given is not None:
-            self._stage_start, self._planned = 0, given
-            return
-        self._interval = max(1, round(self.every.steps(run)))
-        self._first = 0 if self.start is None else round(self.start.steps(run))
-        self._stage_start = self._end - max(1, round(self.stage.steps(run)))
-        self._planned = (self._stage_start - self._first) // self._interval
-        if self._planned < 2 and not self.ready and self._saved is None:
-            raise ValueError(
-                f"{self.title} needs two snapshots or more before its second stage: `every` is {self._interval} steps,"
-                f" and the stage begins at step {self._stage_start} of {self._end}, {self._stage_start - self._first}"
-                " steps after `start`. Lower `every`, `start`, or `stage`."
-            )
+    def _plan(self, trainer: Trainer, trajectory: Trajectory | None) -> Plan:
+        if trajectory is not None:
+            return plan_of_given(self.title, trainer, len(trajectory))
+        plan = plan_of_run(self.title, trainer, self.every, self.stage, self.start)
+        if not self.ready and self._saved is None:
+            plan.refuse_too_short(self.title)
+        return plan
+
+    def _room(self, live: Weights, snapshots: int) -> Subspace:
+        return Subspace(live, snapshots, self.form, self.store, self.inner, self.momentum, self.weight_decay)
 
     @property
     def watches_training(self) -> bool:
@@ -256,118 +245,34 @@ class TWA(Published):
 
     def look_again(self) -> None:
         """Refuses another set of parameters."""
-        before = dict(self._live)
-        if self._subspace is None or not before:
-            return  # not in this fit yet
-        self._capture()
-        if replaced := [name for name, parameter in self._live.items() if parameter is not before[name]]:
-            raise self._changed(replaced[0])
+        if self._fit is not None:
+            self._fit.look_again()
 
-    def _capture(self) -> None:
-        assert self._publisher is not None
-        inventory = self._publisher.inventory
-        parameters = self.selection.parameters(inventory)
-        live: dict[str, Tensor] = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
-        if self._live and live.keys() != self._live.keys():
-            raise self._changed(min(live.keys() ^ self._live.keys()))
-        self._live = live
-        self._live_buffers = inventory.buffers
-
-    def _changed(self, name: str) -> ValueError:
-        return ValueError(
-            f"{self.title} trains in the span of its snapshots, so the parameters that are trained must stay the same,"
-            f" but `{name}` was frozen, unfrozen, or replaced."
-        )
-
-    def _collect_from(self, trajectory: Trajectory) -> None:
-        assert self._module is not None
-        assert self._subspace is not None
-        names = weights.state_dict_names(self._module)
-        for checkpoint, stored in zip(trajectory, trajectory.stream(), strict=True):
-            found = {names[key]: tensor for key, tensor in stored.items() if key in names}
-            needed = {name: found[name] for name in self.tensors if name in found}
-            if difference := weights.first_mismatch(self.tensors, needed):
-                raise ValueError(f"{checkpoint.path} is of another model than the one that is trained: {difference}.")
-            self._subspace.collect(found)
-        weights.copy_(self._live_buffers, found)
-
-    # ---- the first stage
+    # ---- the two stages
 
     def wants(self, moment: Moment) -> bool:
         """Whether a snapshot is due, or the second stage."""
-        return not self.ready and (moment.step == self._stage_start or self._is_due(moment.step))
+        plan = self._running.plan
+        return not self.ready and (moment.step == plan.stage_start or plan.is_due(moment.step))
 
     def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
         """Copies the weights if that is due, and begins the second stage if it is time."""
-        assert self._subspace is not None
-        if self._is_due(moment.step):
-            if culprits := nonfinite & self._live.keys():
-                self._skip(f"`{min(culprits)}` holds a NaN or an infinity after applied step {self.steps}")
-            else:
-                self._subspace.collect(self._live)
-        if moment.step == self._stage_start:
+        fit = self._running
+        if fit.plan.is_due(moment.step):
+            fit.collect(nonfinite, self.steps)
+        if moment.step == fit.plan.stage_start:
             self._begin()
 
-    def _is_due(self, step: int) -> bool:
-        elapsed = step - self._first
-        return elapsed > 0 and elapsed % self._interval == 0 and step <= self._stage_start
-
-    def _skip(self, what: str) -> None:
-        self.skipped_nonfinite += 1
-        if self.skipped_nonfinite == 1:
-            rank_zero_warn(f"{self.title}: {what}. It is left out; `skipped_nonfinite` counts how often.")
-
-    # ---- the second stage
-
     def _begin(self) -> None:
-        assert self._subspace is not None
-        assert self._publisher is not None
-        self._subspace.begin(self._live)
-        self._buffers = weights.copies(self._live_buffers)
-        self._take_over(self._publisher.trainer.optimizers[0])
-        rank_zero_info(
-            f"{self.title}: from step {self.steps} on, {self._subspace.rank} coefficients of {self.snapshots} snapshots"
-            f" are trained, from their mean, for {self._end - self.steps} steps."
-        )
-
-    def _take_over(self, optimizer: Optimizer) -> None:
-        assert self._publisher is not None
-        self._publisher.patches.replace(
-            optimizer, "step", lambda original, *args, **kwargs: self._step(optimizer, *args, **kwargs)
-        )
-
-    def _step(self, optimizer: Optimizer, closure: Any = None, **kwargs: Any) -> Any:
-        """In the place of the optimizer's step: its hooks run as ever, its state stays as it is."""
-
-        def step(optimizer: Optimizer) -> Any:
-            result = None
-            if closure is not None:
-                with torch.enable_grad():
-                    result = closure()
-            self._train(optimizer)
-            return result
-
-        optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers ask
-        return Optimizer.profile_hook_step(step)(optimizer)
+        fit = self._running
+        fit.begin(self.steps)
+        self._buffers = weights.copies(fit.live_buffers)
+        fit.take_over(self._train)
 
     def _train(self, optimizer: Optimizer) -> None:
-        assert self._subspace is not None
-        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return
-        gradients = {name: parameter.grad for name, parameter in self._live.items()}
-        if all(gradient is None for gradient in gradients.values()):
-            return  # the training step asked for none
-        if not self._subspace.step(self._live, gradients, self._lr(), 1.0 if scale is None else float(scale)):
-            self._skip(f"the gradient holds a NaN or an infinity at applied step {self.steps + 1}")
-        self._stage_steps += 1
-        weights.copy_(self._buffers, self._live_buffers)
-
-    def _lr(self) -> float:
-        if self.schedule == "constant":
-            return self.lr
-        length = self._stage_steps + self._end - self.steps
-        return self.lr * max(0.0, 1.0 - self._stage_steps / length)
+        fit = self._running
+        if fit.train(optimizer, self.steps, self.lr, self.schedule):
+            weights.copy_(self._buffers, fit.live_buffers)
 
     # ---- for the publisher
 
@@ -383,41 +288,38 @@ class TWA(Published):
 
     def save(self) -> dict[str, Any]:
         """What a full file needs to go on bit for bit, the snapshots included."""
-        return {
-            "subspace": None if self._subspace is None else self._subspace.save(),
-            "stage_steps": self._stage_steps,
-            "buffers": self._buffers,
-            "calibrated_at": self._calibrated_at,
-            "recent": None if self._recent is None else self._recent.saved(),
-            "skipped_nonfinite": self.skipped_nonfinite,
-        }
+        return TWASaved(
+            subspace=None if self._fit is None else self._fit.subspace.save(),
+            stage_steps=self._counts.stage_steps,
+            buffers=self._buffers,
+            calibrated_at=self._calibrated_at,
+            recent=None if self._recent is None else self._recent.saved(),
+            skipped_nonfinite=self._counts.skipped,
+        ).section()
 
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         """Takes over what ``save`` and ``label`` gave."""
         if label["rule"] != repr(self):
             rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
-        self._saved = saved["subspace"]
-        self._subspace = None
-        self._stage_steps = saved["stage_steps"]
-        self._buffers = saved["buffers"]
-        self._calibrated_at = saved["calibrated_at"]
-        if saved["recent"] is not None:
-            self._recent = RecentBatches.restored(saved["recent"])
-        self.skipped_nonfinite = saved["skipped_nonfinite"]
+        state = TWASaved.of(saved)
+        self._fit, self._saved = None, state.subspace
+        self._counts = Counts(state.stage_steps, state.skipped_nonfinite)
+        self._buffers, self._calibrated_at = state.buffers, state.calibrated_at
+        if state.recent is not None:
+            self._recent = RecentBatches.restored(state.recent)
         self.steps = label["steps"]
         self._resumed = True
 
     def to_host(self) -> None:
         """Follows the module to host memory after a fit."""
-        host = torch.device("cpu")
-        if self._subspace is not None:
-            self._subspace.to_devices_of({name: torch.empty(0, device=host) for name in self._live})
-        self._buffers = weights.to_devices(self._buffers, host)
+        if self._fit is not None:
+            self._fit.to_host()
+        self._buffers = weights.to_devices(self._buffers, torch.device("cpu"))
 
     def note_the_end(self) -> None:
         """One line if the second stage never began."""
         if not self.ready:
             rank_zero_info(
-                f"{self.title} merged nothing: its second stage was to begin at step {self._stage_start}, and the run"
-                f" ended after {self.steps}. The raw weights are kept, as without the callback."
+                f"{self.title} merged nothing: its second stage was to begin at step {self._running.plan.stage_start},"
+                f" and the run ended after {self.steps}. The raw weights are kept, as without the callback."
             )

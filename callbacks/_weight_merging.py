@@ -13,6 +13,8 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._choice import Mode, refuse_higher_is_better
 from lightning_merge._ranks import several
 from lightning_merge.callbacks._accept_if_better import logged
+from lightning_merge.callbacks._averaging_run._state import AveragingState
+from lightning_merge.callbacks._averaging_run._tensors import Tensors
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Published, Validate
@@ -108,10 +110,7 @@ class WeightMerging(Published):
         self._active_schedule = schedule
         self._state: State | None = None
         self._last_epoch = 0  # epochs completed when an epoch end was last handled
-        self._captured: dict[str, Tensor] = {}  # what goes through the rule: parameters and averaged buffers
-        self._captured_buffers: dict[str, Tensor] = {}
-        self._started_anew: set[str] = set()  # tensors of which it was said
-        self._copied: set[str] = set()  # tensors that are copied whatever the selection says, since no mean is right
+        self._tensors = Tensors(self.title, selection)
 
     # ---- what there is
 
@@ -149,7 +148,8 @@ class WeightMerging(Published):
         result = self._active_rule.stored(self._state) if self._state else None
         if result is None:
             return None
-        if gone := self._captured and result.keys() - self._captured.keys():  # a window on disk has them still
+        averaged = self._tensors.averaged
+        if gone := averaged and result.keys() - averaged.keys():  # a window on disk has them still
             result = {name: tensor for name, tensor in result.items() if name not in gone}
         return {**result, **self._buffers}
 
@@ -169,13 +169,11 @@ class WeightMerging(Published):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The live parameters and buffers that it merges, by canonical name; of sharded ones the part that is here."""
-        return {**self._live, **self._live_buffers}
+        return {**self._tensors.live, **self._tensors.live_copied}
 
     @property
     def checked(self) -> dict[str, Tensor]:
-        """All but those that held an infinity from the start, as masks and bounds do."""
-        copied = self._copied
-        return {name: t for name, t in self.tensors.items() if name not in copied} if copied else self.tensors
+        return self._tensors.checked
 
     @property
     def watches_training(self) -> bool:
@@ -183,23 +181,14 @@ class WeightMerging(Published):
 
     @property
     def captured(self) -> dict[str, Tensor]:
-        return {**self._captured, **self._captured_buffers}
-
-    @property
-    def _live(self) -> dict[str, Tensor]:
-        # At each use: FSDP may give a parameter another storage in the first forward pass.
-        return weights.local(self._captured) if self.is_sharded else self._captured
-
-    @property
-    def _live_buffers(self) -> dict[str, Tensor]:
-        return weights.local(self._captured_buffers) if self.is_sharded else self._captured_buffers
+        return {**self._tensors.averaged, **self._tensors.copied}
 
     def describe(self) -> str:
         """What is merged and what it takes, in a few words."""
-        numbers = sum(tensor.numel() for tensor in self._live.values())
-        size = sum(t.numel() * weights.average_dtype(t).itemsize for t in self._live.values())
+        numbers = sum(tensor.numel() for tensor in self._tensors.live.values())
+        size = sum(t.numel() * weights.average_dtype(t).itemsize for t in self._tensors.live.values())
         return (
-            f"{numbers:,} numbers in {len(self._live)} tensors ({size / 1e6:,.1f} MB a copy"
+            f"{numbers:,} numbers in {len(self._tensors.live)} tensors ({size / 1e6:,.1f} MB a copy"
             f"{', in this process' if self.is_sharded else ''}), buffers: {self.selection.buffers}"
         )
 
@@ -220,8 +209,7 @@ class WeightMerging(Published):
         assert self._publisher is not None
         self._active_rule, self._active_schedule = resolved(trainer, [self.rule, self.schedule])
         self._publisher.look()
-        self._captured, self._captured_buffers = {}, {}  # of an earlier fit
-        self._capture()
+        self._look_up()
         if self._state is not None:
             self._go_on()
         if self.selection.buffers == "recompute":
@@ -303,13 +291,13 @@ class WeightMerging(Published):
         self._note_update(moment.step)
 
     def _note_update(self, step: int) -> None:
-        weights.copy_(self._buffers, self._live_buffers)
+        weights.copy_(self._buffers, self._tensors.live_copied)
         self.update_window = (self.update_window[0] if self.update_window else step, step)
 
     def _update(self) -> bool:
         """Hands the live weights to the rule; whether they were taken in."""
         assert self._state is not None
-        self._active_rule.update(self._state, self._live)
+        self._active_rule.update(self._state, self._tensors.live)
         return True
 
     def _start(self, nonfinite: set[str]) -> bool:
@@ -318,8 +306,8 @@ class WeightMerging(Published):
             self._skip(min(culprits))
             return False
         if self._state is None:
-            self._state = self._active_rule.init(self._live)
-            self._buffers = weights.copies(self._live_buffers)
+            self._state = self._active_rule.init(self._tensors.live)
+            self._buffers = weights.copies(self._tensors.live_copied)
         return True
 
     def _skip(self, culprit: str) -> None:
@@ -341,7 +329,7 @@ class WeightMerging(Published):
             self._skip(min(culprits))
             return
         updates = self.updates
-        rule.evaluate(self._state, score if self.mode == "min" else -score, self._live)
+        rule.evaluate(self._state, score if self.mode == "min" else -score, self._tensors.live)
         if self.updates != updates and rule.merges_when_scored:
             self._note_update(self.steps)
         self.evaluations += rule.wants_score == "raw"
@@ -351,105 +339,32 @@ class WeightMerging(Published):
     # ---- which tensors
 
     def look_again(self) -> None:
-        if self._captured:
-            self._capture()
+        assert self._publisher is not None
+        change = self._tensors.follow(self._publisher, self.steps)
+        if self._state is None:
+            return
+        if change.gone or change.fresh:
+            self._active_rule.forget(self._state, [*change.gone, *change.fresh])
+        if change.fresh:
+            self._active_rule.extend(self._state, weights.local(change.fresh))
+        live = self._tensors.live_copied
+        fitting = {n: b for n, b in self._buffers.items() if n in live and b.shape == live[n].shape}
+        new = {name: tensor for name, tensor in live.items() if name not in fitting}
+        self._buffers = {**fitting, **weights.copies(new)}
 
     def remarks(self) -> list[str]:
         assert self._publisher is not None
         pulled = self.selection.pulled_along(self._publisher.inventory)
         return [f"{self.title} merges `{n}` too: it is the same tensor as `{other}`." for n, other in pulled.items()]
 
-    def _capture(self) -> None:
-        """Looks up what is merged, and what was replaced, unfrozen or removed since the last time."""
+    def _look_up(self) -> None:
         assert self._publisher is not None
-        inventory = self._publisher.inventory
-        before = self._captured
-        chosen = self.selection.chosen(inventory) if before else self.selection.parameters(inventory)
-        names = {*chosen, *self.selection.averaged_buffers(inventory)}
-        names |= before.keys() if before else self._averaged_so_far()  # what was averaged once stays so, if frozen too
-        self._copied |= self._to_be_copied({n: t for n, t in inventory.tensors.items() if n in names - before.keys()})
-        copied = self.selection.copied_buffers(inventory).keys() | (self._copied & names)
-        self._captured_buffers = {name: t for name, t in inventory.tensors.items() if name in copied}
-        self._captured = {name: t for name, t in inventory.tensors.items() if name in names - copied}
-        self.is_sharded = any(map(weights.is_sharded, self.captured.values()))
-        if before:
-            self._follow(before)
-
-    def _averaged_so_far(self) -> set[str]:
-        if self._state is None or self._publisher is None:
-            return set()
-        with as_written(f"{self._publisher.checkpoints.path}: the state of the average `{self.name}`"):
-            return set(self._active_rule.stored(self._state) or ())
-
-    def _to_be_copied(self, new: dict[str, Tensor]) -> set[str]:
-        """Which tensors are taken from the model as they are at each update, since no mean of them is right.
-
-        That goes for masks and bounds, which hold an infinity before anything is trained, and for the vectors of
-        spectral normalisation, which are iterated under the merged weights.
-        """
-        assert self._publisher is not None
-        constant = weights.local({name: t for name, t in new.items() if not t.requires_grad})
-        return new.keys() & (self._buffers.keys() | self._publisher.singular_vectors | weights.nonfinite(constant))
-
-    def _follow(self, before: dict[str, Tensor]) -> None:
-        """Makes the average that of the tensors which are there now.
-
-        Raises:
-            ValueError: If a parameter has gone or has another shape.
-        """
-        live = self._captured
-        if gone := [name for name in before if name not in live]:
-            self._let_go(gone, before)
-        anew = [name for name, tensor in live.items() if name in before and self._is_another(before[name], tensor)]
-        for name in anew:
-            self._start_anew(name, before[name])
-        fresh = {name: tensor for name, tensor in live.items() if name not in before or name in anew}
-        if self._state is None:
-            return
-        if fresh:
-            self._active_rule.forget(self._state, fresh)
-            self._active_rule.extend(self._state, weights.local(fresh))
-        kept = {n: b for n, b in self._buffers.items() if n in self._live_buffers}
-        fitting = {name: buffer for name, buffer in kept.items() if buffer.shape == self._live_buffers[name].shape}
-        new = {name: tensor for name, tensor in self._live_buffers.items() if name not in fitting}
-        self._buffers = {**fitting, **weights.copies(new)}
-
-    @staticmethod
-    def _is_another(before: Tensor, now: Tensor) -> bool:
-        """Whether a tensor has to be averaged anew; a buffer of the same shape that is assigned goes on."""
-        if now is before or weights.is_sharded(now):
-            return False
-        return isinstance(now, torch.nn.Parameter) or now.shape != before.shape
-
-    def _start_anew(self, name: str, before: Tensor) -> None:
-        now = self._captured[name]
-        if isinstance(now, torch.nn.Parameter) and now.shape != before.shape:
-            raise ValueError(
-                f"{self.title} averages `{name}`, which was replaced after step {self.steps} and has shape"
-                f" {tuple(now.shape)} instead of {tuple(before.shape)}: numbers that come and go have no average. Leave"
-                f" it out: `selection=Selection(exclude=[{name!r}])`."
-            )
-        if name not in self._started_anew:
-            self._started_anew.add(name)
-            rank_zero_info(f"{self.title}: `{name}` was replaced after step {self.steps}; its average starts anew.")
-
-    def _let_go(self, gone: list[str], before: dict[str, Tensor]) -> None:
-        """Stops averaging what is not there any more, if that is a buffer or goes under another name now."""
-        assert self._publisher is not None
-        for name in gone:
-            is_known = name in self._publisher.inventory.aliases or name in self._captured_buffers
-            if isinstance(before[name], torch.nn.Parameter) and not is_known:
-                raise ValueError(
-                    f"{self.title} averages `{name}`, which the module does not have any more after step {self.steps}:"
-                    " it was removed or renamed, as pruning, parametrizations and adapters do. Make that change before"
-                    f" the fit, or leave the parameter out: `selection=Selection(exclude=[{name!r}])`."
-                )
-            if not is_known:
-                rank_zero_info(
-                    f"{self.title}: the buffer `{name}` has gone after step {self.steps}; so is its average."
-                )
+        known: set[str] = set()
         if self._state is not None:
-            self._active_rule.forget(self._state, gone)
+            with as_written(f"{self._publisher.checkpoints.path}: the state of the average `{self.name}`"):
+                known = set(self._active_rule.stored(self._state) or ())
+        self._tensors.start(self._publisher, known, self._buffers)
+        self.is_sharded = self._tensors.is_sharded
 
     def _go_on(self) -> None:
         """Checks that a state from before belongs to this model, and brings it to the model's devices."""
@@ -460,12 +375,17 @@ class WeightMerging(Published):
             self._state = self._active_rule.load(self._state, devices)
             self._buffers = weights.to_devices(self._buffers, devices)
             average = self._active_rule.stored(self._state)
-            moved = [name for name in average or () if name in self._captured_buffers]
+            moved = [name for name in average or () if name in self._tensors.copied]
             if moved:
                 self._active_rule.forget(self._state, moved)  # an earlier version averaged them
-                self._buffers |= weights.copies({n: self._live_buffers[n] for n in moved if n not in self._buffers})
+                self._buffers |= weights.copies(
+                    {n: self._tensors.live_copied[n] for n in moved if n not in self._buffers}
+                )
+            if average is not None and self._resumed and self._module is not None and not self._module.strict_loading:
+                self._complete(average)
+                average = self._active_rule.stored(self._state)
             kept = {name: tensor for name, tensor in (average or {}).items() if name not in moved}
-            difference = None if average is None else weights.first_mismatch(self._live, kept)
+            difference = None if average is None else weights.first_mismatch(self._tensors.live, kept)
         if difference is not None:
             raise ValueError(
                 f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
@@ -474,6 +394,20 @@ class WeightMerging(Published):
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
 
+    def _complete(self, average: Weights) -> None:
+        """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""
+        assert self._state is not None
+        live = self._tensors.live
+        fresh = {name: tensor for name, tensor in live.items() if name not in average}
+        gone = [name for name in average if name not in live]
+        if fresh or gone:
+            self._active_rule.forget(self._state, gone)
+            self._active_rule.extend(self._state, fresh)
+            rank_zero_info(
+                f"{self.title}: the file and the module differ, which `strict_loading=False` allows. New averages of:"
+                f" {', '.join(fresh) or 'none'}; dropped: {', '.join(gone) or 'none'}."
+            )
+
     # ---- for the publisher
 
     def label(self) -> dict[str, Any]:
@@ -481,36 +415,32 @@ class WeightMerging(Published):
         return {"class": type(self).__name__, "rule": repr(self.rule), "steps": self.steps, "updates": self.updates}
 
     def save(self) -> dict[str, Any]:
-        """What a full file needs to go on bit for bit."""
-        return {
-            "state": None if self._state is None else self._active_rule.save(self._state),
-            "evaluations": self.evaluations,
-            "buffers": self._buffers,
-            "calibrated_at": self._calibrated_at,
-            "recent": None if self._recent is None else self._recent.saved(),
-            "last_epoch": self._last_epoch,
-            "update_window": None if self.update_window is None else list(self.update_window),
-            "skipped_nonfinite": self.skipped_nonfinite,
-        }
+        return AveragingState(
+            state=None if self._state is None else self._active_rule.save(self._state),
+            evaluations=self.evaluations,
+            buffers=self._buffers,
+            calibrated_at=self._calibrated_at,
+            recent=None if self._recent is None else self._recent.saved(),
+            last_epoch=self._last_epoch,
+            update_window=None if self.update_window is None else list(self.update_window),
+            skipped_nonfinite=self.skipped_nonfinite,
+        ).section()
 
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         """Takes over what ``save`` and ``label`` gave."""
         if label["rule"] != repr(self.rule):
             rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
-        self._state = saved["state"]
-        self._buffers = saved["buffers"]
-        self.evaluations = saved["evaluations"]
-        self._calibrated_at = saved["calibrated_at"]
-        if saved["recent"] is not None:
-            self._recent = RecentBatches.restored(saved["recent"])
-        self._last_epoch = saved["last_epoch"]
-        self.update_window = None if saved["update_window"] is None else tuple(saved["update_window"])
-        self.skipped_nonfinite = saved["skipped_nonfinite"]
+        found = AveragingState.of(saved)
+        self._state, self._buffers = found.state, found.buffers
+        self.evaluations, self.skipped_nonfinite = found.evaluations, found.skipped_nonfinite
+        self._calibrated_at, self._last_epoch = found.calibrated_at, found.last_epoch
+        if found.recent is not None:
+            self._recent = RecentBatches.restored(found.recent)
+        self.update_window = None if found.update_window is None else (found.update_window[0], found.update_window[1])
         self.steps = label["steps"]
         self._resumed = True
-        if self._captured and self._state is not None:  # strategies that shard restore after the fit has started
-            self._captured = {}
-            self._capture()
+        if self._tensors.averaged and self._state is not None:  # strategies that shard restore once the fit has started
+            self._look_up()
             self._go_on()
 
     def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:

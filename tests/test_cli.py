@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from lightning_merge import __version__, cli
+from lightning_merge._commands import _needs
 from lightning_merge.callbacks import EMA
 from lightning_merge.cli import main
 
@@ -137,8 +138,8 @@ def test_mistake_exits_2_with_the_cure(arguments: list[str], parts: list[str], r
 
 @pytest.mark.parametrize("module", ["matplotlib", "sklearn", "rich", "torchvision", "jsonargparse"])
 def test_missing_extra_is_one_pip_line_away(module: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = cli.find_spec
-    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == module else real(name))
+    real = _needs.find_spec
+    monkeypatch.setattr(_needs, "find_spec", lambda name: None if name == module else real(name))
     answer = run("run", "digits/swa")
     assert answer.is_mistake(module)
     assert answer.err.splitlines()[-1] == 'pip install "lightning-merge[recipes]"'

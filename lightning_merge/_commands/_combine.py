@@ -5,8 +5,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_merge._commands import _combining as combining
+from lightning_merge._commands._needs import CLI_MODULES, need
+
 if TYPE_CHECKING:  # the command line reads the arguments below without loading torch
-    from lightning_merge.search import Evaluation, Found, Method
+    from lightning_merge.search import Found
     from lightning_merge.trajectory import Trajectory
     from lightning_merge.weights import Weights
 
@@ -55,6 +58,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")
 
 
+def run(options: argparse.Namespace) -> int:
+    """Runs ``average`` or ``soup`` and gives the exit code."""
+    if options.config is not None:
+        need(CLI_MODULES)
+    print(combine(options))
+    return 0
+
+
 def combine(options: argparse.Namespace) -> str:
     """Merges, writes the file, and says what is in it.
 
@@ -77,16 +88,16 @@ def combine(options: argparse.Namespace) -> str:
     bench = None if options.config is None else _bench(options.config)
     found: Found | None = None
     if options.rule == "model-stock":
-        merged, coefficients = _model_stock(trajectory, options.base), None
+        merged, coefficients = combining.model_stock(trajectory, options.base), None
     elif options.rule in _SEARCHES:
-        found = _search(trajectory, options, bench, hashes)
+        found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
         merged = trajectory.combine(coefficients)
     else:
-        coefficients = _coefficients(options, len(trajectory))
+        coefficients = combining.coefficients(options, len(trajectory))
         merged = trajectory.combine(coefficients)
     if bench is not None:
-        merged = _measured(bench, merged, options.seed)
+        merged = combining.measured(bench, merged, options.seed)
     provenance = {
         "rule": options.rule,
         "files": [os.fspath(checkpoint.path) for checkpoint in trajectory],
@@ -145,98 +156,10 @@ def _bench(config: Path) -> Any:
     return Bench(config)
 
 
-def _measured(bench: Any, merged: "Weights", seed: int) -> "Weights":
-    """The weights with BatchNorm statistics of their own, on the same batches whatever was asked before."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return {**merged, **bench.statistics(merged)}
-
-
-def _coefficients(options: argparse.Namespace, count: int) -> list[float]:
-    from lightning_merge import trajectory
-
-    rules = {
-        "mean": lambda: trajectory.mean(count),
-        "uniform": lambda: trajectory.mean(count),
-        "window": lambda: trajectory.window(count, options.k),
-        "linear": lambda: trajectory.linear(count),
-        "ema": lambda: trajectory.exponential(count, options.decay),
-        "wsm-linear": lambda: trajectory.wsm_linear(count),
-        "wsm-1-sqrt": lambda: trajectory.wsm_1_sqrt(count),
-    }
-    return list(rules[options.rule]())
-
-
-def _search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, hashes: list[str]) -> "Found":
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from lightning_merge.search import Bayesian, Evolutionary, Gradient, Greedy, search
-
-    methods: dict[str, Method] = {
-        "greedy": Greedy(),
-        "diwa": Greedy(),  # DiWA's restricted selection is the greedy soup, ties included
-        "lcsc": Evolutionary(),
-        "bayes": Bayesian(),
-        "learned": Gradient(),
-    }
-
-    def score(coefficients: tuple[float, ...]) -> float:
-        merged = trajectory.combine(coefficients)
-        metrics = bench.metrics(_measured(bench, merged, options.seed))
-        if options.monitor not in metrics:
-            raise ValueError(
-                f"`--monitor` must be a metric that validation logs, got {options.monitor!r}; it logs:"
-                f" {', '.join(sorted(metrics)) or 'nothing'}."
-            )
-        return float(metrics[options.monitor])
-
-    best: list[float] = []
-    with tqdm(total=options.budget, desc=f"{options.rule}: scoring", unit="candidate") as bar:
-
-        def show(evaluation: "Evaluation") -> None:
-            if evaluation.score is not None:
-                best.append(evaluation.score)
-                bar.set_postfix_str(f"best {options.monitor} {(max if options.mode == 'max' else min)(best):.4g}")
-            bar.update()
-
-        return search(
-            score,
-            len(trajectory),
-            methods[options.rule],
-            space="negative" if options.rule == "lcsc" else "simplex",
-            mode=options.mode,
-            budget=options.budget,
-            seed=options.seed,
-            log=options.log or Path(options.out).with_suffix(".search.jsonl"),
-            subject=f"{options.monitor} of {', '.join(hashes)}",
-            on_evaluation=show,
-        )
-
-
-def _model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
-    """Tensor by tensor: nothing but one tensor of each file, and the result, is in memory."""
-    from lightning_merge.combiners import ModelStock, add_vector, task_vector
-    from lightning_merge.trajectory import Checkpoint, Trajectory
-    from lightning_merge.weights import is_averaged
-
-    start = Checkpoint(base)
-    Trajectory([start, *trajectory])  # refuses another model
-    merged: Weights = {}
-    for name in start.places:
-        tensor = {name: start.tensor(name)}
-        if not is_averaged(tensor[name]):
-            merged[name] = trajectory[-1].tensor(name)
-            continue
-        vectors = [task_vector({name: checkpoint.tensor(name)}, tensor) for checkpoint in trajectory]
-        merged[name] = add_vector(tensor, ModelStock().combine(vectors))[name]
-    return {**merged, **trajectory[-1].extra}
-
-
 def _report(
     options: argparse.Namespace, trajectory: "Trajectory", merged: "Weights", provenance: dict[str, Any]
 ) -> str:
+    from lightning_merge._commands._target import literal
     from lightning_merge.files._sets import tensors
 
     size = sum(tensor.numel() for tensor in tensors(merged).values())
@@ -255,5 +178,5 @@ def _report(
     if options.config is None and any(name.endswith("running_mean") for name in merged):
         lines.append("  BatchNorm statistics are averaged, which fits badly; `--config FILE` measures them again")
     return "\n".join(
-        [*lines, f'  load: model.load_state_dict(torch.load("{options.out}", weights_only=True)["state_dict"])']
+        [*lines, f'  load: model.load_state_dict(torch.load({literal(options.out)}, weights_only=True)["state_dict"])']
     )

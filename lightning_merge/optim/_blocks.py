@@ -104,3 +104,8 @@ class Draw:
     def _seeded(self, part: str) -> torch.Generator:
         digest = blake2b(f"{self.key}/{part}".encode(), digest_size=8).digest()
         return self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def ranges(numel: int) -> Iterator[slice]:
+    """Slices of a piece's size, which bound what is computed at once."""
+    return (slice(i, min(i + PIECE, numel)) for i in range(0, numel, PIECE))

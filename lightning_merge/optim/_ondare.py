@@ -9,8 +9,11 @@ from torch.optim import Optimizer
 
 from lightning_merge._checks import whole
 from lightning_merge.optim._blocks import PIECE, Draw, blocks, within
-from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_
+from lightning_merge.optim._online import OnlineMerging
+from lightning_merge.optim._rounding import add_
+from lightning_merge.optim._settings import AlphaSchedule, Form, OnlineSettings, Rescale
 from lightning_merge.optim._task_vector import Source
+from lightning_merge.optim._turn import Turn
 from lightning_merge.weights._held import Part
 
 Piece = tuple[int, int, int]
@@ -97,19 +100,21 @@ class OnDARE(OnlineMerging):
             base_optimizer,
             reference,
             pretrained,
-            density,
-            alpha,
-            form,
-            ("none" if form == "paper" else "inverse_p") if rescale is None else rescale,
-            alpha_schedule,
-            merge_every,
-            seed,
-            min_numel,
-            exempt,
             module,
-            tau_dtype,
             tau,
-            chunk_size,
+            OnlineSettings(
+                density=density,
+                alpha=alpha,
+                form=form,
+                rescale=("none" if form == "paper" else "inverse_p") if rescale is None else rescale,
+                alpha_schedule=alpha_schedule,
+                merge_every=merge_every,
+                seed=seed,
+                min_numel=min_numel,
+                exempt=exempt,
+                tau_dtype=tau_dtype,
+                chunk_size=chunk_size,
+            ),
         )
 
     def _sparsify(self, dense: Tensor, name: str, whole: Part) -> tuple[Tensor, Tensor | None]:

@@ -4,68 +4,28 @@ The update of the wrapped optimizer is the difference of the parameters around i
 a time, so that the copy of the parameters that this takes is small.
 """
 
-import math
 from abc import abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_merge._checks import instance, names, number, one_of, whole
-from lightning_merge._checks import seed as checked_seed
+from lightning_merge._checks import instance
 from lightning_merge._mergeable import why_not
-from lightning_merge.optim._blocks import PIECE, Draw
-from lightning_merge.optim._task_vector import Source, Stored, named, tensors_of
-from lightning_merge.weights import Inventory
+from lightning_merge.optim._blocks import Draw
+from lightning_merge.optim._parameter_names import names_of
+from lightning_merge.optim._rounding import dither_of
+from lightning_merge.optim._settings import OnlineSettings
+from lightning_merge.optim._task_vector import Source, Stored, held_part, loaded, magnitude, named, tensors_of
+from lightning_merge.optim._turn import Turn
+from lightning_merge.optim._wrapped import Group, Share, Wrapped
 from lightning_merge.weights._held import Part, held_of, part_held
 from lightning_merge.weights._precision import work_dtype
 
-Form = Literal["paper", "official"]
-Rescale = Literal["none", "inverse_p", "l1"]
-AlphaSchedule = Literal["constant", "lr"]
-Group = dict[str, Any]
-
 _SPARSE_BELOW = 0.25  # a kept element takes 12 bytes, a dense one 4
-_GOLDEN = (5**0.5 - 1) / 2
-# The last place of a number is the power of two in it times this.
-_EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-
-
-@dataclass(frozen=True)
-class Share:
-    """What of one group is stepped in a call of the wrapped optimizer, and what of that is merged then."""
-
-    group: Group
-    parameters: list[Tensor]
-    merged: list[Tensor]
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One tensor at one merge: what the rule needs to know.
-
-    Attributes:
-        update: Share of the policy's update that is applied, ``1 - alpha``.
-        reference: What the task vector is multiplied by; 0 when it is not its turn.
-        decay: Learning rate times decoupled weight decay.
-        dither: What is added before cutting off, in last places, in [0, 1); see ``add_``.
-        dtype: The parameter's.
-    """
-
-    name: str
-    part: Part
-    tau: Stored
-    draw: Draw
-    update: float
-    reference: float
-    decay: float
-    dither: float
-    dtype: torch.dtype
 
 
 class OnlineMerging(Optimizer):
@@ -84,36 +44,13 @@ class OnlineMerging(Optimizer):
         base_optimizer: Optimizer,
         reference: Source | None,
         pretrained: Source | Literal["zero"] | None,
-        density: float,
-        alpha: float,
-        form: Form,
-        rescale: Rescale,
-        alpha_schedule: AlphaSchedule,
-        merge_every: int,
-        seed: int,
-        min_numel: int,
-        exempt: Sequence[str],
         module: nn.Module | None,
-        tau_dtype: torch.dtype | None,
         tau: Mapping[str, Mapping[str, Any]] | None,
-        chunk_size: int | None,
+        settings: OnlineSettings,
     ) -> None:
-        _check_optimizer(base_optimizer, chunk_size)
-        density = number("density", density, "(0, 1]")
-        alpha = number("alpha", alpha, "[0, 1]")
-        for argument, choice, kind in (
-            ("form", form, Form),
-            ("rescale", rescale, Rescale),
-            ("alpha_schedule", alpha_schedule, AlphaSchedule),
-        ):
-            one_of(argument, choice, kind, f"one of {get_args(kind)}")
-        merge_every, min_numel = whole("merge_every", merge_every, 1), whole("min_numel", min_numel, 0)
-        seed, exempt = checked_seed("seed", seed), names("exempt", exempt)
-        chunk_size = None if chunk_size is None else checked_chunk_size(chunk_size)
+        _check_optimizer(base_optimizer, settings.chunk_size)
         if module is not None:
             instance("module", module, nn.Module, "a module")
-        if tau_dtype is not None and not instance("tau_dtype", tau_dtype, torch.dtype, "a dtype").is_floating_point:
-            raise ValueError(f"`tau_dtype` must be of floating-point numbers, got {tau_dtype}.")
         if tau is not None:
             instance("tau", tau, Mapping, "what `tau_state()` gave")
         if (tau is None) == (reference is None) or (tau is None) != (pretrained is not None):
@@ -122,26 +59,42 @@ class OnlineMerging(Optimizer):
                 " may be 'zero' if `reference` is a difference already."
             )
         self._ready = False
-        self._scratch: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         super().__init__(base_optimizer.param_groups, dict(base_optimizer.defaults))
         self.base = base_optimizer
-        self.density = density
-        self.form = form
-        self.rescale = rescale
-        self.alpha_schedule = alpha_schedule
-        self.merge_every = merge_every
-        self.seed = seed
-        self.min_numel = min_numel
-        self.chunk_size = chunk_size
+        self.density = settings.density
+        self.form = settings.form
+        self.rescale = settings.rescale
+        self.alpha_schedule = settings.alpha_schedule
+        self.merge_every = settings.merge_every
+        self.seed = settings.seed
+        self.min_numel = settings.min_numel
+        self.chunk_size = settings.chunk_size
+        self._wrapped = Wrapped(base_optimizer, settings.merge_every, settings.chunk_size)
         self._share()
         base_optimizer.register_load_state_dict_post_hook(lambda _: self._share())
-        self._names = _names(base_optimizer, module, reference)
+        self._names = names_of(base_optimizer, module, reference)
+        self._start_groups(settings.alpha)
+        merged = self._merged(settings.exempt)
+        self._parts = {name: part_held(name, p) for name, p in merged.items()}
+        if reference is not None and pretrained is not None:
+            self.tau = self._task_vector(merged, reference, pretrained, settings.tau_dtype)
+        else:
+            self.tau = loaded(tau or {}, merged)
+        self._fingerprint = magnitude(self.tau, self._parts, self.density)
+        for group in self.param_groups:
+            group["merge_fingerprint"] = self._fingerprint
+        self._ready = True
+
+    def _start_groups(self, alpha: float) -> None:
         self._defaults = {"merge": True, "merge_alpha": alpha, "merge_step": 0, "merge_pending": 0.0}
         for group in self.param_groups:
             # Lightning, GradScaler and files see groups, so what must survive a resume lives in them.
             for key, value in self._defaults.items():
                 group.setdefault(key, value)
             group["merge_top_lr"] = float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+    def _merged(self, exempt: Sequence[str]) -> dict[str, Tensor]:
+        """The parameters that are merged, by name."""
         self._exempt = {
             parameter
             for group in self.param_groups
@@ -154,18 +107,7 @@ class OnlineMerging(Optimizer):
         merged = {self._names[p]: p for g in self.param_groups for p in g["params"] if p not in self._exempt}
         if not merged:
             raise ValueError(f"`exempt` {tuple(exempt)} and groups with `merge: False` leave no parameter to merge.")
-        self._parts = {name: part_held(name, p) for name, p in merged.items()}
-        if tau is None:
-            assert reference is not None
-            assert pretrained is not None
-            self.tau = self._task_vector(merged, reference, pretrained, tau_dtype)
-        else:
-            self.tau = _loaded(tau, merged)
-        self._fingerprint = self._measure(merged)
-        for group in self.param_groups:
-            group["merge_fingerprint"] = self._fingerprint
-        self._checked = chunk_size is None
-        self._ready = True
+        return merged
 
     def _refuse_unmergeable(self, exempt: Sequence[str]) -> None:
         """What trains and cannot be merged has to be left out in so many words."""
@@ -200,7 +142,7 @@ class OnlineMerging(Optimizer):
                 loss = closure()
         for pre_hook in list(self.base._optimizer_step_pre_hooks.values()):
             pre_hook(self.base, (), {})
-        for shares in list(self._calls()):
+        for shares in list(self._wrapped.calls(self._shares())):
             self._step_and_merge(shares)
         for group in self.param_groups:
             if self._due(group):
@@ -219,6 +161,15 @@ class OnlineMerging(Optimizer):
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
         """Writes the merged values into ``after``, given this process's values, flat, around the wrapped step."""
 
+    def _shares(self) -> list[Share]:
+        """What has gradients, of every group."""
+        shares = []
+        for group in self.param_groups:
+            given = [p for p in group["params"] if p.grad is not None]
+            plain = {p for p in given if p in self._exempt or self._merges_nothing(group)}
+            shares.append(Share(group, given, [p for p in given if p not in plain]))
+        return shares
+
     def _applies(self, group: Group) -> bool:
         """Whether this merge adds the task vector."""
         return bool((group["merge_step"] + 1) // self.merge_every % self.tau_every == 0)
@@ -228,17 +179,7 @@ class OnlineMerging(Optimizer):
 
     def _step_and_merge(self, shares: list[Share]) -> None:
         """Steps these parameters by one call and merges what came of it."""
-        before = [self._starts(share.merged) for share in shares]
-        memory = [held_of(p).data_ptr() for share in shares for p in share.merged]
-        known = None if self._checked else self._traces(shares)
-        decays = self._step_base(shares)
-        if known is not None:
-            self._refuse_coupled(known, self._traces(shares))
-        if memory != [held_of(p).data_ptr() for share in shares for p in share.merged]:
-            raise RuntimeError(
-                f"{type(self.base).__name__} replaces parameters instead of writing to them, so its update is not seen."
-                " Use an optimizer that updates in place."
-            )
+        before, decays = self._wrapped.step(shares)
         for share, starts, decay in zip(shares, before, decays, strict=True):
             due = self._due(share.group)
             for parameter, start in zip(share.merged, starts, strict=True):
@@ -262,7 +203,7 @@ class OnlineMerging(Optimizer):
             update=1.0 - alpha,
             reference=group["merge_pending"] + alpha if self._applies(group) else 0.0,
             decay=decay,
-            dither=(count + 0.5) * _GOLDEN % 1.0,
+            dither=dither_of(count),
             dtype=held.dtype,
         )
         after = held.to(dtype).reshape(-1)
@@ -281,115 +222,6 @@ class OnlineMerging(Optimizer):
         """What brings a tensor back to its sum of magnitudes; ``sums`` are those of this process, before and after."""
         full, left = whole.total_(sums).tolist()
         return float(full / left) if left else 1.0
-
-    # ---- the wrapped optimizer
-
-    def _calls(self) -> Iterator[list[Share]]:
-        """What is stepped together: parameters with gradients in groups of a few, or all at once."""
-        shares = []
-        for group in self.param_groups:
-            given = [p for p in group["params"] if p.grad is not None]
-            plain = {p for p in given if p in self._exempt or self._merges_nothing(group)}
-            shares.append(Share(group, given, [p for p in given if p not in plain]))
-        if self.chunk_size is None:
-            yield shares
-            return
-        for share in shares:
-            if plain_ones := [p for p in share.parameters if p not in set(share.merged)]:
-                yield [Share(share.group, plain_ones, [])]
-            yield from ([Share(share.group, few, few)] for few in self._few(share.merged, self.chunk_size))
-
-    @staticmethod
-    def _few(parameters: list[Tensor], most: int) -> Iterator[list[Tensor]]:
-        """Parameters of one dtype and device with at most so many elements, or one parameter."""
-        held: list[Tensor] = []
-        size = 0
-        for parameter in parameters:
-            numel = held_of(parameter).numel()
-            like = not held or (held[0].dtype, held[0].device) == (parameter.dtype, parameter.device)
-            if held and (not like or size + numel > most):
-                yield held
-                held, size = [], 0
-            held, size = [*held, parameter], size + numel
-        if held:
-            yield held
-
-    def _step_base(self, shares: list[Share]) -> list[float]:
-        """Steps these parameters only; returns learning rate times the weight decay that was left out, of each."""
-        base = self.base
-        groups, pre, post = base.param_groups, base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
-        before = [(share.group["params"], share.group.get("weight_decay")) for share in shares]
-        decays = [self._separate_decay(share) for share in shares]
-        try:
-            base.param_groups = [share.group for share in shares]
-            base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-            for share, decay in zip(shares, decays, strict=True):
-                share.group["params"] = share.parameters
-                if decay:
-                    share.group["weight_decay"] = 0.0
-            base.step()
-        finally:
-            base.param_groups = groups
-            base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = pre, post
-            for share, decay, (parameters, weight_decay) in zip(shares, decays, before, strict=True):
-                share.group["params"] = parameters
-                if decay:
-                    share.group["weight_decay"] = weight_decay
-        return decays
-
-    def _separate_decay(self, share: Share) -> float:
-        """Learning rate times the decoupled weight decay that the step leaves out, as the published update does.
-
-        It is applied to the result; to what is not merged here, before the step, as optimizers do.
-        """
-        group = share.group
-        if not share.merged or self.merge_every > 1 or not group.get("decoupled_weight_decay"):
-            return 0.0
-        decay = float(group["lr"]) * float(group["weight_decay"])
-        merged = set(share.merged)
-        for parameter in share.parameters:
-            if parameter not in merged:
-                parameter.mul_(1.0 - decay)
-        return decay
-
-    def _traces(self, shares: list[Share]) -> dict[str, Any]:
-        """What an optimizer keeps that belongs to no single tensor."""
-        base = self.base
-        kept: dict[str, Any] = {key: value for key, value in vars(base).items() if isinstance(value, (int, float))}
-        kept |= {str(key): repr(value) for key, value in base.state.items() if not isinstance(key, Tensor)}
-        for share in shares:
-            for key, value in share.group.items():
-                if isinstance(value, Tensor) and value.numel() == 1:
-                    kept[key] = float(value)
-                elif not isinstance(value, (Tensor, list)):
-                    kept[key] = value
-        return {key: value for key, value in kept.items() if key not in ("_opt_called", "_step_count")}
-
-    def _refuse_coupled(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        self._checked = True
-        changed = [key for key in after if after[key] != before.get(key)]
-        if changed:
-            raise ValueError(
-                f"{type(self.base).__name__} keeps `{changed[0]}` of its steps, not of a tensor, so it cannot be"
-                " stepped a few tensors at a time. Give `chunk_size=None`, which takes a copy of the parameters during"
-                " the step."
-            )
-
-    def _starts(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Where this round of steps began; with the optimizer's state from its first step to its last."""
-        if self.merge_every > 1:
-            anchors = [self.state[p].get("merge_anchor") if p in self.state else None for p in parameters]
-            return [p.detach().clone() if a is None else a for p, a in zip(parameters, anchors, strict=True)]
-        held = [held_of(p) for p in parameters]
-        size = sum(t.numel() for t in held)
-        if not held or self.chunk_size is None or size > self.chunk_size:
-            return [t.clone() for t in held]
-        # Memory of its own, as new memory costs more than the copy.
-        key = (held[0].dtype, held[0].device)
-        if key not in self._scratch or self._scratch[key].numel() < size:
-            self._scratch[key] = torch.empty(size, dtype=key[0], device=key[1])
-        parts = torch.split(self._scratch[key][:size], [t.numel() for t in held])
-        return [part.view(t.shape).copy_(t) for part, t in zip(parts, held, strict=True)]
 
     def _share(self) -> None:
         self.state = self.base.state
@@ -420,31 +252,13 @@ class OnlineMerging(Optimizer):
         for name, parameter in merged.items():
             whole, work = self._parts[name], work_dtype(parameter)
             device = held_of(parameter).device
-            dense = _held(named(ours, name, parameter.shape, "reference"), whole, device, work)
+            dense = held_part(named(ours, name, parameter.shape, "reference"), whole, device, work)
             if theirs is not None:
-                dense = dense - _held(named(theirs, name, parameter.shape, "pretrained"), whole, device, work)
+                dense = dense - held_part(named(theirs, name, parameter.shape, "pretrained"), whole, device, work)
             dense, index = self._sparsify(dense, name, whole)
             sparse = self.density < _SPARSE_BELOW and not self.is_dense(whole)
             found[name] = Stored.of(dense, index if sparse else None, dtype or work)
         return found
-
-    def _measure(self, merged: dict[str, Tensor]) -> float:
-        """The sum of magnitudes of what is kept; equal on all ranks and in a resumed run.
-
-        Raises:
-            ValueError: If there is nothing to merge.
-        """
-        total = 0.0
-        for name in merged:
-            size = self.tau[name].values.abs().sum(dtype=torch.float64).float().view(1)
-            total += float(self._parts[name].total_(size))
-        if total == 0 or not math.isfinite(total):
-            what = "is 0 everywhere" if total == 0 else "holds a NaN or an infinity"
-            raise ValueError(
-                f"the difference of `reference` and `pretrained`, as far as density {self.density} keeps it, {what}, so"
-                " merging would do nothing of use. Is one of them the other's file?"
-            )
-        return total
 
     def add_param_group(self, param_group: Group) -> None:
         """Adds a group that is not merged, ``{"params": ..., "merge": False}``: there is no task vector for others.
@@ -497,77 +311,6 @@ class OnlineMerging(Optimizer):
     def tau_bytes(self) -> int:
         """Bytes that the stored task vector takes on this process."""
         return sum(kept.nbytes for kept in self.tau.values())
-
-
-def add_(increment: Tensor, before: Tensor, turn: Turn) -> None:
-    """``increment <- before + increment``, rounded so that steps below the resolution add up over merges.
-
-    Rounding to nearest would lose every increment under half a last place of the weight. Here increments are counted in
-    last places and cut off after adding ``turn.dither``, which moves from merge to merge along a golden-ratio sequence
-    that fills [0, 1) evenly: after n merges the sum of what was added is within about two last places of exact.
-    """
-    if turn.decay:
-        increment.mul_(1.0 - turn.decay).add_(before, alpha=-turn.decay)
-    if not turn.reference or turn.dtype not in _EPSILON:
-        torch.add(before, increment, out=increment)
-        return
-    # The power of two in a weight is its exponent bits; beside weights below 2**-60 no increment is lost.
-    place = before.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
-    place.clamp_(min=2.0**-60).mul_(_EPSILON[turn.dtype])
-    increment.div_(place)
-    increment.add_(increment.sign(), alpha=turn.dither).trunc_()
-    torch.addcmul(before, increment, place, out=increment)
-
-
-def ranges(numel: int) -> Iterator[slice]:
-    """Slices of a piece's size, which bound what is computed at once."""
-    return (slice(i, min(i + PIECE, numel)) for i in range(0, numel, PIECE))
-
-
-def _held(tensor: Tensor, whole: Part, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """This process's part, flat, of a tensor that may be whole or cut in the same way."""
-    flat = held_of(tensor).reshape(-1)
-    if flat.numel() == whole.numel:
-        flat = flat[whole.start : whole.stop]
-    return flat.to(device=device, dtype=dtype)
-
-
-def _loaded(tau: Mapping[str, Mapping[str, Any]], merged: dict[str, Tensor]) -> dict[str, Stored]:
-    if missing := [name for name in merged if name not in tau]:
-        raise ValueError(f"`tau` lacks `{missing[0]}`, which the optimizer updates.")
-    found = {}
-    for name, parameter in merged.items():
-        device, index = held_of(parameter).device, tau[name]["index"]
-        found[name] = Stored(tau[name]["values"].to(device), None if index is None else index.to(device))
-    return found
-
-
-def _names(optimizer: Optimizer, module: nn.Module | None, reference: Source | None) -> dict[Tensor, str]:
-    """The name of every parameter of an optimizer: from a module that holds it, or from the optimizer's groups."""
-    source = module if module is not None else reference if isinstance(reference, nn.Module) else None
-    known: dict[Tensor, str] = {}
-    if source is not None:
-        found = Inventory(source)
-        known = {parameter: name for name, parameter in found.parameters.items()}
-        known |= {other: name for name, others in found.ties.items() for other in others}
-    for group in optimizer.param_groups:
-        for i, parameter in enumerate(group["params"]):
-            if parameter not in known and "param_names" in group:
-                known[parameter] = group["param_names"][i]
-            if parameter not in known:
-                raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} has no name: give `module`, the model that"
-                    f" {type(optimizer).__name__} updates, or build it from `model.named_parameters()`."
-                )
-    return known
-
-
-def checked_chunk_size(chunk_size: int) -> int:
-    """How many elements a call of the wrapped optimizer takes."""
-    try:
-        return whole("chunk_size", chunk_size, 1)
-    except (TypeError, ValueError):
-        raise ValueError(f"`chunk_size` must be at least 1 or None, got {chunk_size!r}.") from None
 
 
 def _check_optimizer(optimizer: Optimizer, chunk_size: int | None) -> None:

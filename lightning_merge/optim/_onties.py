@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_merge.optim._blocks import Draw, blocks, within
-from lightning_merge.optim._online import AlphaSchedule, Form, OnlineMerging, Rescale, Turn, add_, ranges
+from lightning_merge.optim._blocks import Draw, blocks, ranges, within
+from lightning_merge.optim._online import OnlineMerging
+from lightning_merge.optim._rounding import add_
+from lightning_merge.optim._settings import AlphaSchedule, Form, OnlineSettings, Rescale
 from lightning_merge.optim._task_vector import Source
+from lightning_merge.optim._turn import Turn
 from lightning_merge.weights._held import Part
 
 _KEPT_IN_SAMPLE = 4096  # the kept share of a sample with so many kept is within 5 % of the tensor's at three sigma
@@ -92,19 +95,21 @@ class OnTIES(OnlineMerging):
             base_optimizer,
             reference,
             pretrained,
-            density,
-            alpha,
-            form,
-            rescale,
-            alpha_schedule,
-            merge_every,
-            seed,
-            min_numel,
-            exempt,
             module,
-            tau_dtype,
             tau,
-            chunk_size,
+            OnlineSettings(
+                density=density,
+                alpha=alpha,
+                form=form,
+                rescale=rescale,
+                alpha_schedule=alpha_schedule,
+                merge_every=merge_every,
+                seed=seed,
+                min_numel=min_numel,
+                exempt=exempt,
+                tau_dtype=tau_dtype,
+                chunk_size=chunk_size,
+            ),
         )
 
     def is_dense(self, whole: Part) -> bool:

@@ -1,5 +1,6 @@
 """Reference minus pretrained, stored dense or sparse, and read tensor by tensor so that no second model stays alive."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lightning_merge.files._read import read
 from lightning_merge.files._sets import weights_in
 from lightning_merge.weights import canonical, named_tensors
+from lightning_merge.weights._held import Part, held_of
 
 Source: TypeAlias = nn.Module | Mapping[str, Tensor] | str | Path
 """A module, named tensors, or a file that torch wrote: a state dict or a checkpoint that holds one."""
@@ -82,3 +84,41 @@ def named(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, argument:
     if tensor.shape != shape:
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)} in `{argument}`, and {tuple(shape)} in the model.")
     return tensor.detach()
+
+
+def held_part(tensor: Tensor, whole: Part, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """This process's part, flat, of a tensor that may be whole or cut in the same way."""
+    flat = held_of(tensor).reshape(-1)
+    if flat.numel() == whole.numel:
+        flat = flat[whole.start : whole.stop]
+    return flat.to(device=device, dtype=dtype)
+
+
+def loaded(tau: Mapping[str, Mapping[str, Any]], merged: dict[str, Tensor]) -> dict[str, Stored]:
+    """The task vector that ``tau_state`` gave, where the parameters are."""
+    if missing := [name for name in merged if name not in tau]:
+        raise ValueError(f"`tau` lacks `{missing[0]}`, which the optimizer updates.")
+    found = {}
+    for name, parameter in merged.items():
+        device, index = held_of(parameter).device, tau[name]["index"]
+        found[name] = Stored(tau[name]["values"].to(device), None if index is None else index.to(device))
+    return found
+
+
+def magnitude(tau: Mapping[str, Stored], parts: Mapping[str, Part], density: float) -> float:
+    """The sum of magnitudes of a stored task vector; equal on all ranks and in a resumed run.
+
+    Raises:
+        ValueError: If there is nothing to merge.
+    """
+    total = 0.0
+    for name, kept in tau.items():
+        size = kept.values.abs().sum(dtype=torch.float64).float().view(1)
+        total += float(parts[name].total_(size))
+    if total == 0 or not math.isfinite(total):
+        what = "is 0 everywhere" if total == 0 else "holds a NaN or an infinity"
+        raise ValueError(
+            f"the difference of `reference` and `pretrained`, as far as density {density} keeps it, {what}, so"
+            " merging would do nothing of use. Is one of them the other's file?"
+        )
+    return total

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_merge.callbacks import EMA, TWA
+from lightning_merge.optim import Subspace
 from lightning_merge.selections import Selection
 from lightning_merge.trajectory import Trajectory
 
@@ -152,11 +153,18 @@ def test_the_optimizer_keeps_its_state_and_the_scheduler_its_steps_while_coeffic
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**10)
 
 
-def test_steps_are_counted_under_accumulation_and_the_rate_falls_to_zero(tmp_path: Path) -> None:
+def test_steps_are_counted_under_accumulation_and_the_rate_falls_to_zero(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rates: list[float] = []
     twa = TWA(every=1, stage=4, lr=0.4)
-    step = twa._lr
-    twa._lr = lambda: rates.append(step()) or rates[-1]  # type: ignore[method-assign, func-returns-value]
+    step = Subspace.step
+
+    def recorded(subspace: Subspace, live: Any, gradients: Any, lr: float, *args: Any) -> bool:
+        rates.append(lr)
+        return step(subspace, live, gradients, lr, *args)
+
+    monkeypatch.setattr(Subspace, "step", recorded)
     trainer(tmp_path, [twa], max_steps=8, accumulate_grad_batches=3).fit(Net(), batches(6))
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert (twa.snapshots, twa.updates, twa.steps) == (4, 4, 8)

@@ -25,14 +25,14 @@ def one_run(root: Path, settings: dict[str, Any], norm: bool, ckpt_path: Path | 
     files = ModelCheckpoint(root, filename="{epoch}", save_top_k=-1)
     module = Wide(norm=norm)
     fit(root, [twa, files], module, ddp(), ckpt_path, max_epochs=4)
-    assert twa._subspace is not None
+    assert twa._fit is not None
     return {
         "end": values(module),
         "merged": values(twa.merged_weights()),
         "file": read(str(twa.final_path))["state_dict"],
         "coefficients": twa.coefficients,
         "counts": (twa.steps, twa.updates, twa.snapshots),
-        "held": sum(rows.numel() for rows in twa._subspace._rows.values()),
+        "held": sum(rows.numel() for rows in twa._fit.subspace._rows.values()),
     }
 
 

@@ -1,0 +1,1 @@
+"""The machinery of a fit whose weights a rule averages."""

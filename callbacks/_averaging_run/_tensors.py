@@ -1,0 +1,146 @@
+"""Which live tensors an average merges, looked up again whenever the module has others."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_merge import weights
+from lightning_merge.callbacks._publication._exchange import Exchange
+from lightning_merge.selections import Selection
+from lightning_merge.weights import Weights
+
+
+@dataclass
+class Change:
+    """What is different since the last look.
+
+    Args:
+        gone: Names that are not averaged any more.
+        fresh: Tensors that are averaged from here on.
+    """
+
+    gone: list[str] = field(default_factory=list)
+    fresh: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Tensors:
+    """The tensors of a module that go through a rule, and those that are copied at each update.
+
+    Args:
+        title: What messages call the average.
+        selection: Which are merged, and what becomes of buffers.
+
+    Attributes:
+        averaged: Those that go through the rule, as the module has them: parameters and averaged buffers.
+        copied: Those that are copied.
+        is_sharded: Whether this process holds a part only of some.
+    """
+
+    def __init__(self, title: str, selection: Selection) -> None:
+        self.title = title
+        self.selection = selection
+        self.averaged: dict[str, Tensor] = {}
+        self.copied: dict[str, Tensor] = {}
+        self.is_sharded = False
+        self._no_mean: set[str] = set()  # copied whatever the selection says
+        self._said: set[str] = set()  # replaced, as the user knows
+
+    @property
+    def live(self) -> Weights:
+        """The averaged ones, of sharded ones the part that is here."""
+        # At each use: FSDP may give a parameter another storage in the first forward pass.
+        return weights.local(self.averaged) if self.is_sharded else self.averaged
+
+    @property
+    def live_copied(self) -> Weights:
+        """The copied ones, of sharded ones the part that is here."""
+        return weights.local(self.copied) if self.is_sharded else self.copied
+
+    @property
+    def checked(self) -> Weights:
+        """All but those that held an infinity from the start, as masks and bounds do."""
+        found = {**self.live, **self.live_copied}
+        return {name: t for name, t in found.items() if name not in self._no_mean} if self._no_mean else found
+
+    def start(self, exchange: Exchange, known: Iterable[str], copied_before: Iterable[str]) -> None:
+        """Looks them up for a fit.
+
+        Args:
+            exchange: Knows the module's tensors.
+            known: Names that were averaged before: what was averaged once stays so, if it is frozen too.
+            copied_before: Names of copied tensors of an earlier fit or a file.
+
+        Raises:
+            ValueError: If no parameter is selected.
+        """
+        self.averaged, self.copied = {}, {}
+        self._no_mean |= set(copied_before)
+        self.selection.parameters(exchange.inventory)
+        self._look_up(exchange, set(known))
+
+    def follow(self, exchange: Exchange, steps: int) -> Change:
+        """Looks them up again.
+
+        Args:
+            exchange: Knows the module's tensors.
+            steps: Applied steps so far, for messages.
+
+        Raises:
+            ValueError: If a parameter has gone or has another shape.
+        """
+        before = self.averaged
+        self._look_up(exchange, set(before))
+        gone = [name for name in before if name not in self.averaged]
+        self._let_go([n for n in gone if n not in exchange.inventory.aliases and n not in self.copied], before, steps)
+        anew = [name for name, t in self.averaged.items() if name in before and _is_another(before[name], t)]
+        for name in anew:
+            self._start_anew(name, before[name], steps)
+        fresh = {name: t for name, t in self.averaged.items() if name not in before or name in anew}
+        return Change(gone, fresh)
+
+    def _look_up(self, exchange: Exchange, known: set[str]) -> None:
+        inventory = exchange.inventory
+        names = known | self.selection.chosen(inventory).keys() | self.selection.averaged_buffers(inventory).keys()
+        new = {name: t for name, t in inventory.tensors.items() if name in names and name not in self.averaged}
+        # No mean is right of masks and bounds, which hold an infinity before anything is trained, nor of the vectors of
+        # spectral normalisation, which are iterated under the merged weights.
+        buffers = self.selection.copied_buffers(inventory)
+        new |= {name: buffer for name, buffer in buffers.items() if name not in self.copied}
+        constant = weights.local({name: t for name, t in new.items() if not t.requires_grad})
+        self._no_mean |= new.keys() & (exchange.singular_vectors | weights.nonfinite(constant))
+        copied = buffers.keys() | (self._no_mean & names)
+        self.copied = {name: t for name, t in inventory.tensors.items() if name in copied}
+        self.averaged = {name: t for name, t in inventory.tensors.items() if name in names - copied}
+        self.is_sharded = any(map(weights.is_sharded, (*self.averaged.values(), *self.copied.values())))
+
+    def _let_go(self, gone: list[str], before: dict[str, Tensor], steps: int) -> None:
+        for name in gone:
+            if isinstance(before[name], torch.nn.Parameter):
+                raise ValueError(
+                    f"{self.title} averages `{name}`, which the module does not have any more after step {steps}: it"
+                    " was removed or renamed, as pruning, parametrizations and adapters do. Make that change before"
+                    f" the fit, or leave the parameter out: `selection=Selection(exclude=[{name!r}])`."
+                )
+            rank_zero_info(f"{self.title}: the buffer `{name}` has gone after step {steps}; so is its average.")
+
+    def _start_anew(self, name: str, before: Tensor, steps: int) -> None:
+        now = self.averaged[name]
+        if isinstance(now, torch.nn.Parameter) and now.shape != before.shape:
+            raise ValueError(
+                f"{self.title} averages `{name}`, which was replaced after step {steps} and has shape"
+                f" {tuple(now.shape)} instead of {tuple(before.shape)}: numbers that come and go have no average. Leave"
+                f" it out: `selection=Selection(exclude=[{name!r}])`."
+            )
+        if name not in self._said:
+            self._said.add(name)
+            rank_zero_info(f"{self.title}: `{name}` was replaced after step {steps}; its average starts anew.")
+
+
+def _is_another(before: Tensor, now: Tensor) -> bool:
+    """Whether a tensor has to be averaged anew; a buffer of the same shape that is assigned goes on."""
+    if now is before or weights.is_sharded(now):
+        return False
+    return isinstance(now, torch.nn.Parameter) or now.shape != before.shape

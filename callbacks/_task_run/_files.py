@@ -1,0 +1,56 @@
+"""What the files of a fit that takes a task into a stream hold, and the merged model among them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, final
+
+from torch import nn
+
+from lightning_merge.callbacks._lightning._internals import dump_checkpoint
+from lightning_merge.callbacks._publication._state import Saved
+from lightning_merge.files import join
+
+KEY = "lightning_merge_continual"
+"""Key of a checkpoint under which a task keeps what it needs to go on."""
+
+
+@final
+@dataclass
+class TaskSaved(Saved):
+    """Section of a checkpoint under ``KEY``.
+
+    Attributes:
+        holds: Whether the file's weights are those in training or the merged model.
+        task: Number of the task in its stream.
+        title: What the data module calls it.
+        recent: The batches kept for BatchNorm statistics; only of a task in progress.
+        samples: Samples stored by class; only of a task in progress that stores some.
+        format: Version of the section.
+    """
+
+    holds: Literal["raw", "merged"]
+    task: int
+    title: str
+    recent: Any = None
+    samples: Any = None
+    format: int = 1
+
+
+def write_merged(trainer: Any, module: nn.Module, task: int, title: str) -> None:
+    """Writes the merged model beside the other checkpoints, and in the place of the last raw weights."""
+    paths = []
+    directory = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if directory is not None and not trainer.fast_dev_run:
+        paths.append((join(directory, f"{title}-merged.ckpt"), True))
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "monitor", "") is None:
+            for path in {callback.best_model_path, callback.last_model_path} - {""}:
+                if not Path(path).is_symlink():
+                    paths.append((path, callback.save_weights_only))
+    for path, weights_only in paths:
+        checkpoint = dump_checkpoint(trainer, weights_only)
+        checkpoint.pop("lightning_merge", None)  # what an average of this fit says of its own weights
+        checkpoint["state_dict"] = module.state_dict()
+        checkpoint[KEY] = TaskSaved("merged", task, title).section()
+        trainer.strategy.save_checkpoint(checkpoint, path)
+    trainer.strategy.barrier("lightning_merge_continual")

@@ -1,0 +1,1 @@
+"""The machinery of a fit whose last stage trains coefficients of snapshots."""

@@ -1,0 +1,101 @@
+"""How checkpoints are merged, by the name of the rule; torch is loaded when one is asked for."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_merge.search import Evaluation, Found, Method
+    from lightning_merge.trajectory import Trajectory
+    from lightning_merge.weights import Weights
+
+
+def measured(bench: Any, merged: "Weights", seed: int) -> "Weights":
+    """The weights with BatchNorm statistics of their own, on the same batches whatever was asked before."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {**merged, **bench.statistics(merged)}
+
+
+def coefficients(options: argparse.Namespace, count: int) -> list[float]:
+    """Of a rule that gives them without looking at the weights."""
+    from lightning_merge import trajectory
+
+    rules = {
+        "mean": lambda: trajectory.mean(count),
+        "uniform": lambda: trajectory.mean(count),
+        "window": lambda: trajectory.window(count, options.k),
+        "linear": lambda: trajectory.linear(count),
+        "ema": lambda: trajectory.exponential(count, options.decay),
+        "wsm-linear": lambda: trajectory.wsm_linear(count),
+        "wsm-1-sqrt": lambda: trajectory.wsm_1_sqrt(count),
+    }
+    return list(rules[options.rule]())
+
+
+def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, hashes: list[str]) -> "Found":
+    """The coefficients of the best score, as the bench measures it."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from lightning_merge.search import Bayesian, Evolutionary, Gradient, Greedy, search
+
+    methods: dict[str, Method] = {
+        "greedy": Greedy(),
+        "diwa": Greedy(),  # DiWA's restricted selection is the greedy soup, ties included
+        "lcsc": Evolutionary(),
+        "bayes": Bayesian(),
+        "learned": Gradient(),
+    }
+
+    def score(coefficients: tuple[float, ...]) -> float:
+        merged = trajectory.combine(coefficients)
+        metrics = bench.metrics(measured(bench, merged, options.seed))
+        if options.monitor not in metrics:
+            raise ValueError(
+                f"`--monitor` must be a metric that validation logs, got {options.monitor!r}; it logs:"
+                f" {', '.join(sorted(metrics)) or 'nothing'}."
+            )
+        return float(metrics[options.monitor])
+
+    best: list[float] = []
+    with tqdm(total=options.budget, desc=f"{options.rule}: scoring", unit="candidate") as bar:
+
+        def show(evaluation: "Evaluation") -> None:
+            if evaluation.score is not None:
+                best.append(evaluation.score)
+                bar.set_postfix_str(f"best {options.monitor} {(max if options.mode == 'max' else min)(best):.4g}")
+            bar.update()
+
+        return search(
+            score,
+            len(trajectory),
+            methods[options.rule],
+            space="negative" if options.rule == "lcsc" else "simplex",
+            mode=options.mode,
+            budget=options.budget,
+            seed=options.seed,
+            log=options.log or Path(options.out).with_suffix(".search.jsonl"),
+            subject=f"{options.monitor} of {', '.join(hashes)}",
+            on_evaluation=show,
+        )
+
+
+def model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
+    """Tensor by tensor: nothing but one tensor of each file, and the result, is in memory."""
+    from lightning_merge.combiners import ModelStock, add_vector, task_vector
+    from lightning_merge.trajectory import Checkpoint, Trajectory
+    from lightning_merge.weights import is_averaged
+
+    start = Checkpoint(base)
+    Trajectory([start, *trajectory])  # refuses another model
+    merged: Weights = {}
+    for name in start.places:
+        tensor = {name: start.tensor(name)}
+        if not is_averaged(tensor[name]):
+            merged[name] = trajectory[-1].tensor(name)
+            continue
+        vectors = [task_vector({name: checkpoint.tensor(name)}, tensor) for checkpoint in trajectory]
+        merged[name] = add_vector(tensor, ModelStock().combine(vectors))[name]
+    return {**merged, **trajectory[-1].extra}

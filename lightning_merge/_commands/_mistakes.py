@@ -1,0 +1,38 @@
+"""Which errors are mistakes of the user, and which are bugs."""
+
+from collections.abc import Iterator
+
+
+def users_mistake(error: Exception) -> str | None:
+    """What to tell the user, if it was a mistake of theirs; ``None`` if it looks like a bug, which keeps its traceback.
+
+    A mistake is an error that this package, Lightning, or a parser raised on purpose: its type is one of those used to
+    report bad input, and the line that raised it is theirs rather than the user's.
+    """
+    for link in _chain(error):
+        if _raised_in(link, "lightning_merge") and isinstance(link, (ValueError, TypeError, ImportError, OSError)):
+            return str(link)
+        if type(link).__name__ == "MisconfigurationException":
+            return str(link)
+        if _raised_in(link, "lightning") and isinstance(link, (FileNotFoundError, ImportError, RuntimeError)):
+            return str(link)
+        if type(link).__module__ == "omegaconf.errors":
+            return str(link).partition("\n")[0]
+        if str(link).startswith("Error(s) in loading state_dict"):
+            return " ".join(line.strip() for line in str(link).splitlines()[:2])
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _raised_in(error: BaseException, *packages: str) -> bool:
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0] in packages

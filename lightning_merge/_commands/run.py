@@ -1,0 +1,24 @@
+"""``lightning-merge run``: training with a recipe, or with a stream of tasks."""
+
+from lightning_merge._commands import fit
+from lightning_merge._commands._needs import RECIPE_MODULES, need
+
+
+def main(arguments: list[str]) -> int:
+    """Runs it with all that was given after ``run``, and gives the exit code."""
+    from lightning_merge.recipes._catalog import recipes, whole
+
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"usage: lightning-merge run NAME [--option value]\n\nNAME is one of: {', '.join(recipes())}")
+        print("All options of one: lightning-merge run NAME --help")
+        return 0
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(f"`run` needs the name of a recipe first: {', '.join(recipes())}.")
+    config = whole(arguments[0])  # `--config` takes a text as well as a file
+    need(RECIPE_MODULES)
+    if arguments[0].startswith("continual/"):
+        from lightning_merge.recipes.streams._command import run as run_stream
+
+        run_stream(["--config", config, *arguments[1:]])
+        return 0
+    return fit.main(["fit", "--config", config, *arguments[1:]])
