@@ -1,5 +1,7 @@
 """ASWA: adaptive stochastic weight averaging, a mean that validation guards."""
 
+import math
+
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge import weights
@@ -100,4 +102,9 @@ class ASWA(WeightMerging):
         assert self._publisher is not None
         fitted = weights.like({**candidate, **weights.copies(self._tensors.live_copied)}, self.tensors)
         fitted |= weights.like(self.statistics(fitted), self.tensors)
-        return standing(logged(self.title, self.decides_by, self._publisher.validation.probe(self, fitted)), self.mode)
+        validation = self._publisher.validation
+        found, monitor = validation.probe(self, fitted), str(self.decides_by)
+        if monitor not in found and validation.knows(monitor):
+            validation.say_left_out(monitor)
+            return standing(math.nan)
+        return standing(logged(self.title, monitor, found), self.mode)

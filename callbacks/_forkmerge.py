@@ -111,7 +111,6 @@ class ForkMerge(Branching):
         self.task_weights = {
             branch: {task: float(w) for task, w in tasks.items()} for branch, tasks in branches.items()
         }
-        self._logged = 0  # merges whose shares the loggers have
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -127,8 +126,13 @@ class ForkMerge(Branching):
                 " module uses them itself. Use automatic optimization."
             )
         super().on_fit_start(trainer, pl_module)
-        assert self._publisher is not None
-        self._publisher.patches.replace(pl_module, "training_step", self._weighted)
+        self._running.publisher.patches.replace(pl_module, "training_step", self._weighted)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on after the last merge that was logged."""
+        super().on_train_start(trainer, pl_module)
+        if self._progress.logged is None:  # a new run, or the file of a version that did not keep it
+            self._progress.logged = len(self.history)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,8 +140,8 @@ class ForkMerge(Branching):
         """Logs the shares of a new merge."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         history = self.history
-        if len(history) > self._logged:
-            self._logged = len(history)
+        if len(history) > (self._progress.logged or 0):
+            self._progress.logged = len(history)
             metrics = {f"{self.name}/{branch}": share for branch, share in history[-1]["shares"].items()}
             for logger in trainer.loggers:
                 logger.log_metrics({**metrics, f"{self.name}/score": history[-1]["score"]}, step=trainer.global_step)
@@ -145,8 +149,7 @@ class ForkMerge(Branching):
     def _weighted(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What ``training_step`` returns, with the sum of its losses under the branch's weights as the loss."""
         output = original(*args, **kwargs)
-        assert self._set is not None
-        assert self._module is not None
+        fit = self._running
         losses = output.get("losses") if isinstance(output, Mapping) else None
         if not isinstance(losses, Mapping):
             raise ValueError(
@@ -160,7 +163,7 @@ class ForkMerge(Branching):
                 f" {', '.join(map(repr, losses)) or 'none'}. Name its tasks alike in both."
             )
         # In eval mode BatchNorm statistics are being measured, whichever branch has its turn.
-        branch = self._set.active if self._module.training else 0
+        branch = fit.branches.active if fit.publisher.module.training else 0
         weighted = list(self.task_weights.values())[branch]
         total: Any = sum(w * _value(losses[task]) for task, w in weighted.items() if w)
         return {**{key: value for key, value in output.items() if key != "losses"}, "loss": total}

@@ -55,7 +55,7 @@ class SMA(WeightMerging):
         monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
         start_step = start("start_step", start_step)
-        if validate == "raw":
+        if isinstance(validate, str) and validate == "raw":
             raise ValueError(
                 "`validate` must be 'merged' or 'both' for SMA, which is chosen by how it does, got 'raw'."
             )

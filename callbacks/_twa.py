@@ -91,7 +91,7 @@ class TWA(Published):
         one_of("schedule", schedule, ("linear", "constant"))
         self.every = Duration.parse(every, "every")
         self.stage = Duration.parse(stage, "stage")
-        none = not isinstance(start, str | bool) and start == 0
+        none = not isinstance(start, str | bool) and not getattr(start, "ndim", 0) and start == 0
         self.start = None if none else Duration.parse(start, "start")
         self.lr = number("lr", lr, "(0, inf)")
         self.schedule = schedule

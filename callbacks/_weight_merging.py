@@ -322,9 +322,12 @@ class WeightMerging(Published):
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         assert self._state is not None
         rule = self._active_rule
-        metrics = trainer.callback_metrics if rule.wants_score == "raw" else validation.metrics_of(self.name)
+        of_raw = rule.wants_score == "raw"
+        metrics = trainer.callback_metrics if of_raw else validation.metrics_of(self.name)
         # The ranks must decide alike, also where the metric is not synchronised.
         score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
+        if not validation.has_logged(str(self.decides_by), None if of_raw else self):
+            return
         if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
             self._skip(min(culprits))
             return
@@ -332,7 +335,7 @@ class WeightMerging(Published):
         rule.evaluate(self._state, score if self.mode == "min" else -score, self._tensors.live)
         if self.updates != updates and rule.merges_when_scored:
             self._note_update(self.steps)
-        self.evaluations += rule.wants_score == "raw"
+        self.evaluations += of_raw
         if self.stop_when_finished and rule.finished(self._state):
             trainer.should_stop = True
 
@@ -381,6 +384,9 @@ class WeightMerging(Published):
                 self._buffers |= weights.copies(
                     {n: self._tensors.live_copied[n] for n in moved if n not in self._buffers}
                 )
+            if average is not None and self._resumed and self._module is not None and not self._module.strict_loading:
+                self._complete(average)
+                average = self._active_rule.stored(self._state)
             kept = {name: tensor for name, tensor in (average or {}).items() if name not in moved}
             difference = None if average is None else weights.first_mismatch(self._tensors.live, kept)
         if difference is not None:
@@ -390,6 +396,20 @@ class WeightMerging(Published):
             )
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
+
+    def _complete(self, average: Weights) -> None:
+        """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""
+        assert self._state is not None
+        live = self._tensors.live
+        fresh = {name: tensor for name, tensor in live.items() if name not in average}
+        gone = [name for name in average if name not in live]
+        if fresh or gone:
+            self._active_rule.forget(self._state, gone)
+            self._active_rule.extend(self._state, fresh)
+            rank_zero_info(
+                f"{self.title}: the file and the module differ, which `strict_loading=False` allows. New averages of:"
+                f" {', '.join(fresh) or 'none'}; dropped: {', '.join(gone) or 'none'}."
+            )
 
     # ---- for the publisher
 

@@ -107,9 +107,11 @@ class Tensors:
         new = {name: t for name, t in inventory.tensors.items() if name in names and name not in self.averaged}
         # No mean is right of masks and bounds, which hold an infinity before anything is trained, nor of the vectors of
         # spectral normalisation, which are iterated under the merged weights.
+        buffers = self.selection.copied_buffers(inventory)
+        new |= {name: buffer for name, buffer in buffers.items() if name not in self.copied}
         constant = weights.local({name: t for name, t in new.items() if not t.requires_grad})
         self._no_mean |= new.keys() & (exchange.singular_vectors | weights.nonfinite(constant))
-        copied = self.selection.copied_buffers(inventory).keys() | (self._no_mean & names)
+        copied = buffers.keys() | (self._no_mean & names)
         self.copied = {name: t for name, t in inventory.tensors.items() if name in copied}
         self.averaged = {name: t for name, t in inventory.tensors.items() if name in names - copied}
         self.is_sharded = any(map(weights.is_sharded, (*self.averaged.values(), *self.copied.values())))

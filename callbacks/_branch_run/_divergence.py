@@ -29,10 +29,13 @@ class Divergence:
 
     def remember(self, live: Mapping[str, Tensor]) -> None:
         """All branches go on from these weights."""
-        if self.good:
-            weights.copy_({name: t for name, t in self.good.items() if name in live}, live)
-        else:
-            self.good = weights.copies(live)
+        self.good = self._fitting(live)
+        weights.copy_(self.good, live)
+        self.good |= weights.copies({name: t for name, t in live.items() if name not in self.good})
+
+    def _fitting(self, live: Mapping[str, Tensor]) -> Weights:
+        """The last good weights of what is still there in the same shape."""
+        return {name: t for name, t in self.good.items() if name in live and live[name].shape == t.shape}
 
     def revive(self, branches: Branches, diverged: set[int], live: Mapping[str, Tensor]) -> None:
         """Leaves branches out of the merge that follows, and lets them go on from the mean of the others.
@@ -51,7 +54,8 @@ class Divergence:
         branches.revive(diverged)
         # What all branches share has seen what the diverged ones made of their batches.
         broken = weights.nonfinite(dict(live))
-        weights.copy_({name: live[name] for name in broken if name in self.good}, self.good)
+        good = self._fitting(live)
+        weights.copy_({name: live[name] for name in broken if name in good}, good)
 
     def go_back(self, branches: Branches, live: Mapping[str, Tensor]) -> None:
         """Puts the last good weights into all branches.
@@ -69,7 +73,8 @@ class Divergence:
             f"{self._title}: {what}. Training stops with the weights of merge {self._progress.merges}, the last good"
             " one. Lower the learning rate or clip gradients."
         )
-        weights.copy_({name: t for name, t in live.items() if name in self.good}, self.good)
-        branches.assign(self.good)
+        good = self._fitting(live)
+        weights.copy_({name: live[name] for name in good}, good)
+        branches.assign(good)
         branches.reset_optimizers(set(branches.own))
         self._progress.merged_at = self._progress.trained

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_merge import weights
 from lightning_merge.inventory import Inventory, canonical
@@ -64,16 +65,35 @@ class Migration:
 
     def _placed(self, key: str, value: Any, tensors: Weights) -> Any:
         tensor = tensors.get(self._name(key))
-        if tensor is None or not isinstance(value, Tensor) or tensor.shape == value.shape:
+        if tensor is None or not isinstance(value, Tensor):
             return value if tensor is None else tensor
         return self._inventory.in_shape_of(key, tensor) if key in self._inventory.keys else tensor
 
     def _migrated(self, nested: Any) -> Any:
         if isinstance(nested, dict):
             if nested and all(isinstance(t, Tensor) for t in nested.values()) and nested.keys() <= self._known:
-                return self._through_hooks(nested)
+                return self._through_hooks(nested) if self._is_of_weights(nested) else self._renamed(nested)
             return {key: self._migrated(value) for key, value in nested.items()}
         return [self._migrated(value) for value in nested] if isinstance(nested, list) else nested
+
+    def _is_of_weights(self, tensors: Weights) -> bool:
+        """Whether they have the shapes of weights, and not those of several models laid side by side."""
+        return all(tensors[name].shape == shape for name, shape in self._shapes.items() if name in tensors)
+
+    @property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {self._name(key): t.shape for key, t in self._saved.items() if isinstance(t, Tensor)}
+
+    def _renamed(self, tensors: Weights) -> Weights:
+        """What is kept per tensor but is no weights, under the names that the hooks give those."""
+        marks = {name: torch.full(shape, float(i)) for i, (name, shape) in enumerate(self._shapes.items(), 1)}
+        marked = [*marks]
+        found: Weights = {}
+        for name, mark in self._through_hooks(marks).items():
+            number = int(mark.flatten()[0]) if mark.numel() and bool((mark == mark.flatten()[0]).all()) else 0
+            if 0 < number <= len(marked) and (old := marked[number - 1]) in tensors:
+                found[name] = tensors[old]
+        return found
 
     def _through_hooks(self, tensors: Weights) -> Weights:
         file = self.file_of(tensors)
@@ -107,7 +127,7 @@ class Migration:
         cls = type(self._module)
         parts = self._module.modules()
         return cls.load_state_dict is not torch.nn.Module.load_state_dict or any(
-            part._load_state_dict_pre_hooks for part in parts
+            part._load_state_dict_pre_hooks for part in parts if not isinstance(part, LazyModuleMixin)
         )
 
     def _as_loaded(self, state_dict: dict[str, Any]) -> Weights:

@@ -2,16 +2,19 @@
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning_merge._commands._target import literal
 from lightning_merge.files._check import opened
 from lightning_merge.files._label import Label
 from lightning_merge.files._layouts import open_file
-from lightning_merge.files._read import read
+from lightning_merge.files._read import is_plain, read
+from lightning_merge.files._sets import StoredSet, stored
 from lightning_merge.files._stand_ins import StandIn, stands_for
 from lightning_merge.files._write import is_remote
 
@@ -71,23 +74,25 @@ def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
         yield "  written without lightning-merge, and no checkpoint this command knows"
         yield f"  keys: {_some([str(key) for key in content]) or 'none'}"
         return
-    yield f"  {file.kind}, written without lightning-merge{_progress(content)}"
-    yield from _table([(name, f"{stored.where}: {_size(stored.weights)}") for name, stored in file.sets.items()])
+    yield f"  {file.kind}, {_by_whom(content)}{_progress(content)}"
+    yield from _table([(name, f"{found.where}: {_size(found.weights)}") for name, found in file.sets.items()])
     if len(file.sets) > 1:
-        for name, stored in file.sets.items():
+        for name, found in file.sets.items():
             if name != "raw":
-                yield f"  updates of {name}: {'not recorded' if stored.updates is None else stored.updates}"
+                yield f"  updates of {name}: {'not recorded' if found.updates is None else found.updates}"
         yield "  score: the file does not say which weights its score was measured on"
     if os.fspath(path).endswith(".safetensors"):
-        yield f'  load: model.load_state_dict(safetensors.torch.load_file("{path}"))'
+        yield from _how_to_load(path, file.sets[file.default], "safetensors.torch.load_file({path})")
         return
     yield f"  keys: {_some([str(key) for key in content])}"
     if isinstance(content.get("state_dict"), Mapping):
-        yield from _how_to_load(path)
+        in_place = next((name for name, found in file.sets.items() if found.where == "in `state_dict`"), file.default)
+        yield from _how_to_load(path, file.sets[in_place], _STATE_DICT, None if in_place == file.default else in_place)
     elif file.sets[file.default].where == "the whole file":
-        yield f'  load: model.load_state_dict(torch.load("{path}", weights_only=True))'
+        yield from _how_to_load(path, file.sets[file.default], "torch.load({path}, weights_only=True)")
     if len(file.sets) > 1 or not isinstance(content.get("state_dict"), Mapping):
-        yield f"  one set alone: lightning-merge export {path} weights.safetensors --set {file.default}"
+        command = f"lightning-merge export {shlex.quote(os.fspath(path))} weights.safetensors"
+        yield f"  one set alone: {command} --set {shlex.quote(file.default)}"
 
 
 def _ours(content: Mapping[str, Any], label: Label, path: str | os.PathLike[str]) -> Iterator[str]:
@@ -111,9 +116,10 @@ def _ours(content: Mapping[str, Any], label: Label, path: str | os.PathLike[str]
         yield f"  metrics of {holds}: " + ", ".join(f"{name} = {value:.6g}" for name, value in label.metrics.items())
     if not label.measured:
         yield f"  not measured: no validation ran on {holds} at this step"
-    yield from _how_to_load(path)
+    held = stored(content["state_dict"], "in `state_dict`", of_lightning=True)
+    yield from _how_to_load(path, held, _STATE_DICT)
     if full:
-        yield f'  go on training: trainer.fit(model, ckpt_path="{path}"), with the same callbacks'
+        yield f"  go on training: trainer.fit(model, ckpt_path={literal(path)}), with the same callbacks"
     else:
         yield "  training cannot go on from it: the raw weights are not in this file"
 
@@ -126,11 +132,33 @@ def _average(average: Mapping[str, Any]) -> str:
     return text
 
 
-def _how_to_load(path: str | os.PathLike[str]) -> Iterator[str]:
+_STATE_DICT = 'torch.load({path}, weights_only=True)["state_dict"]'
+
+
+def _how_to_load(
+    path: str | os.PathLike[str], found: StoredSet, plainly: str, name: str | None = None
+) -> Iterator[str]:
+    """The line that loads a set; one that needs no lightning-merge where that has been tried and does it."""
     if not is_remote(path) and Path(path).is_dir():
-        yield f"  a sharded checkpoint; to load it in one process: lightning-merge export {path} weights.pt"
+        command = f"lightning-merge export {shlex.quote(os.fspath(path))} weights.pt"
+        yield f"  a sharded checkpoint; to load it in one process: {command}"
         return
-    yield f'  load: model.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"])'
+    end = ", strict=False)" if found.left_out else ")"
+    # A module of Lightning's has the names that its own file has, also where parts of it are compiled.
+    names_fit = not found.stripped and (found.of_lightning or not found.keys)
+    if names_fit and not found.left_out and is_plain(path):
+        yield f"  load: model.load_state_dict({plainly.format(path=literal(path))}{end}"
+        return
+    chosen = "" if name is None else f", {literal(name)}"
+    read_line = f"model.load_state_dict(read_weights({literal(path)}{chosen}){end}"
+    yield f"  load: from lightning_merge.compat import read_weights; {read_line}"
+
+
+def _by_whom(content: Mapping[str, Any]) -> str:
+    about = content.get("provenance")
+    if isinstance(about, Mapping) and isinstance(about.get("files"), list):
+        return f"written by lightning-merge: {about.get('rule')} of {len(about['files'])} checkpoints"
+    return "written without lightning-merge"
 
 
 def _progress(content: Mapping[str, Any]) -> str:

@@ -1,11 +1,22 @@
 """Where a command writes to."""
 
+import json
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 from lightning_merge.files import exists, is_remote, replacing
+
+
+def literal(path: str | os.PathLike[str]) -> str:
+    """A path as Python reads it, whatever is in its name.
+
+    Example:
+        >>> print(literal('runs/my "best"/last.ckpt'))
+        "runs/my \\"best\\"/last.ckpt"
+    """
+    return json.dumps(os.fspath(path), ensure_ascii=False)
 
 
 def refuse_target(target: str | os.PathLike[str], what: str, suffixes: tuple[str, ...], force: bool) -> None:

@@ -200,9 +200,20 @@ class Branches(ABC):
 
     # ----
 
+    def leave_alone(self, constant: Sequence[str]) -> None:
+        """Branches that go on have one of each of these buffers, whatever they hold by now."""
+        self._constant = set(constant)
+        self._live_buffers = self._branched_buffers()
+
     def _look_up(self) -> None:
         self.inventory.refresh()
         everything = self.inventory.tensors
+        for name, parameter in self._live_parameters.items():
+            if everything.get(name, parameter) is not parameter:
+                raise ValueError(
+                    f"`{name}` was replaced while branches train, and the other branches have the one before it (shape"
+                    f" {tuple(parameter.shape)}, now {tuple(everything[name].shape)}). Replace it before the fit."
+                )
         chosen = self.selection.parameters(self.inventory)
         # What was branched once stays so, also while it is frozen.
         self._live_parameters = {n: t for n, t in everything.items() if n in chosen or n in self._live_parameters}

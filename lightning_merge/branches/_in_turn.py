@@ -121,12 +121,14 @@ class InTurn(Branches):
         return self._waiting[branch]
 
     def refresh(self) -> None:
-        known = self._live_parameters.keys()
         self._look_up()
-        new = {name: t for name, t in self._live_parameters.items() if name not in known}
-        for waiting in self._waiting:
-            if waiting:
-                waiting.update(self._copies(new))
+        for branch, waiting in enumerate(self._waiting):
+            if self._in_module(branch):
+                continue
+            new = {n: t for n, t in self.live.items() if n not in waiting or waiting[n].shape != t.shape}
+            waiting.update(self._copies(new))
+            for name in waiting.keys() - self.live.keys():
+                del waiting[name]
 
     # ---- merging
 
@@ -172,6 +174,7 @@ class InTurn(Branches):
         others = [branch for branch in self.own if branch != self._active]
         return {
             "active": self._active,
+            "constant": sorted(self._constant),
             "weights": {branch: self._waiting[branch] for branch in others},
             "optimizers": {
                 branch: [

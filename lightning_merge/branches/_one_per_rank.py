@@ -161,6 +161,7 @@ class OnePerRank(Branches):
         others = list(enumerate(collected or []))[1:]
         return {
             "active": 0,
+            "constant": sorted(self._constant),
             "weights": {branch: each["weights"] for branch, each in others},
             "others": {branch: each["others"] for branch, each in others if each["others"]},
             "optimizers": {branch: each["optimizers"] for branch, each in others},

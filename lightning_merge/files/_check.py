@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import stat
 import time
 import zipfile
 import zlib
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+import torch
 
 from lightning_merge.files._sharded import check_parts, is_sharded_checkpoint
 from lightning_merge.files._write import is_remote
@@ -41,12 +44,29 @@ def check(path: str | os.PathLike[str]) -> None:
         check_parts(Path(path))
         return
     with opened(path) as file:
-        if not zipfile.is_zipfile(file):
+        if not is_zip(file):
             raise RuntimeError(
                 f"{path} is not a complete checkpoint: {file.seek(0, 2)} bytes, without the index that ends one. It was"
                 f" cut off while it was written or copied; {_instead(path)}."
             )
     check_sums(path)
+    with opened(path) as file:
+        try:
+            torch._C.PyTorchFileReader(file)  # looks at more of an index than Python
+        except RuntimeError as error:
+            raise damaged(path, "torch cannot read its index") from error
+
+
+def is_zip(file: Any) -> bool:
+    """Whether a file ends as a zip file does, be its index damaged or not.
+
+    Args:
+        file: A path, or a file to read.
+    """
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # one that says to go on in another file
+        return True
 
 
 def check_sums(path: str | os.PathLike[str], tensors: bool = True) -> None:
@@ -84,7 +104,7 @@ def damage(path: str | os.PathLike[str], tensors: bool = True) -> str | None:
 
 
 def _damage_in(file: IO[bytes], tensors: bool) -> str | None:
-    if not zipfile.is_zipfile(file):
+    if not is_zip(file):
         return None
     try:
         with zipfile.ZipFile(file) as parts:
@@ -104,6 +124,10 @@ def _damage_in(file: IO[bytes], tensors: bool) -> str | None:
                     return f"its part `{entry.filename}` is not as it was written ({error})"
     except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeDecodeError, zlib.error) as error:
         return f"its index is not as it was written ({error})"
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return "its index leads to where no file can be"
     return None
 
 
@@ -127,7 +151,7 @@ def sound_beside(path: str | os.PathLike[str]) -> list[str]:
         latest = sorted(others, key=lambda each: each.stat().st_mtime_ns, reverse=True)
         sound: list[str] = []
         for each in latest:
-            if zipfile.is_zipfile(each) and damage(each) is None:
+            if is_zip(each) and damage(each) is None:
                 sound.append(str(each))
             if len(sound) == _MOST_BESIDE:
                 break
@@ -145,8 +169,11 @@ def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: If the system refuses; its reason is said.
+        ValueError: If it is a pipe or a device, which may never end.
     """
     with naming(path):
+        if not is_remote(path) and not _may_be_file(path):
+            raise ValueError(f"{path} is a pipe, a socket or a device, not a file.")
         if is_remote(path):
             import fsspec  # comes with torch
 
@@ -155,6 +182,14 @@ def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             source = open(path, "rb")  # noqa: SIM115 (it is closed below)
         with source as file:
             yield file
+
+
+def _may_be_file(path: str | os.PathLike[str]) -> bool:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # who opens it says why
+        return True
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import math
 import os
 import sys
 import weakref
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_merge._checks import one_of
 from lightning_merge._checks import path as checked_path
-from lightning_merge.files._check import damaged, naming
+from lightning_merge.files._check import damaged, is_zip, naming
 from lightning_merge.files._layouts import open_file, sets_of
 from lightning_merge.files._read import read
 from lightning_merge.files._safetensors import contiguous_stride, read_header
@@ -99,7 +98,7 @@ class Checkpoint:
         if self.path.suffix == ".safetensors":
             self._safetensors()
         elif is_sharded_checkpoint(self.path):
-            self._folder(weights)
+            self._whole(weights)
         else:
             self._torch(weights)
         self._file: IO[bytes] | None = None
@@ -194,7 +193,12 @@ class Checkpoint:
 
     def _torch(self, weights: WhichWeights) -> None:
         try:
-            self._take(self._layout(self._on_meta()), weights)
+            content = read(self.path, "meta")
+        except ValueError:  # it is damaged, or has tensors that are not read in parts
+            self._whole(weights)
+            return
+        try:
+            self._take(self._layout(content), weights)
         except AttributeError:
             with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
                 self._take(self._layout(read(self.path)), weights)
@@ -202,23 +206,8 @@ class Checkpoint:
         if self.extra:
             self.extra = dict(_choose(open_file(self.path), weights).extra)
 
-    def _on_meta(self) -> Any:
-        """The content with where tensors are, without reading them."""
-        try:
-            return read(self.path, "meta")
-        except ValueError:
-            for found in open_file(self.path).sets.values():  # fails likewise if the file is damaged
-                for name, tensor in found.weights.items():
-                    if tensor.layout != torch.strided or tensor.is_quantized:
-                        kind = "quantised" if tensor.is_quantized else "sparse"
-                        raise ValueError(
-                            f"{self.path}: `{name}` is a {kind} tensor, which is not read in parts and has no mean."
-                            " Save it as a plain one (`dequantize()`, `to_dense()`), or leave it out."
-                        ) from None
-            raise
-
     def _layout(self, content: Any) -> WeightFile:
-        if not zipfile.is_zipfile(self.path):
+        if not is_zip(self.path):
             raise ValueError(
                 f"{self.path} was written by torch before 1.6, in a format that is read as a whole. Load it with"
                 " `torch.load(..., weights_only=True)` and save it again."
@@ -238,9 +227,18 @@ class Checkpoint:
                 " `lightning-merge inspect` says what is in it."
             )
 
-    def _folder(self, weights: WhichWeights) -> None:
+    def _whole(self, weights: WhichWeights) -> None:
+        """Reads all of it into host memory."""
         file = open_file(self.path)
         chosen = _choose(file, weights)
+        for name, tensor in chosen.weights.items():
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+                kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
+                raise ValueError(
+                    f"{self.path}: `{name}` is a {kind} tensor, which is not read in parts and has no mean."
+                    " Save it as a plain one (`dequantize()`, `to_dense()`), or leave it out."
+                )
+        self.path = chosen.file or self.path
         self.step, self.epoch = _int(file.content.get("global_step")), _int(file.content.get("epoch"))
         self.extra = dict(chosen.extra)
         self._memory = {name: tensor.contiguous() for name, tensor in chosen.weights.items()}

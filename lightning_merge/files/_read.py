@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from lightning_merge.files import _stand_ins
-from lightning_merge.files._check import check_sums, is_of_the_system, naming, opened
+from lightning_merge.files._check import check_sums, is_of_the_system, is_zip, naming, opened
 from lightning_merge.files._sharded import is_sharded_checkpoint, read_folder
 from lightning_merge.files._stand_ins import StandIn
 from lightning_merge.files._write import is_remote
@@ -78,6 +79,19 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
     return content
 
 
+def is_plain(path: str | os.PathLike[str]) -> bool:
+    """Whether ``torch.load(path, weights_only=True)`` reads a sound file, by trying it; reads no numbers."""
+    if is_remote(path):
+        return False
+    if os.fspath(path).endswith(".safetensors"):
+        return True
+    try:
+        _torch_load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
 def _load(path: str | os.PathLike[str], location: Location) -> Any:
     """Tensors and plain data as torch reads them by itself; with stand-ins for the rest where that does not do."""
     try:
@@ -104,23 +118,23 @@ def _torch_load(path: str | os.PathLike[str], location: Location, **how: Any) ->
 
 def _is_zip(path: str | os.PathLike[str]) -> bool:
     with opened(path) as file:
-        return zipfile.is_zipfile(file)
+        return is_zip(file)
 
 
 def _refuse_program(path: str | os.PathLike[str]) -> None:
     """Raises if it is an archive of TorchScript, which is a program and no file of weights."""
     with opened(path) as file:
-        if not zipfile.is_zipfile(file):
+        if not is_zip(file):
             return
         try:
             with zipfile.ZipFile(file) as parts:
                 names = parts.namelist()
-        except (zipfile.BadZipFile, ValueError):  # what checks the file says so
+        except (zipfile.BadZipFile, ValueError, OSError):  # what checks the file says so
             return
     if any(name.partition("/")[2] == "constants.pkl" for name in names):
         raise ValueError(
             f"{path} is a program (TorchScript), which is not read since that would run it. If you trust who wrote it:"
-            f" torch.save(torch.jit.load('{path}').state_dict(), 'weights.pt')."
+            f" torch.save(torch.jit.load({os.fspath(path)!r}).state_dict(), 'weights.pt')."
         )
 
 
@@ -136,20 +150,36 @@ def refuse_no_file(path: Path) -> None:
             " folder that a run under ModelParallelStrategy wrote."
         )
     if not path.is_file():
-        near = sorted(path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        near = sorted(file for file in path.parent.glob("*.ckpt") if file.is_file()) if path.parent.is_dir() else []
         cure = f" In {path.parent} there are: {', '.join(file.name for file in near)}." if near else ""
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link to {os.readlink(path)}, where there is no file.{cure}")
+        if path.exists():
+            raise ValueError(f"{path} is a pipe, a socket or a device, not a file.{cure}")
         raise ValueError(f"there is no file {path}.{cure}")
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        what = f"{os.fsencode(path)!r} is no text in UTF-8, and torch opens no file of that name: rename it."
+        raise ValueError(what) from error
 
 
 def _runs_code(path: str | os.PathLike[str], which: str) -> str:
     plain = f"{os.path.splitext(os.fspath(path))[0]}.weights.pt"
+    code = (
+        f"import torch; x = torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=False);"
+        " torch.save(x.state_dict() if hasattr(x, 'state_dict') else {k: v for k, v in x.items()"
+        f" if 'hyper_parameters' not in k}}, {plain!r})"
+    )
+    # Windows knows no quotes but double ones; other shells look into those.
+    quoted = shlex.quote(code) if _LOOKED_INTO.search(code) else f'"{code}"'
     return (
         f"{path} holds Python objects{which} besides tensors and plain data, so reading it would run code."
-        " If you trust whoever wrote it, convert it once:\n"
-        f"  python -c \"import torch; x = torch.load('{path}', map_location='cpu', weights_only=False);"
-        " torch.save(x.state_dict() if hasattr(x, 'state_dict') else {k: v for k, v in x.items()"
-        f" if 'hyper_parameters' not in k}}, '{plain}')\""
+        f" If you trust whoever wrote it, convert it once:\n  python -c {quoted}"
     )
+
+
+_LOOKED_INTO = re.compile(r'["$`\\\\!]')
 
 
 def _which(error: Exception) -> str:

@@ -74,7 +74,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
             raise ValueError(_unreadable(path, f"its header should have {length} bytes, and the file has {size}"))
         text = file.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_number)
+        header = json.loads(text.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_number)
         return _entries(header, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(_unreadable(path, str(error))) from error
@@ -108,13 +108,19 @@ def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _entries(header: Mapping[str, Any], start: int, size: int) -> dict[str, Entry]:
+    about = header.get("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        raise ValueError("`__metadata__` must be texts by name")
     described = {name: entry for name, entry in header.items() if name != "__metadata__"}
     ends: dict[str, tuple[int, int]] = {}
     entries: dict[str, Entry] = {}
     for name, entry in described.items():
         if entry["dtype"] not in _DTYPES:
             raise ValueError(f"`{name}` is of dtype {entry['dtype']}, which torch does not have")
+        name.encode()  # fails where the library does: half of a pair of characters
         shape = _whole_numbers(entry["shape"], f"shape of `{name}`")
+        if math.prod(size or 1 for size in shape) >= 2**63:
+            raise ValueError(f"`{name}` of shape {shape} has more numbers than can be counted")
         first, last = _whole_numbers(entry["data_offsets"], f"bytes of `{name}`", 2)
         ends[name] = (first, last)
         entries[name] = Entry(start + first, shape, _DTYPES[entry["dtype"]])

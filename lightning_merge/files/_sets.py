@@ -31,6 +31,7 @@ class StoredSet:
         left_out: Names of what stands in the file for objects that are not plain data.
         keys: The key in the file of every name that has another one there.
         file: The file it is in, if that is another one.
+        of_lightning: Whether the names are those of a module that Lightning saved.
     """
 
     weights: Weights
@@ -42,6 +43,7 @@ class StoredSet:
     left_out: tuple[str, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     file: Path | None = None
+    of_lightning: bool = False
 
     @property
     def as_saved(self) -> dict[str, Any]:
@@ -124,6 +126,7 @@ def stored(
         prefix,
         tuple(name for name, value in named.items() if stands_for(value) is not None),
         {name.removeprefix(prefix): key for key, name in names.items() if name.removeprefix(prefix) != key},
+        of_lightning=how.get("of_lightning", False),
     )
 
 

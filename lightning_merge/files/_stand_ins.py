@@ -50,10 +50,19 @@ class StandIn(dict[Any, Any]):
 
 def stands_for(value: Any) -> str | None:
     """The first class of which something stands in a value, or in what the value holds."""
-    if isinstance(value, StandIn):
-        return value.name
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
-    return next((name for part in parts if (name := stands_for(part)) is not None), None)
+    waiting, seen = [value], {id(value)}  # what a value holds may hold the value
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, StandIn):
+            return value.name
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, _HOLDERS) else ()
+        fresh = [part for part in parts if id(part) not in seen]
+        seen.update(map(id, fresh))
+        waiting.extend(reversed(fresh))
+    return None
+
+
+_HOLDERS = (list, tuple, set, frozenset)
 
 
 def _tensor_of_a_class(rebuild: Any, kind: Any, arguments: tuple[Any, ...], state: Any) -> Any:

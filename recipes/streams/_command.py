@@ -145,8 +145,9 @@ def unlearn(folder: Path, task: str, keep: float) -> bool:
     """
     if not 0 < keep <= 1:
         raise ValueError(f"`keep` must be in (0, 1], got {keep}.")
-    if not (folder / "config.yaml").is_file():
-        raise ValueError(f"{folder} holds no stream: it has no config.yaml. Name the folder of a `run continual/...`.")
+    for name in ("config.yaml", "stream.json"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} holds no stream: it has no {name}. Name the folder of a `run continual/...`.")
     cli = _parse(["--config", str(folder / "config.yaml")])
     tasks, _ = cli.config_init["stream"].of(cli.datamodule)
     merging = _merging(cli, folder)
@@ -167,12 +168,14 @@ def unlearn(folder: Path, task: str, keep: float) -> bool:
     kept = now >= keep * was
     console.print(f"control tasks: {was:.1%} -> {now:.1%}; {keep:.0%} of it must be kept")
     if kept:
+        with atomic(folder / f"without-{task}.ckpt") as file:
+            torch.save({"state_dict": cli.model.state_dict()}, file)
         Bank(merging.folder).remove(task)
-        torch.save({"state_dict": cli.model.state_dict()}, folder / f"without-{task}.ckpt")
         console.print(f"{task} is unlearned; the merged model is in {folder / f'without-{task}.ckpt'}")
         record = json.loads((folder / "stream.json").read_text())
         record.setdefault("unlearned", []).append({"task": task, "before": before, "after": after})
-        (folder / "stream.json").write_text(json.dumps(record, indent=1) + "\n")
+        with atomic(folder / "stream.json") as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
     else:
         console.print("Nothing was changed: the other tasks would lose too much. A lower `--keep` accepts it.")
     return kept

@@ -135,7 +135,7 @@ def relation(module: nn.Module) -> set[tuple[str, str]]:
 def fitted(kind: type[Awkward], method: str, root: Path) -> tuple[Awkward, ModelCheckpoint] | None:
     """A run's module and its file of the best score; none if it was to be refused, and was."""
     module, best = kind(tasks=method == "forkmerge"), ModelCheckpoint(root, monitor="val/loss", save_top_k=1)
-    run = trainer(root, [*METHODS[method](), best], max_epochs=3, limit_train_batches=3)
+    run = trainer(root, [*TRIED[method](), best], max_epochs=3, limit_train_batches=3)
     refusal = REFUSED.get((method, kind))
     with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
         run.fit(module, batches(3), batches(2, size=8, seed=2))

@@ -18,6 +18,7 @@ from lightning_merge.callbacks import (
     SMA,
     SWA,
     SWAD,
+    BestK,
     Interpolate,
     PostHocEMA,
     WeightMerging,
@@ -103,6 +104,7 @@ def other_averages() -> list[WeightMerging]:
         ASWA("val/loss", start_epoch=0, hard=True),
         PostHocEMA(every=3, validate="raw"),
         Interpolate(alpha=0.3, validate="raw"),
+        BestK("val/loss", k=2, validate="both"),
     ]
 
 
