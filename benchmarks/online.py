@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lightning_merge.optim import OnDARE, OnTIES
 from lightning_merge.optim._blocks import Draw, blocks, within
-from lightning_merge.optim._onties import find_cut
+from lightning_merge.optim._cut import find_cut
 from lightning_merge.weights._held import Part
 
 ALPHA = 5e-7

@@ -1,20 +1,17 @@
 """What a module keeps outside parameters and buffers: counters, lists, memories, generators of random numbers."""
 
-import io
-import random
 import sys
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_merge._undo import position_of, shown, undo_of
 from lightning_merge.weights import is_metric
 
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -23,8 +20,6 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 _MOST = 20_000
 """Objects that are looked at. What lies behind them in a large structure is left out."""
 
-_LARGE = 2**26
-"""Bytes of an array from which only a sum is kept of it."""
 
 _STATELESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float, complex)
 _NOT_OF_THE_MODULE = {"Trainer", "Fabric", "Optimizer", "Dataset", "DataLoader", "LightningDataModule", "Logger"}
@@ -84,15 +79,15 @@ class Attributes:
         self._seen[id(value)] = value
         if isinstance(value, Tensor):
             self.tensors.append(value)
-        elif (undo := _undo_of(value)) is not None:
+        elif (undo := undo_of(value)) is not None:
             self._undo.append(undo)
             for inner in _contents(value):
                 self._take(inner, name)
-        elif (position := _position_of(value)) is not None:
+        elif (position := position_of(value)) is not None:
             self._positions.append((name, position, position()))
         elif (own := _own_attributes(value)) is not None:
             if _is_of_a_library(type(value)):  # type: ignore[arg-type]
-                self._positions.append((name, partial(_shown, value), _shown(value)))
+                self._positions.append((name, partial(shown, value), shown(value)))
                 return
             self._undo.append(partial(_put_back_object, value, own))
             for inner in own.values():
@@ -124,91 +119,6 @@ def _contents(value: Any) -> Iterator[Any]:
         yield from value.values()
     elif isinstance(value, list | tuple | set | frozenset | deque):
         yield from value
-
-
-def _undo_of(value: Any) -> Callable[[], object] | None:
-    """What puts a container or a generator of random numbers back to how it is now; ``None`` for anything else."""
-    if isinstance(value, dict | list | set | deque | bytearray | array):
-        return _undo_container(value)
-    if isinstance(value, tuple | frozenset):
-        return _nothing
-    if isinstance(value, np.ndarray) and value.nbytes <= _LARGE and not value.dtype.hasobject:
-        kept = value.copy()
-        return lambda: None if np.array_equal(value, kept) else np.copyto(value, kept)
-    if isinstance(value, random.Random):
-        return partial(value.setstate, value.getstate())
-    if isinstance(value, np.random.RandomState):
-        return partial(value.set_state, value.get_state())
-    if isinstance(value, np.random.Generator):
-        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    if isinstance(value, torch.Generator):
-        return partial(value.set_state, value.get_state())
-    return None
-
-
-def _nothing() -> None:
-    """For what cannot change itself."""
-
-
-def _undo_container(value: Any) -> Callable[[], None]:
-    if isinstance(value, bytearray | array):
-        whole: Any = value[:]
-        return lambda: None if value == whole else value.__setitem__(slice(None), whole)
-    kept = list(value.items()) if isinstance(value, dict) else list(value)
-
-    def undo() -> None:
-        now = list(value.items()) if isinstance(value, dict) else list(value)
-        if _are_the_same(now, kept):
-            return
-        value.clear()
-        if isinstance(value, dict):
-            for key, item in kept:
-                value[key] = item  # not `update`, which adds up in a Counter
-        elif isinstance(value, set):
-            value.update(kept)
-        else:
-            value.extend(kept)
-
-    return undo
-
-
-def _are_the_same(left: list[Any], right: list[Any]) -> bool:
-    """Whether two lists hold the same objects; pairs of a dict's items are made anew each time."""
-    if len(left) != len(right):
-        return False
-    return all(
-        a is b or (type(a) is tuple is type(b) and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1])
-        for a, b in zip(left, right, strict=True)
-    )
-
-
-def _position_of(value: Any) -> Callable[[], Any] | None:
-    """What tells how far an iterator or a file is, or what a large array holds."""
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        return lambda: float(np.sum(value, dtype=np.float64)) if value.dtype.kind in "fiub" else None
-    if isinstance(value, GeneratorType):
-        return lambda: _frame_of(value)
-    if isinstance(value, io.IOBase):
-        return lambda: None if value.closed or not value.seekable() else value.tell()
-    if hasattr(value, "__next__"):
-        return lambda: _shown(value)
-    return None
-
-
-def _frame_of(generator: Any) -> Any:
-    frame = generator.gi_frame
-    if frame is None:
-        return None
-    return frame.f_lasti, {name: _shown(value) for name, value in frame.f_locals.items()}
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, enumerate | zip | map | filter):
-        return [_shown(part) for part in value.__reduce__()[1]]  # what they go on from
-    if hasattr(value, "__length_hint__"):
-        return value.__length_hint__()
-    numbers = {key: item for key, item in getattr(value, "__dict__", {}).items() if isinstance(item, int | float)}
-    return numbers or (value if isinstance(value, int | float | str) else type(value).__name__ and repr(value))
 
 
 def _own_attributes(value: Any) -> dict[str, Any] | None:

@@ -10,11 +10,10 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lightning_merge._attributes import Attributes
+from lightning_merge._copies_before_writing import CopiesBeforeWriting, has_values
 from lightning_merge.weights import is_metric
 
 
@@ -68,7 +67,7 @@ def untouched(module: nn.Module, *, attributes: bool = True) -> Iterator[Trace]:
     parameters = _Parameters(modules)
     trace = Trace()
     watched = [*parameters.tensors(), *(() if plain is None else plain.tensors)]
-    with _restored(modules), _CopiesBeforeWriting(watched):
+    with _restored(modules), CopiesBeforeWriting(watched):
         try:
             yield trace
         finally:
@@ -90,7 +89,7 @@ class _Parameters:
         ]
         self._owned = [(own, dict(own)) for own in dicts]
         known = {id(p): p for each in modules for p in each.parameters(recurse=False)}
-        self._all = [(p, p.requires_grad, p.grad) for p in known.values() if _has_values(p)]
+        self._all = [(p, p.requires_grad, p.grad) for p in known.values() if has_values(p)]
 
     def tensors(self) -> list[Tensor]:
         return [tensor for p, _, grad in self._all for tensor in (p, grad) if tensor is not None]
@@ -107,49 +106,6 @@ class _Parameters:
                 parameter.grad = grad
 
 
-class _CopiesBeforeWriting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies the memory of tensors when something is about to write to it, and puts the copies back at the end."""
-
-    supports_higher_order_operators = True
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._watched = {key: storage for t in tensors if (storage := _storage(t)) for key in (storage._cdata,)}
-        self._copies: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        schema = getattr(operation, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            for number, argument in enumerate(schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    self._keep(args[number] if number < len(args) else kwargs.get(argument.name))
-        return operation(*args, **kwargs)
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for key, kept in self._copies.items():
-            self._watched[key].copy_(kept)
-
-    def _keep(self, written: Any) -> None:
-        for tensor in written if isinstance(written, list | tuple) else [written]:
-            storage = _storage(tensor) if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata in self._watched and storage._cdata not in self._copies:
-                self._copies[storage._cdata] = storage.clone()
-
-
-def _storage(tensor: Any) -> Any:
-    """The memory of a tensor, or of the part of a sharded one that is here; ``None`` where there is no such thing."""
-    try:
-        return getattr(tensor, "_local_tensor", tensor).untyped_storage()
-    except (NotImplementedError, RuntimeError, ValueError):  # sparse, or not there yet
-        return None
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return not is_lazy(tensor)  # of a lazy layer that has not run
-
-
 @contextmanager
 def _restored(modules: list[nn.Module]) -> Iterator[None]:
     modes = {each: each.training for each in modules}
@@ -157,7 +113,7 @@ def _restored(modules: list[nn.Module]) -> Iterator[None]:
     # A metric keeps its state in plain attributes. Containers are copied, so that what is appended later is dropped.
     metrics = {each: tree_map(_same, dict(vars(each))) for each in modules if is_metric(each)}
     owned = [tensor for own in (*buffers.values(), *metrics.values()) for tensor in own.values()]
-    tensors = {id(tensor): tensor for tensor in owned if isinstance(tensor, Tensor) and _has_values(tensor)}
+    tensors = {id(tensor): tensor for tensor in owned if isinstance(tensor, Tensor) and has_values(tensor)}
     values = {key: tensor.clone() for key, tensor in tensors.items()}
     try:
         yield

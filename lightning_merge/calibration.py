@@ -5,8 +5,7 @@ Merged weights make activations that no model of the run had, so running statist
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_merge._checks import function, instance
 from lightning_merge._isolation import isolated
+from lightning_merge._moments import Moments, pooled, widest
 from lightning_merge.weights import Weights, average_dtype, canonical, submodules
-
-_CHUNK = 2**23
-"""Activations that are widened to float64 at a time: 64 MB."""
 
 _NOMINAL = 2**20
 """Values that a batch counts for in a scripted layer, which does not say how many there were."""
@@ -123,9 +120,9 @@ def recalibrated_statistics(
         return {}
     result: Weights = {}
     with isolated(module):
-        seen = {name: _Moments.none(layer) for name, layer in layers.items()}
+        seen = {name: Moments.none(_running_mean(layer)) for name, layer in layers.items()}
         count = _run(layers, seen, batches, forward, group)
-        reached = {name: moments for name, moments in _pooled(seen, group).items() if moments.count}
+        reached = {name: moments for name, moments in pooled(seen, group).items() if moments.count}
         if not reached and not count:
             raise ValueError(
                 f"`batches` is empty, but {type(module).__name__} has BatchNorm layers to measure"
@@ -139,51 +136,9 @@ def recalibrated_statistics(
     return result
 
 
-@final
-@dataclass(frozen=True)
-class _Moments:
-    """Number, mean and sum of squared deviations of values, per channel."""
-
-    count: int
-    mean: Tensor
-    squares: Tensor
-
-    @classmethod
-    def none(cls, layer: nn.Module) -> "_Moments":
-        zeros = torch.zeros_like(_running_mean(layer), dtype=_widest(_running_mean(layer).device))
-        return cls(0, zeros, zeros)
-
-    @classmethod
-    def of(cls, values: Tensor) -> "_Moments":
-        """Those of values of shape (batch, channels, ...), not empty, taken a chunk at a time."""
-        values = values.flatten(2) if values.dim() > 2 else values.unsqueeze(2)
-        channels, places = values.shape[1:]
-        total = None
-        for rows in torch.split(values, max(1, _CHUNK // (channels * places))):
-            for chunk in torch.split(rows, max(1, _CHUNK // channels), dim=2):
-                wide = chunk.to(_widest(chunk.device), copy=True)
-                mean = wide.mean((0, 2))
-                part = cls(wide.numel() // channels, mean, wide.sub_(mean[:, None]).square_().sum((0, 2)))
-                total = part if total is None else total.joined(part)
-        assert total is not None
-        return total
-
-    def joined(self, other: "_Moments") -> "_Moments":
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        return _Moments(
-            count,
-            self.mean + delta * (other.count / count),
-            self.squares + other.squares + delta.square() * (self.count * other.count / count),
-        )
-
-    def variance(self, unbiased: bool) -> Tensor:
-        return self.squares / max(1, self.count - unbiased)
-
-
 def _run(
     layers: Mapping[str, nn.Module],
-    seen: dict[str, _Moments],
+    seen: dict[str, Moments],
     batches: Iterable[Any],
     forward: Callable[[Any], Any],
     group: dist.ProcessGroup | None,
@@ -212,16 +167,16 @@ def _begin_batch(scripted: Mapping[str, Any]) -> None:
                 tensor.zero_()
 
 
-def _end_batch(scripted: Mapping[str, Any], seen: dict[str, "_Moments"]) -> None:
+def _end_batch(scripted: Mapping[str, Any], seen: dict[str, Moments]) -> None:
     for name, layer in scripted.items():
         layer.training = False
         calls = int(layer.num_batches_tracked)
         momentum = layer.momentum if hasattr(layer, "momentum") else _traced(layer, "momentum")
         share = 1.0 if momentum is None else 1 - (1 - momentum) ** calls
         if calls and share:
-            wide = _widest(layer.running_mean.device)
+            wide = widest(layer.running_mean.device)
             mean, variance = (tensor.to(wide) / share for tensor in (layer.running_mean, layer.running_var))
-            seen[name] = seen[name].joined(_Moments(_NOMINAL, mean, variance * (_NOMINAL - 1)))
+            seen[name] = seen[name].joined(Moments(_NOMINAL, mean, variance * (_NOMINAL - 1)))
 
 
 def _has_run(layer: Any) -> bool:
@@ -234,12 +189,8 @@ def _running_mean(layer: Any) -> Tensor:
     return mean
 
 
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _measurement(
-    seen: dict[str, _Moments], name: str, group: dist.ProcessGroup | None
+    seen: dict[str, Moments], name: str, group: dist.ProcessGroup | None
 ) -> Callable[[_BatchNorm, tuple[Any, ...], dict[str, Any]], None]:
     """A forward pre-hook that adds the input to ``seen`` and makes the layer normalise by this batch.
 
@@ -250,11 +201,11 @@ def _measurement(
     @torch.no_grad()  # the forward pass may need gradients, its statistics do not
     def measure(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         values: Tensor = args[0] if args else next(iter(kwargs.values()))
-        batch = _Moments.of(values) if values.numel() else _Moments.none(layer)
+        batch = Moments.of(values) if values.numel() else Moments.none(_running_mean(layer))
         if batch.count:
             seen[name] = seen[name].joined(batch)
         if isinstance(layer, nn.SyncBatchNorm):
-            batch = _pooled({name: batch}, layer.process_group if group is None else group)[name]
+            batch = pooled({name: batch}, layer.process_group if group is None else group)[name]
         if batch.count == 1:
             batch = seen[name]  # one value has no variance; what was seen so far is the next best
         if batch.count:
@@ -264,26 +215,3 @@ def _measurement(
             layer.running_var = batch.variance(unbiased=False).to(mean)
 
     return measure
-
-
-def _pooled(seen: Mapping[str, _Moments], group: dist.ProcessGroup | None) -> dict[str, _Moments]:
-    """The moments of the values of all processes: two sums over one flat tensor each."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return dict(seen)
-    own = list(seen.values())
-    device = own[0].mean.device
-    sizes = [moments.mean.numel() for moments in own]
-    counts = torch.tensor([moments.count for moments in own], dtype=own[0].mean.dtype, device=device)
-    sums = torch.cat([counts, *((moments.mean * moments.count).to(device) for moments in own)])
-    dist.all_reduce(sums, group=group)
-    totals = [int(count) for count in sums[: len(own)].tolist()]
-    summed = torch.split(sums[len(own) :], sizes)
-    means = [(part / max(1, total)).to(m.mean) for part, total, m in zip(summed, totals, own, strict=True)]
-    # Squares about the common mean, which is known now: summing squares of the values would cancel digits.
-    about = [m.squares + (m.mean - mean).square() * m.count for m, mean in zip(own, means, strict=True)]
-    squares = torch.cat([part.to(device) for part in about])
-    dist.all_reduce(squares, group=group)
-    return {
-        name: _Moments(total, mean, part.to(mean))
-        for name, total, mean, part in zip(seen, totals, means, torch.split(squares, sizes), strict=True)
-    }

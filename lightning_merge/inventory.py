@@ -11,5 +11,5 @@ from lightning_merge.weights import region as region
 from lightning_merge.weights import state_dict_names as state_dict_names
 from lightning_merge.weights import submodules as submodules
 from lightning_merge.weights import view as view
-from lightning_merge.weights._inventory import Kind as Kind
-from lightning_merge.weights._inventory import Place as Place
+from lightning_merge.weights._places import Kind as Kind
+from lightning_merge.weights._places import Place as Place

@@ -1,11 +1,9 @@
 """A checkpoint file that is opened, and read tensor by tensor."""
 
 import hashlib
-import math
 import os
 import sys
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
@@ -17,6 +15,7 @@ from lightning_merge._checks import one_of
 from lightning_merge._checks import path as checked_path
 from lightning_merge.files._check import damaged, is_zip, naming
 from lightning_merge.files._layouts import open_file, sets_of
+from lightning_merge.files._places import Place, memory_of, place_of
 from lightning_merge.files._read import read
 from lightning_merge.files._safetensors import contiguous_stride, read_header
 from lightning_merge.files._sets import StoredSet, WeightFile, stored
@@ -29,34 +28,6 @@ WhichWeights: TypeAlias = Literal["raw", "published"]
 """Of a file with an average: the weights that training works on, or those that the file's score was measured on."""
 
 _open_files: "weakref.WeakSet[Checkpoint]" = weakref.WeakSet()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where in the file a tensor is, and how to read it. Tied tensors have equal places."""
-
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def numbers(self) -> int:
-        """How many numbers of the file it spans."""
-        if 0 in self.shape:
-            return 0
-        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-
-    @property
-    def bytes(self) -> int:
-        """How many bytes of the file it spans."""
-        return self.numbers * self.dtype.itemsize
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether its numbers lie in their order, without gaps."""
-        steps = [math.prod(self.shape[index + 1 :]) for index in range(len(self.shape))]
-        return all(a == b or size == 1 for size, a, b in zip(self.shape, self.stride, steps, strict=True))
 
 
 class Checkpoint:
@@ -219,7 +190,7 @@ class Checkpoint:
         self.path = chosen.file or self.path
         content = file.content if isinstance(file.content, dict) else {}
         self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
-        self.places = {name: _place(tensor) for name, tensor in chosen.weights.items()}
+        self.places = {name: place_of(tensor) for name, tensor in chosen.weights.items()}
         self.extra = dict(chosen.extra)
         if not self.places:
             raise ValueError(
@@ -286,16 +257,6 @@ def _most_open() -> int:
 def _identity(file: IO[bytes]) -> tuple[int, ...]:
     status = os.fstat(file.fileno())
     return (status.st_dev, status.st_ino)
-
-
-def memory_of(numbers: Tensor) -> memoryview:
-    """The bytes of a tensor of one dimension on the CPU, to be written to."""
-    return memoryview(numbers.view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-def _place(tensor: Any) -> Place:
-    start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
-    return Place(int(start), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
 def _int(value: Any) -> int | None:

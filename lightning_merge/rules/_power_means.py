@@ -12,8 +12,9 @@ import torch
 
 from lightning_merge._checks import number, numbers, path, settle, whole
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._on_disk import OnDisk
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
-from lightning_merge.rules._snapshots import OnDisk, OnHost, Snapshot, Snapshots
+from lightning_merge.rules._snapshots import OnHost, Snapshot, Snapshots
 from lightning_merge.weights import State, Weights, average_dtype, clone, lerp_, to_devices
 
 

@@ -9,7 +9,8 @@ import torch
 
 from lightning_merge._checks import one_of, path, settle, whole
 from lightning_merge.rules._base import Rule
-from lightning_merge.rules._snapshots import OnDevice, OnDisk, OnHost, Snapshot, Snapshots, check_room
+from lightning_merge.rules._on_disk import OnDisk
+from lightning_merge.rules._snapshots import OnDevice, OnHost, Snapshot, Snapshots, check_room
 from lightning_merge.weights import State, Weights, clone, lerp_
 
 Store = Literal["device", "cpu", "disk"]

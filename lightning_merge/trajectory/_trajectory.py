@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lightning_merge._checks import instance, numbers, one_of, path, sequence, text, whole
 from lightning_merge._mergeable import carried
-from lightning_merge.files._lazy import Checkpoint, Place, WhichWeights, memory_of
+from lightning_merge.files._lazy import Checkpoint, WhichWeights
+from lightning_merge.files._places import Place, memory_of
 from lightning_merge.weights import Weights, array, average_dtype, first_mismatch, is_averaged, nonfinite
 
 _CHUNK = 2**17

@@ -4,29 +4,18 @@ Names are canonical: the prefixes that ``torch.compile`` and wrappers insert are
 every run and file.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, pairwise
+from collections.abc import Mapping
+from itertools import chain
 from operator import is_, methodcaller
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
-from lightning_merge.weights._memory import is_in_memory, region, view
+from lightning_merge.weights._memory import region, view
 from lightning_merge.weights._names import canonical, submodules
-
-Kind = Literal["parameter", "buffer", "passing", "attribute"]
-"""Of a tensor: ``passing`` is a buffer that is not saved, ``attribute`` an ordinary attribute of a module."""
-
-
-class Place(NamedTuple):
-    """A tensor of a module under one of its names."""
-
-    name: str
-    """As the module has it, with the parts that wrappers insert."""
-    tensor: Tensor
-    kind: Kind
+from lightning_merge.weights._overlaps import refuse_overlaps
+from lightning_merge.weights._places import Kind, Place, places_of
 
 
 class Inventory:
@@ -115,7 +104,7 @@ class Inventory:
         self._seen = self._now()
         self._has_lazy = any(isinstance(value, UninitializedTensorMixin) for value in self._seen)
         self.version += 1
-        places = sorted(_places(owners), key=lambda place: _ORDER[place.kind])  # stable: in the order of the module
+        places = sorted(places_of(owners), key=lambda place: _ORDER[place.kind])  # stable: in the order of the module
         groups: dict[tuple[Any, ...], Place] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         self.buffers: dict[str, Tensor] = {}
@@ -137,7 +126,7 @@ class Inventory:
             elif first.kind in ("parameter", "buffer"):
                 self._tie(name, owner, place, first)
         self._tensors: dict[str, Tensor] = {**self.parameters, **self.buffers}
-        _refuse_overlaps([group for group in groups.values() if group.tensor.numel()])
+        refuse_overlaps([group for group in groups.values() if group.tensor.numel()])
 
     def _tie(self, name: str, owner: str, place: Place, first: Place) -> None:
         if place.kind in ("parameter", "buffer") and name != owner:
@@ -151,22 +140,6 @@ class Inventory:
 
 _values = methodcaller("values")
 _ORDER: dict[Kind, int] = {"parameter": 0, "buffer": 1, "passing": 2, "attribute": 3}
-
-
-def _places(owners: Sequence[tuple[str, nn.Module]]) -> Iterator[Place]:
-    for prefix, owner in owners:
-        path = f"{prefix}." if prefix else ""
-        passing = getattr(owner, "_non_persistent_buffers_set", ())  # a scripted module has none
-        for key, parameter in owner._parameters.items():
-            if parameter is not None and not isinstance(parameter, UninitializedTensorMixin):
-                yield Place(path + key, parameter, "parameter")
-        for key, buffer in owner._buffers.items():
-            if buffer is not None and not isinstance(buffer, UninitializedTensorMixin):
-                yield Place(path + key, buffer, "passing" if key in passing else "buffer")
-        for key, value in owner.__dict__.items():
-            for tensor in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(tensor, Tensor) and tensor.grad_fn is None and is_in_memory(tensor):
-                    yield Place(path + key, tensor, "attribute")
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -190,42 +163,3 @@ def state_dict_names(module: nn.Module) -> dict[str, str]:
     Tied tensors are tracked once but saved under each of their names, so a file needs the way back.
     """
     return Inventory(module).keys
-
-
-def _refuse_overlaps(groups: Sequence[Place]) -> None:
-    """Raises if two groups overlap in memory: a value cannot have two averages."""
-    by_storage: dict[int, list[Place]] = {}
-    for place in groups:
-        if place.kind != "attribute" and is_in_memory(place.tensor):  # attributes are made anew in a forward pass
-            by_storage.setdefault(place.tensor.untyped_storage().data_ptr(), []).append(place)
-    for shared in by_storage.values():
-        if len(shared) > 1 and not _are_apart(shared):
-            _refuse_overlap(shared)
-
-
-def _are_apart(shared: Sequence[Place]) -> bool:
-    ends = sorted((place.tensor.data_ptr(), place.tensor.data_ptr() + _extent(place.tensor)) for place in shared)
-    return all(end <= start for (_, end), (start, _) in pairwise(ends))
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first number to behind the last."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _refuse_overlap(shared: Sequence[Place]) -> None:
-    # Columns of one matrix lie between each other and are apart all the same, so bytes are counted.
-    taken = torch.zeros(shared[0].tensor.untyped_storage().nbytes(), dtype=torch.int16)
-    for number, place in enumerate(shared, 1):
-        t = place.tensor
-        width = t.element_size()
-        strides = (*(stride * width for stride in t.stride()), 1)
-        own = taken.as_strided((*t.shape, width), strides, t.storage_offset() * width)
-        if (other := int(own.max())) > 0:
-            raise ValueError(
-                f"`{canonical(place.name)}` and `{canonical(shared[other - 1].name)}` overlap in memory and are not the"
-                " same numbers, so merged weights cannot take the place of one without changing the other. Let each"
-                " have memory of its own, as by `.clone()`."
-            )
-        own.fill_(number)

@@ -16,7 +16,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_merge import calibration
+from lightning_merge import _moments
 from lightning_merge.calibration import batch_norm_layers, recalibrated_statistics
 
 RAGGED = [torch.tensor([[0.0], [2.0], [4.0], [6.0]]), torch.tensor([[10.0], [14.0]])]
@@ -97,7 +97,7 @@ def test_batches_count_by_size_and_variance_between_batches_counts():
 )
 @pytest.mark.parametrize("chunk", [2**23, 64, 1], ids="chunks of {}".format)
 def test_statistics_are_those_of_all_values_at_once(layer, shape, chunk, monkeypatch):
-    monkeypatch.setattr(calibration, "_CHUNK", chunk)
+    monkeypatch.setattr(_moments, "_CHUNK", chunk)
     torch.manual_seed(0)
     batches = [1000 + torch.randn(size, *shape) * (size + 1) for size in (4, 2, 3)]
     result = recalibrated_statistics(layer, batches, layer)
@@ -120,7 +120,7 @@ class Widened(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape", [(1000, 4), (50, 4, 25), (2, 4, 30, 30)], ids=str)
 def test_activations_are_widened_a_chunk_at_a_time(shape, monkeypatch):
-    monkeypatch.setattr(calibration, "_CHUNK", 128)
+    monkeypatch.setattr(_moments, "_CHUNK", 128)
     layer = nn.BatchNorm2d(4) if len(shape) == 4 else nn.BatchNorm1d(4)
     with Widened() as widened:
         recalibrated_statistics(layer, [torch.randn(shape)], layer)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge import combiners
-from lightning_merge._commands import _combine
+from lightning_merge._commands import _combine, _combine_arguments
 from lightning_merge._commands._diff import diff
 from lightning_merge._commands._doctor import doctor
 from lightning_merge._commands._export import export
@@ -34,7 +34,7 @@ def _export(path: Path, folder: Path) -> dict[str, Any]:
 
 def combined(command: str, sources: list[Path], target: str | Path, *more: str) -> dict[str, Any]:
     parser = argparse.ArgumentParser()
-    (_combine.add_average if command == "average" else _combine.add_soup)(parser)
+    (_combine_arguments.add_average if command == "average" else _combine_arguments.add_soup)(parser)
     arguments = [*map(str, sources), "--out", str(target), "--force", *more]
     _combine.combine(argparse.Namespace(command=command, **vars(parser.parse_args(arguments))))
     content: dict[str, Any] = written(Path(target))["state_dict"]

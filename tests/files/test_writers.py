@@ -338,9 +338,9 @@ def test_what_a_killed_run_left_goes_when_it_goes_on_and_nothing_else(tmp_path: 
 
 
 def snapshots_locks() -> dict[str, int]:
-    from lightning_merge.rules import _snapshots
+    from lightning_merge.rules import _on_disk
 
-    return _snapshots._locks
+    return _on_disk._locks
 
 
 def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_merge.optim import OnDARE, OnTIES
 from lightning_merge.optim._blocks import BLOCK, Draw
+from lightning_merge.optim._cut import find_cut
 from lightning_merge.optim._online import OnlineMerging
-from lightning_merge.optim._onties import find_cut
 from lightning_merge.weights._held import Part
 
 Methods = pytest.mark.parametrize("method", [OnDARE, OnTIES])

@@ -1,0 +1,49 @@
+"""The arguments of ``average`` and ``soup``."""
+
+import argparse
+from pathlib import Path
+
+AVERAGE_RULES = ("mean", "window", "linear", "ema", "wsm-linear", "wsm-1-sqrt", "greedy", "lcsc", "bayes")
+
+
+SOUP_RULES = ("uniform", "greedy", "diwa", "learned", "model-stock")
+
+
+def add_average(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``average``."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder with the checkpoints of one run")
+    parser.add_argument("--rule", choices=AVERAGE_RULES, default="mean", help="how they are merged (default mean)")
+    parser.add_argument("--pattern", default="**/*.ckpt", help="which files (default **/*.ckpt)")
+    parser.add_argument("--weights", choices=("raw", "published"), default="raw", help="of files with an average")
+    parser.add_argument("--start", type=int, default=0, help="least step of a checkpoint")
+    parser.add_argument("--end", type=int, help="largest step of a checkpoint")
+    parser.add_argument("--last", type=int, help="only so many of the latest")
+    parser.add_argument("--k", type=int, default=6, help="for `window`: the mean of so many of the latest (default 6)")
+    parser.add_argument(
+        "--decay", type=float, default=0.8, help="for `ema`: share kept at each checkpoint (default 0.8)"
+    )
+    _add_common(parser)
+
+
+def add_soup(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``soup``."""
+    parser.add_argument("files", type=Path, metavar="FILE", nargs="+", help="checkpoints of several runs of one model")
+    parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
+    parser.add_argument("--weights", choices=("raw", "published"), default="published", help="of files with an average")
+    parser.add_argument("--base", type=Path, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="the checkpoint to write, or a URL; ends in .ckpt or .pt")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument("--config", type=Path, help="config.yaml of a run or a recipe: model and data to score with")
+    parser.add_argument("--monitor", default="val/loss", help="the score: a metric that validation logs")
+    parser.add_argument(
+        "--mode",
+        choices=("min", "max"),
+        help="whether lower or higher is better, if the name of the metric does not say it",
+    )
+    parser.add_argument("--budget", type=int, default=100, help="most evaluations of a search (default 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of a search")
+    parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")
