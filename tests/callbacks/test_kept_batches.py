@@ -108,8 +108,10 @@ def test_a_copy_is_marked_for_gradients_and_carries_what_hangs_on_its_tensors() 
     x: Any = torch.ones(2, requires_grad=True)
     x.lengths = [torch.ones(1)]
     copied = BatchCopy.of({"x": x}).on(torch.device("cpu"))["x"]
-    assert copied.requires_grad and copied.is_leaf
-    assert torch.equal(copied.lengths[0], x.lengths[0]) and copied.lengths[0] is not x.lengths[0]
+    assert copied.requires_grad
+    assert copied.is_leaf
+    assert torch.equal(copied.lengths[0], x.lengths[0])
+    assert copied.lengths[0] is not x.lengths[0]
 
 
 def test_a_batch_that_cannot_be_copied_is_refused_with_its_class() -> None:
