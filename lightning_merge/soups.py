@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_merge._checks import number, numbers, sequence, settle
+from lightning_merge._checks import number, numbers, real, sequence, settle
 from lightning_merge._mergeable import carried, named, refuse_lora_in, refuse_without_values, several_named
 from lightning_merge.combiners import slerp
 from lightning_merge.combiners._vectors import refuse_unfit
@@ -109,14 +109,15 @@ def pareto_front(scores: Sequence[Sequence[float]]) -> list[int]:
 
     Raises:
         TypeError: If they are not numbers.
-        ValueError: If one is a NaN, or a point has more scores than another.
+        ValueError: If a point has more scores than another.
 
     Example:
         >>> pareto_front([(1.0, 0.0), (0.6, 0.6), (0.5, 0.5), (0.0, 1.0)])
         [0, 1, 3]
     """
-    says = "scores for each point, equally many and none a NaN"
-    points = [numbers("scores", point, "[-inf, inf]", says) for point in sequence("scores", scores, says)]
+    says = "scores for each point, equally many"
+    found = [sequence("scores", point, says) for point in sequence("scores", scores, says)]
+    points = [tuple(real("scores", score) for score in point) for point in found]
     if len({len(point) for point in points}) > 1:
         raise ValueError(f"`scores` must be {says}, got {points}.")
     return [

@@ -41,7 +41,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         settle(self, coefficients=numbers("coefficients", self.coefficients), from_log=flag("from_log", self.from_log))
-        settle(self, score=None if self.score is None else number("score", self.score))
+        settle(self, score=None if self.score is None else number("score", self.score, "[-inf, inf]", "a number"))
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,11 @@ class Found:
     ties: int = 0
 
     def __post_init__(self) -> None:
-        settle(self, coefficients=numbers("coefficients", self.coefficients), score=number("score", self.score))
+        settle(
+            self,
+            coefficients=numbers("coefficients", self.coefficients),
+            score=number("score", self.score, "[-inf, inf]", "a number"),
+        )
         for each in sequence("history", self.history, "evaluations"):
             instance("history", each, Evaluation, "evaluations")
         flag("complete", self.complete)
