@@ -185,6 +185,11 @@ class TWA(Published):
         self._capture()
         if self.selection.buffers == "recompute":
             self._keep_recent_batches()
+        if numbers := [name for name, parameter in self._live.items() if parameter.is_complex()]:
+            raise ValueError(
+                f"{self.title} trains real coefficients, and `{numbers[0]}` holds complex numbers. Leave it out:"
+                f" `selection=Selection(exclude=[{numbers[0]!r}])`; EMA and SWA average it."
+            )
         goes_on = self._subspace is not None
         if self._subspace is None:
             self._subspace = Subspace(
@@ -361,7 +366,7 @@ class TWA(Published):
         if not self._subspace.step(self._live, gradients, self._lr(), 1.0 if scale is None else float(scale)):
             self._skip(f"the gradient holds a NaN or an infinity at applied step {self.steps + 1}")
         self._stage_steps += 1
-        weights.copy_(self._buffers, self._live_buffers)
+        self._buffers = weights.copies(self._live_buffers)  # they may have come, gone or grown
 
     def _lr(self) -> float:
         if self.schedule == "constant":

@@ -112,6 +112,7 @@ TRIED = {name: make for name, make in METHODS.items() if averages(make()) and na
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",
     ("branching", Complex): "`phase` of the branches",
+    ("twa", Complex): "`phase` holds complex numbers",
 }
 """What says at the start of a fit that it cannot be."""
 
