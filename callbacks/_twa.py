@@ -272,7 +272,7 @@ class TWA(Published):
     def _train(self, optimizer: Optimizer) -> None:
         fit = self._running
         if fit.train(optimizer, self.steps, self.lr, self.schedule):
-            weights.copy_(self._buffers, fit.live_buffers)
+            self._buffers = weights.copies(fit.live_buffers)  # they may have come, gone or grown
 
     # ---- for the publisher
 
