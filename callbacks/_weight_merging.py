@@ -1,6 +1,6 @@
 """The one callback that touches Lightning's hooks. Named callbacks choose a rule, a schedule and a selection for it."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +17,7 @@ from lightning_merge.callbacks._averaging_run._state import AveragingState
 from lightning_merge.callbacks._averaging_run._tensors import Tensors
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
@@ -50,6 +51,7 @@ class WeightMerging(Published):
             the raw weights or of the merged ones, as the rule says.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is; by default lower.
         stop_when_finished: Stop training once nothing more can change what such a rule merges.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         steps: Applied optimizer steps counted so far.
@@ -81,11 +83,12 @@ class WeightMerging(Published):
         monitor: str | None = None,
         mode: Mode | None = None,
         stop_when_finished: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
         instance("rule", rule, Rule)
         schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
         selection = chosen(selection, Selection())
-        super().__init__(validate, name, optimizer)
+        super().__init__(validate, name, optimizer, **options)
         if (monitor is not None) != (rule.wants_score is not None):
             need = "needs the metric it decides on" if rule.wants_score else "decides on no metric"
             raise ValueError(
