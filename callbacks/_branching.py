@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -36,6 +36,7 @@ from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._lightning._measure import Score, refuse_without_score
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
@@ -76,6 +77,7 @@ class Branching(Published):
         validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         groups: Groups completed so far.
@@ -112,8 +114,9 @@ class Branching(Published):
         validate: Validate = "merged",
         name: str = "branches",
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer)
+        super().__init__(validate, name, optimizer, **options)
         instance("policy", policy, Policy)
         schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
         branches = whole("branches", branches, 1, MOST)

@@ -1,7 +1,7 @@
 """ForkMerge: branches with other task weights, merged by what scores best."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,6 +12,7 @@ from lightning_merge.branches import BestMix
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
 from lightning_merge.callbacks._lightning._measure import Score
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.search import Method
@@ -52,6 +53,7 @@ class ForkMerge(Branching):
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         history: One entry per merge: ``shares`` by name of the branch, ``previous`` (whether the last merge was kept,
@@ -88,6 +90,7 @@ class ForkMerge(Branching):
         validate: Validate = "merged",
         name: str = "forkmerge",
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         _check_tasks(branches)
@@ -107,6 +110,7 @@ class ForkMerge(Branching):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )
         self.task_weights = {
             branch: {task: float(w) for task, w in tasks.items()} for branch, tasks in branches.items()

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_merge.callbacks._lightning._loaders import count_reloads, restore_samplers
 from lightning_merge.callbacks._lightning._patches import Patches
 
 
@@ -80,7 +80,7 @@ class RandomState(Callback):
         if self._loaded is not None:
             _restore(self._loaded)
             _restore_loaders(trainer, self._loaded)
-            _count_reloads(trainer)
+            count_reloads(trainer)
         original()
 
     def _begin_batches(self, trainer: Any, original: Callable[[Any], None], fetcher: Any) -> None:
@@ -94,30 +94,9 @@ class RandomState(Callback):
         loop = trainer.fit_loop
         is_new_epoch = loop.epoch_loop.batch_progress.current.ready == 0 and loop.epoch_progress.current.processed > 0
         if loaded is not None and is_new_epoch and fetcher.iterator is before:
-            _restore_samplers(loop)
+            restore_samplers(loop)
             _restore_loaders(trainer, loaded)
             iter(fetcher)
-
-
-def _count_reloads(trainer: Any) -> None:
-    """Loaders that are reloaded every n epochs are so in the same ones as without the interruption."""
-    loop, n = trainer.fit_loop, trainer.reload_dataloaders_every_n_epochs
-    if n:
-        is_under_way = loop.restarted_mid_epoch or loop.restarted_on_epoch_end
-        begun = max(0, loop.epoch_progress.current.processed - (not is_under_way))
-        loop._last_train_dl_reload_epoch = begun // n * n
-
-
-def _restore_samplers(loop: Any) -> None:
-    """Loaders that remember their position take in where they were at the end of the epoch before.
-
-    Lightning gives it to them in the middle of an epoch only, but their samplers draw from random states of their own.
-    """
-    if loop._combined_loader_states_to_load:
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-        loop._combined_loader_states_to_load = []
-        with isolate_rng():
-            iter(loop._combined_loader)  # the one that was at its end; the next begins after it
 
 
 def _generators(trainer: Any) -> list[torch.Generator]:

@@ -1,7 +1,7 @@
 """WARP: branches held by moving averages of their own, merged on the sphere, and a step back to the start."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule
 
@@ -11,6 +11,7 @@ from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._settings import Augmentation
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.combiners import SLERP
 from lightning_merge.schedules import EveryNSteps
@@ -44,6 +45,7 @@ class WARP(Branching):
         validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or at fit start with a branch in each process.
@@ -72,6 +74,7 @@ class WARP(Branching):
         validate: Validate = "merged",
         name: str = "warp",
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         scale = number("scale", scale, "(0, 1]")
@@ -89,6 +92,7 @@ class WARP(Branching):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )
         self.decay = decay
         self._anchors = Anchors(decay)

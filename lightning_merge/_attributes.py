@@ -22,7 +22,10 @@ _MOST = 20_000
 
 
 _STATELESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float, complex)
-_NOT_OF_THE_MODULE = {"Trainer", "Fabric", "Optimizer", "Dataset", "DataLoader", "LightningDataModule", "Logger"}
+_STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+"""Of a library, but what a step does to them is known: their state is in plain attributes."""
+
+_NOT_OF_THE_MODULE = {"Trainer", "Fabric", "Dataset", "DataLoader", "LightningDataModule", "Logger"}
 _WITH_THREADS = {"threading", "_thread", "queue", "_queue", "multiprocessing", "concurrent", "asyncio", "socket"}
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_merge", "lightning_fabric", "omegaconf", "logging"}
 
@@ -33,7 +36,7 @@ class Attributes:
 
     Containers are remembered by a copy of what is in them, objects by their attributes, generators of random numbers
     by their state. Of iterators, open files and objects of other people's libraries only a change can be seen. What
-    threads of its own work on is left alone, and so are trainers, data sets, optimizers, and loggers.
+    threads of its own work on is left alone, and so are trainers, data sets, and loggers.
 
     Args:
         module: Whose attributes.
@@ -86,7 +89,7 @@ class Attributes:
         elif (position := position_of(value)) is not None:
             self._positions.append((name, position, position()))
         elif (own := _own_attributes(value)) is not None:
-            if _is_of_a_library(type(value)):  # type: ignore[arg-type]
+            if _is_of_a_library(type(value)) and not isinstance(value, _STEPPED):  # type: ignore[arg-type]
                 self._positions.append((name, partial(shown, value), shown(value)))
                 return
             self._undo.append(partial(_put_back_object, value, own))
@@ -128,6 +131,8 @@ def _own_attributes(value: Any) -> dict[str, Any] | None:
     if not isinstance(own, dict) or not (slots or hasattr(value, "__dict__")) or isinstance(value, BaseException):
         return None
     own = {**own, **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
+    if isinstance(value, _STEPPED):
+        return own
     if _package(kind) in _LIBRARIES | _WITH_THREADS or _NOT_OF_THE_MODULE & {cls.__name__ for cls in kind.__mro__}:
         return None
     # What other threads work on must not be put back under their hands.

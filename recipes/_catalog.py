@@ -1,4 +1,4 @@
-"""Which recipes there are, and the whole text of each.
+"""The list of recipes, and the whole text of each.
 
 Standard library only, so the command line lists recipes without loading torch or a reader of YAML.
 """
@@ -52,7 +52,7 @@ def whole(name: str) -> str:
 
 
 def merge(base: list[str], changes: list[str]) -> list[str]:
-    """The lines of a YAML mapping with the changes of another in them.
+    """Merges the lines of two YAML mappings: a base and its changes.
 
     A mapping is merged key by key, ``key+`` appends its items to the list ``key``, and anything else replaces. New keys
     come after those of the base. Both are block mappings indented alike, as all recipes are.

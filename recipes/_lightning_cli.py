@@ -1,4 +1,4 @@
-"""LightningCLI as the ``lightning-merge`` command uses it."""
+"""LightningCLI, set up for the ``lightning-merge`` command."""
 
 import logging
 import re
@@ -36,7 +36,7 @@ _PLAINER = (
 
 class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exits 2 with the message only: the usage text would push it off the screen with a hundred lines."""
+        """Exits with code 2 and the message only; a hundred lines of usage would push it off the screen."""
         if not self.exit_on_error:  # a parser of a nested class, whose error becomes part of another
             super().error(message, ex)
         print(f"lightning-merge: error: {condensed(message)}\n`--help` lists all options.", file=sys.stderr)
@@ -44,7 +44,7 @@ class Parser(LightningArgumentParser):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what stderr is at the moment. A live progress bar takes its place, and shows lines above itself."""
+    """Logs to the current ``sys.stderr``, which a live progress bar replaces to show lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -53,7 +53,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 class _CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Also reads the checkpoint that is asked for: what is wrong with it is said before anything is built."""
+        """Parses, and reads the requested checkpoint, so that a bad file is reported before anything is built."""
         super().parse_arguments(parser, args)
         path = self.config[self.config.subcommand].get("ckpt_path")
         if path and Path(path).is_file():
@@ -77,7 +77,7 @@ def run(args: list[str]) -> None:
 
 
 def quiet() -> None:
-    """Reads ``${...}`` as above, and leaves out of the output what nobody could act on."""
+    """Sets how ``${...}`` is read, and filters output that nobody could act on."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
@@ -88,7 +88,7 @@ def quiet() -> None:
 
 
 def instantiate(config: Path) -> tuple[Trainer, LightningModule, LightningDataModule | None]:
-    """The Trainer, module and data that a configuration describes, and nothing run with them."""
+    """Builds the Trainer, module and data of a configuration without running anything."""
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     cli = LightningCLI(
         args=[f"--config={config}"],
@@ -101,7 +101,7 @@ def instantiate(config: Path) -> tuple[Trainer, LightningModule, LightningDataMo
 
 
 def condensed(message: str) -> str:
-    """The reasons out of jsonargparse's report on a value, in one line, without the types it tried on the way.
+    """Shortens jsonargparse's report on a value to its reasons, in one line.
 
     Example:
         >>> condensed("Parser key \\"n\\":\\n  Errors:\\n    - Expected a <class 'int'>\\n  Given value: x")

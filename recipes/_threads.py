@@ -1,4 +1,4 @@
-"""How many threads torch computes with on the CPU."""
+"""The number of CPU threads of a run."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -7,7 +7,7 @@ from lightning_merge._checks import whole
 
 
 class CPUThreads(Callback):
-    """Lets torch compute with ``count`` threads during a run, and with as many as before after it.
+    """Runs torch on ``count`` CPU threads during a fit, and restores the previous number afterwards.
 
     A small network is no faster with more. It is several times slower when another program is busy, as threads wait
     for each other, and its numbers change with their count.
@@ -29,5 +29,5 @@ class CPUThreads(Callback):
         torch.set_num_threads(self.count)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Puts it back."""
+        """Restores the previous count."""
         torch.set_num_threads(self.before)

@@ -117,7 +117,7 @@ def _bench(config: Path) -> Any:
 def _report(
     options: argparse.Namespace, trajectory: "Trajectory", merged: "Weights", provenance: dict[str, Any]
 ) -> str:
-    from lightning_merge._commands._target import literal
+    from lightning_merge._commands._target import loading
     from lightning_merge.files._sets import tensors
 
     size = sum(tensor.numel() for tensor in tensors(merged).values())
@@ -135,6 +135,5 @@ def _report(
     lines += [f"  left out, of the same step as another file: {path}" for path in trajectory.dropped]
     if options.config is None and any(name.endswith("running_mean") for name in merged):
         lines.append("  BatchNorm statistics are averaged, which fits badly; `--config FILE` measures them again")
-    return "\n".join(
-        [*lines, f'  load: model.load_state_dict(torch.load({literal(options.out)}, weights_only=True)["state_dict"])']
-    )
+    how = loading(options.out, 'torch.load({path}, weights_only=True)["state_dict"]')
+    return "\n".join([*lines, f"  load: {how}"])

@@ -4,14 +4,18 @@ import argparse
 from pathlib import Path
 
 AVERAGE_RULES = ("mean", "window", "linear", "ema", "wsm-linear", "wsm-1-sqrt", "greedy", "lcsc", "bayes")
-
-
 SOUP_RULES = ("uniform", "greedy", "diwa", "learned", "model-stock")
+
+
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine, and only local files are merged: copy it")
+    return Path(text)
 
 
 def add_average(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``average``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder with the checkpoints of one run")
+    parser.add_argument("run", type=_local, metavar="RUN", help="folder with the checkpoints of one run")
     parser.add_argument("--rule", choices=AVERAGE_RULES, default="mean", help="how they are merged (default mean)")
     parser.add_argument("--pattern", default="**/*.ckpt", help="which files (default **/*.ckpt)")
     parser.add_argument("--weights", choices=("raw", "published"), default="raw", help="of files with an average")
@@ -27,10 +31,12 @@ def add_average(parser: argparse.ArgumentParser) -> None:
 
 def add_soup(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``soup``."""
-    parser.add_argument("files", type=Path, metavar="FILE", nargs="+", help="checkpoints of several runs of one model")
+    parser.add_argument(
+        "files", type=_local, metavar="FILE", nargs="+", help="checkpoints of several runs of one model"
+    )
     parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
     parser.add_argument("--weights", choices=("raw", "published"), default="published", help="of files with an average")
-    parser.add_argument("--base", type=Path, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
+    parser.add_argument("--base", type=_local, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
     _add_common(parser)
 
 

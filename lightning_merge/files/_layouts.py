@@ -72,6 +72,3 @@ def open_set(text: str) -> tuple[WeightFile, str]:
     file = open_file(name)
     file.choose(chosen)
     return file, chosen
-
-
-# ---- one function per layout: None if a file does not have it

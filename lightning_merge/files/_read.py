@@ -160,8 +160,7 @@ def refuse_no_file(path: Path) -> None:
     try:
         os.fspath(path).encode()
     except UnicodeEncodeError as error:
-        what = f"{os.fsencode(path)!r} is no text in UTF-8, and torch opens no file of that name: rename it."
-        raise ValueError(what) from error
+        raise ValueError(f"{os.fsencode(path)!r} is no text in UTF-8, so torch cannot open it: rename it.") from error
 
 
 def _runs_code(path: str | os.PathLike[str], which: str) -> str:

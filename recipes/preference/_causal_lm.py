@@ -1,4 +1,4 @@
-"""Causal language models of Hugging Face transformers, by name or from a configuration, and how text becomes tokens."""
+"""Causal language models of Hugging Face transformers, by name or from a configuration, and their tokenizers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, final
@@ -23,7 +23,7 @@ _SMALL = {
 
 
 class Tokenizer(Protocol):
-    """Text to numbers and back."""
+    """Encodes text as token ids, and decodes them."""
 
     end: int
     """Closes a text."""
@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
 
 @final
 class Bytes:
-    """A byte is a token; 256 ends a text. Needs no file.
+    """A byte-level tokenizer: a token per byte, 256 at the end of a text. Needs no file.
 
     Example:
         >>> Bytes().decode(Bytes().encode("né"))

@@ -100,7 +100,7 @@ def _lines(path: Path, argument: str) -> Iterator[str]:
 
 
 class Preferences(LightningDataModule):
-    """Preference pairs, and text on which to measure what a language model must not forget.
+    """Preference pairs, and the text on which forgetting is measured.
 
     Validation has two parts: held-out pairs, and held-out text (``text``, or the dialogues with the chosen answers of
     the held-out pairs if ``text`` is not given).

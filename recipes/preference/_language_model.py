@@ -1,4 +1,4 @@
-"""Language modelling: next-token prediction, and what preference tuning shares with it."""
+"""Language modelling by next-token prediction, and the helpers it shares with preference tuning."""
 
 from collections.abc import Mapping
 from pathlib import Path

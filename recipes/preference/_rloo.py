@@ -210,7 +210,7 @@ class RLOO(LanguageModel):
 
 
 def read_module(path: str, argument: str) -> Mapping[str, Tensor]:
-    """The weights of a module that a recipe saved.
+    """Reads the weights of a module that a recipe saved.
 
     Raises:
         ValueError: If the file holds none.

@@ -35,7 +35,7 @@ def page(
     sentences: Sequence[str],
     sections: Sequence[tuple[str, str]],
 ) -> str:
-    """The whole page.
+    """Renders the whole page.
 
     Args:
         title: Its heading.
@@ -67,7 +67,7 @@ def page(
 
 
 def image(figure: Figure, description: str) -> str:
-    """A figure inside the page."""
+    """Embeds a figure in the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -75,7 +75,7 @@ def image(figure: Figure, description: str) -> str:
 
 
 def picture(path: Path, description: str) -> str:
-    """A PNG file inside the page."""
+    """Embeds a PNG file in the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{escape(description)}" src="data:image/png;base64,{data}">'
 

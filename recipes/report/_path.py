@@ -1,4 +1,4 @@
-"""The way of a run through weight space, from a few thousand of its coordinates."""
+"""The path of a run through weight space, sketched by a few thousand coordinates."""
 
 from collections.abc import Mapping
 
@@ -24,7 +24,7 @@ class WeightPath:
         self._interval = 1
 
     def add(self, module: nn.Module, step: int) -> None:
-        """Takes the live weights down, if it is time."""
+        """Records a sketch of the live weights if one is due."""
         if step % self._interval:
             return
         parameters = local(named_parameters(module))  # of sharded ones what the first process holds
@@ -41,7 +41,7 @@ class WeightPath:
         return torch.cat(parts)
 
     def plane(self, others: Mapping[str, Mapping[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor], float]:
-        """Path and other sets in the plane of the path's two principal components.
+        """Projects the path and other sets onto the path's first two principal components.
 
         Args:
             others: Further sets of weights by name; a tensor that one lacks is that of the end of the path.

@@ -1,4 +1,4 @@
-"""What a run ends with: a table, one sentence, a figure, a page."""
+"""The report at the end of a run: a table, one sentence, a figure and a page."""
 
 from collections.abc import Sized
 from contextlib import suppress
@@ -44,12 +44,12 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the raw weights down for the page."""
+        """Records the raw weights for the page."""
         if trainer.is_global_zero:
             self.trajectory.add(pl_module, trainer.global_step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes down what was logged; a later pass of the same validation completes it."""
+        """Records the logged metrics; a later pass of the same validation adds to them."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         # Under the name of an average that is not ready yet, the raw weights are measured.
@@ -63,15 +63,15 @@ class RunReport(Callback):
                     at_step[metric] = float(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """A resumed run shows its whole curves."""
+        """Saves the curves, so that a resumed run shows them whole."""
         return {"measured": self.measured}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See ``state_dict``."""
+        """Restores the curves."""
         self.measured = state_dict["measured"]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ends the progress bar; a bar that lives on is redrawn over what averages say at the end."""
+        """Stops the progress bar, which would be redrawn over the final messages of averages."""
         _end_progress_bar(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,7 +130,7 @@ def _averages(trainer: Trainer) -> list[Published]:
 
 
 def _shares(averages: list[Published]) -> list[tuple[str, str]]:
-    """What each merge was made of, where that was searched."""
+    """Sections on the shares of each merge, for callbacks that search for them."""
     forks = [average for average in averages if isinstance(average, ForkMerge) and average.history]
     return [
         (f"What {fork.name} merged", _page.image(shares_figure(fork.history), "share of each branch in each merge"))
@@ -148,7 +148,7 @@ def _curve(points: dict[int, dict[str, float]], metric: str) -> list[tuple[int, 
 
 
 def _images(trainer: Trainer) -> int | None:
-    """How many images validation measures, if it has one loader that can tell and runs all of it."""
+    """Number of validation images, if there is one loader with a length and all of it is run."""
     dataset = getattr(trainer.val_dataloaders, "dataset", None)
     return len(dataset) if isinstance(dataset, Sized) and _is_all(trainer.limit_val_batches) else None
 
@@ -158,7 +158,7 @@ def _is_all(limit: int | float) -> bool:
 
 
 def _files(trainer: Trainer, averages: list[Published]) -> dict[str, str]:
-    """The file that holds each set as it is at the end; the raw weights may be beside merged ones in a file."""
+    """Path of the file with the final weights of each set; raw weights may share a file with merged ones."""
     files = {average.name: average.final_path for average in averages if average.final_path}
     for checkpoint in trainer.checkpoint_callbacks:
         for path in (getattr(checkpoint, name, "") for name in ("last_model_path", "best_model_path")):
@@ -195,7 +195,7 @@ def _table(metrics: tuple[str, ...], rows: list[list[str]]) -> Table:
 
 
 def _sentence(accuracy: str, average: Published, final: dict[str, dict[str, float]], images: int | None) -> str:
-    """Raw against merged, with what chance alone does to such a number."""
+    """Compares raw and merged accuracy in one sentence, with the standard error."""
     if not average.ready:
         return f"{average.name} merged nothing in this run."
     merged, raw = (final.get(name, {}).get(accuracy) for name in (average.name, "raw"))
@@ -220,7 +220,7 @@ def _figure(
     accuracy: str,
     steps: int,
 ) -> Figure:
-    """Accuracy of each set over optimizer steps, and when each average took weights in."""
+    """Plots the accuracy of each set over optimizer steps, and the updates of each average."""
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -255,7 +255,7 @@ def _figure(
 
 
 def _limits(curves: list[list[float]]) -> tuple[float, float]:
-    """A range that shows the late differences: the lowest fifth of the values may fall below it, the last ones not."""
+    """Axis limits that show the late differences: the lowest fifth of the values may be cut off, the last ones not."""
     values = sorted(value for curve in curves for value in curve)
     low = min(values[len(values) // 5], *(curve[-1] for curve in curves))
     margin = max(0.1 * (values[-1] - low), 0.002)

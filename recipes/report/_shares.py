@@ -1,4 +1,4 @@
-"""What branches took part in each merge of a run."""
+"""A figure of the share of each branch in every merge of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from lightning_merge.recipes.report._page import COLOURS, GREY
 
 
 def shares_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """A bar per merge, divided into the shares of the branches, and the score of what was chosen below.
+    """Draws a bar per merge, divided into the shares of the branches, above the score of the chosen mixture.
 
     Args:
         history: Of ``ForkMerge``; at least one merge.

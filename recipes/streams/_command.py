@@ -24,7 +24,7 @@ from lightning_merge.recipes.streams._tasks import TaskData, split_by_class, spl
 
 @dataclass(frozen=True)
 class Stream:
-    """Which tasks there are, and what the base learns before them.
+    """The tasks of a stream, and the training of the base before them.
 
     Args:
         classes: Number of classes of the data; at least 2.
@@ -62,7 +62,7 @@ class Stream:
             )
 
     def of(self, data: Any) -> tuple[list[TaskData], TaskData | None]:
-        """The tasks, and what the base is trained on."""
+        """The tasks, and the data of the base."""
         if self.scenario == "domain":
             turned = {f"turned{90 * k}": partial(torch.rot90, k=k, dims=(-2, -1)) for k in range(self.tasks)}
             return split_by_domain(data, turned, self.order), None
@@ -78,7 +78,7 @@ class _CLI(LightningCLI):
         parser.add_class_arguments(Stream, "stream")
 
     def trainer_of(self, callbacks: list[Callback], **settings: Any) -> Trainer:
-        """A fresh Trainer as configured, with these callbacks as well."""
+        """Builds a new Trainer as configured, with these callbacks added."""
         # The first Trainer, which LightningCLI makes to no purpose here, has put its own among the configured ones.
         own = (Checkpoint, ModelSummary, ProgressBar)
         configured = [c for c in self.config_init["trainer"].get("callbacks") or [] if not isinstance(c, own)]
@@ -89,7 +89,7 @@ class _CLI(LightningCLI):
 
 
 class _Progress(Callback):
-    """One bar for the whole stream: epochs of all tasks."""
+    """One progress bar for the whole stream, over the epochs of all tasks."""
 
     def __init__(self, bar: Progress, task: Any, title: str) -> None:
         self.bar, self.task, self.title = bar, task, title
@@ -102,7 +102,7 @@ class _Progress(Callback):
 
 
 def run(arguments: list[str]) -> None:
-    """Trains the base and then every task; goes on where an earlier run of the folder ended, and shows the result."""
+    """Trains the base and then every task, resumes an earlier run of the folder, and shows the result."""
     cli = _parse(arguments)
     folder = Path(cli.config_init["trainer"]["default_root_dir"])
     stream: Stream = cli.config_init["stream"]
@@ -130,7 +130,7 @@ def run(arguments: list[str]) -> None:
 
 
 def unlearn(folder: Path, task: str, keep: float) -> bool:
-    """Subtracts a task's vector from a finished stream; says what that does to it and to the others, the control tasks.
+    """Subtracts a task's vector from a finished stream, and prints the effect on it and on the control tasks.
 
     Args:
         folder: Of the stream; its bank must have kept every vector, or merge by a sum or mean.
@@ -201,7 +201,7 @@ def _merging(cli: _CLI, folder: Path) -> ContinualMerging:
 def _base(
     arguments: list[str], stream: Stream, held_out: TaskData, folder: Path, seed: int, progress: Callback
 ) -> dict[str, torch.Tensor]:
-    """The base's weights, trained on the classes that are held out; a schedule has the length of its training."""
+    """Trains the base on the held-out classes, or reads it; schedules have the length of its training."""
     path = folder / "base.ckpt"
     if not path.is_file():
         cli = _parse([*arguments, f"--trainer.max_epochs={stream.base_epochs}"])

@@ -1,4 +1,4 @@
-"""What a stream ends with: a table of its figures, the matrix as a heat map, a curve per task."""
+"""The report of a stream: a table of its figures, the accuracy matrix as a heat map, a curve per task."""
 
 import math
 from pathlib import Path

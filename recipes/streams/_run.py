@@ -1,4 +1,4 @@
-"""Runs a whole stream of tasks, measures the matrix of accuracies, and goes on where it was killed."""
+"""Runs a whole stream of tasks, measures the matrix of accuracies, and resumes after a kill."""
 
 import json
 import math
@@ -38,18 +38,18 @@ def run_stream(
     """Fits each task in turn and tests the merged model on all of them after each; returns the record.
 
     Everything is in ``folder``: the record in ``stream.json``, a checkpoint of the task in progress, the bank where
-    ``merging`` has it. A stream that was killed goes on from there and ends bit for bit alike, given data whose order
+    ``merging`` has it. A stream that was killed resumes there and ends bit for bit alike, given data whose order
     comes from torch's random numbers.
 
     Args:
-        module: Holds the base, also when a stream goes on. Tests must log ``test/acc``, a share in [0, 1].
+        module: Holds the base, also when a stream resumes. Tests must log ``test/acc``, a share in [0, 1].
         tasks: In order.
         merging: Decides how; in the callback list of every fit.
         folder: Of the stream.
         make_trainer: Makes a Trainer with these callbacks; the first call with none is for tests.
         seed: Task ``i`` starts from the random state of ``seed + i``.
         callbacks: Further ones for a task, by its index; they come before ``merging``.
-        log: Is told a line per task.
+        log: Receives a line per task.
 
     Raises:
         ValueError: If the folder holds another stream.
@@ -80,7 +80,7 @@ def run_stream(
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the last epoch that was written whole."""
+    """Path of the last complete checkpoint of an epoch."""
     files = [path for path in folder.glob("epoch=*.ckpt") if zipfile.is_zipfile(path)]
     return max(files, key=lambda path: int(path.stem.partition("=")[2].partition("-")[0]), default=None)
 
@@ -123,7 +123,7 @@ def accuracies(
 
 
 def _stop_if_told(trainer: Trainer) -> None:
-    """Lightning hears SIGTERM between batches, and forgets one that comes in the last batch of a fit or a test."""
+    """Stops after a SIGTERM in the last batch of a fit or a test, which Lightning forgets."""
     if trainer.received_sigterm:
         raise SIGTERMException
 

@@ -47,7 +47,7 @@ class TaskData(LightningDataModule):
         self.change = change
 
     def prepare_data(self) -> None:
-        """Whatever the other module does."""
+        """Prepares the other module."""
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
@@ -118,7 +118,7 @@ def split_by_class(data: LightningDataModule, split: Split) -> list[TaskData]:
 def split_by_domain(
     data: LightningDataModule, domains: Mapping[str, Callable[[Tensor], Tensor]], seed: int | None = 0
 ) -> list[TaskData]:
-    """A task per domain (domain-incremental): always the same classes, the inputs changed in another way.
+    """A task per domain (domain-incremental): the same classes with differently transformed inputs.
 
     Args:
         data: Where the samples are from.
@@ -155,7 +155,7 @@ def jointly(tasks: Sequence[TaskData]) -> TaskData:
 
 @final
 class _Shuffled(Sampler[int]):
-    """An order per epoch that follows from torch's seed alone, so that a resumed run has the same."""
+    """A random order per epoch that depends on torch's seed alone, so that a resumed run repeats it."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -165,7 +165,7 @@ class _Shuffled(Sampler[int]):
         return self.size
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls it before each epoch."""
+        """Sets the epoch; Lightning calls it before each."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -176,7 +176,7 @@ class _Shuffled(Sampler[int]):
 @final
 @dataclass(frozen=True)
 class _Changed:
-    """Collates, then changes the inputs; a class, so that worker processes can be sent it."""
+    """Collates, then transforms the inputs; a class, since worker processes unpickle it."""
 
     collate: Callable[[Any], Any]
     change: Callable[[Tensor], Tensor]

@@ -42,7 +42,7 @@ class Augmented:
         self.images_per_draw = whole("images_per_draw", images_per_draw, 1)
 
     def __call__(self, batch: Any) -> Any:
-        """The batch with its images transformed; what else is in it stays."""
+        """Transforms the images of a batch, and leaves its other entries alone."""
         if self.transform is None:
             return batch
         images, *rest = batch

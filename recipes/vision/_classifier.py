@@ -19,7 +19,7 @@ class Classifier(LightningModule):
     """Cross-entropy training of ``model``; logs ``train/loss`` and ``loss`` and ``acc`` of ``val`` and ``test``.
 
     On a task of a stream (``TaskData``) the loss is that among the task's classes. It is measured among the task's
-    ``choices``, all classes seen so far as a rule, and logs as ``acc_in_task`` how it does when it is told the task.
+    ``choices``, all classes seen so far as a rule, and logs as ``acc_in_task`` the accuracy when the task is known.
 
     Args:
         model: Maps images of shape (N, C, H, W) to logits of shape (N, ``num_classes``).
@@ -67,7 +67,7 @@ class Classifier(LightningModule):
         self.accuracy_in_task = MulticlassAccuracy(num_classes, average="micro")
 
     def configure_model(self) -> None:
-        """Under ``ModelParallelStrategy``: FSDP2 shards each child of the model by itself, the model what is left."""
+        """Shards the model under ``ModelParallelStrategy``: FSDP2 for each child, and for the rest."""
         mesh: Any = self.device_mesh
         if mesh is None or any(hasattr(parameter, "to_local") for parameter in self.parameters()):
             return  # another strategy, or a second fit
@@ -120,7 +120,7 @@ class Classifier(LightningModule):
         self.log(f"{stage}/acc", accuracy, batch_size=len(labels), prog_bar=True)
 
     def _of_data(self, name: str) -> Sequence[int] | None:
-        """Which classes the data module that is trained or measured on names; ``None`` for all."""
+        """Classes that the current data module names; ``None`` for all."""
         data = getattr(self._trainer, "datamodule", None)
         found: Sequence[int] | None = getattr(data, name, None) if isinstance(data, TaskData) else None
         return found

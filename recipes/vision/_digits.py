@@ -110,7 +110,7 @@ def _block(channels: int, out: int) -> nn.Sequential:
 
 
 class _Shifted(Dataset[tuple[Tensor, ...]]):
-    """Images moved by up to ``shift`` pixels each way, anew each time they are read; black comes in."""
+    """Images shifted by up to ``shift`` pixels each way, at random at each read, and padded with black."""
 
     def __init__(self, images: Tensor, labels: Tensor, shift: int) -> None:
         self.images = pad(images, (shift,) * 4)

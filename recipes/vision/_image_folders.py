@@ -1,4 +1,4 @@
-"""Folders of images, one folder per class, and what may be wrong with them."""
+"""Folders of images, one per class, and checks of their layout."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def open_folders(root: Path, train: str, test: str) -> tuple[ImageFolder, ImageF
 
 
 def check_unpacked(root: Path) -> None:
-    """Nothing, if ``root`` is neither an archive nor a folder with one in it.
+    """Raises if ``root`` is an archive, or a folder with one in it.
 
     Raises:
         ValueError: If it is, with the command that unpacks it, or if it is another file.

@@ -231,7 +231,7 @@ class ImageNet(LightningDataModule):
 
 
 def in_turn(labels: Tensor, seed: int) -> Tensor:
-    """Indices in an order that ``seed`` chooses, such that each class has its turn before any has its next.
+    """Indices in a seeded order that takes one image of every class before a second of any.
 
     Example:
         >>> labels = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -329,7 +329,7 @@ def _checked_loader(batch_size: int, num_workers: int) -> tuple[int, int]:
 
 
 def _check_head(trainer: Trainer | None, classes: int, root: Path) -> None:
-    """Refuses a model, or metrics, made for another number of classes; a module that is not ours is left alone."""
+    """Raises if a model or its metrics have another number of classes; modules of others are not checked."""
     module = trainer.lightning_module if trainer is not None else None
     if not isinstance(module, Classifier):
         return

@@ -113,6 +113,8 @@ TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",
     ("branching", Complex): "`phase` of the branches",
+    ("twa", Complex): "`phase` holds complex numbers",
+    ("twa-before-its-stage", Complex): "`phase` holds complex numbers",
 }
 """What says at the start of a fit that it cannot be."""
 

@@ -32,6 +32,15 @@ class Slotted:
         self.total, self.seen = total, seen
 
 
+def _optimizing() -> list[Any]:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight], 0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    return [optimizer, schedule]
+
+
 KEPT: dict[str, tuple[Callable[[], Any], Step, Callable[[Any], Any]]] = {
     # what is kept, what a step does to it, what of it is compared
     "list": (lambda: [1], lambda kept: kept.append(2), list),
@@ -59,6 +68,11 @@ KEPT: dict[str, tuple[Callable[[], Any], Step, Callable[[Any], Any]]] = {
         lambda: Slotted(0, []),
         lambda kept: (setattr(kept, "total", 1), kept.seen.append(1), setattr(kept, "late", 2)),
         lambda kept: (kept.total, kept.seen[:], hasattr(kept, "late")),
+    ),
+    "optimizer and its schedule": (
+        lambda: _optimizing(),
+        lambda kept: (kept[0].step(), kept[1].step()),
+        lambda kept: str((kept[0].state_dict(), kept[1].state_dict())),
     ),
     "bytes": (lambda: bytearray(b"a"), lambda kept: kept.append(1), bytes),
     "array of Python": (lambda: array("d", [1.0]), lambda kept: kept.append(2.0), list),

@@ -1,0 +1,99 @@
+"""The parts that benchmarks share: arguments, timing, progress lines, and the file with results and versions.
+
+Importing it loads no torch, so that the memory of a process that is measured stays its own.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""Settings of a Trainer that prints and writes nothing."""
+
+_START = time.perf_counter()
+
+
+def parser(text: str | None, output: bool = True) -> argparse.ArgumentParser:
+    """A parser with the benchmark's docstring as help, and ``--output`` for the file of results."""
+    made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if output:
+        made.add_argument("--output", type=Path, help="where to write the results as JSON, after each part")
+    return made
+
+
+def progress(text: str) -> None:
+    """Prints a line to stderr at once, with the minutes since the start."""
+    seconds = time.perf_counter() - _START
+    print(f"[{int(seconds // 60)}:{seconds % 60:04.1f}] {text}", file=sys.stderr, flush=True)
+
+
+def header(*packages: str, threads: bool = False) -> dict[str, Any]:
+    """The top of a result file: the command, and the versions of torch, Python and other packages."""
+    versions: dict[str, Any] = {name: version(name) for name in ("torch", *packages)}
+    versions["python"] = sys.version.split()[0]
+    if threads:
+        import torch
+
+        versions |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"command": " ".join(sys.argv), "versions": versions}
+
+
+def write(result: Mapping[str, Any], output: Path | None) -> None:
+    """Writes the results so far, in one step: a benchmark that is stopped leaves a whole file."""
+    if output is None:
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(output)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def alternating(contestants: Mapping[str, Callable[[], Any]], rounds: int = 15, warm: int = 2) -> dict[str, float]:
+    """Milliseconds of each contestant: the median over rounds in which all take turns, the first ``warm`` left out."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            times[name].append(1e3 * seconds(work))
+    return {name: statistics.median(values[warm:] or values) for name, values in times.items()}
+
+
+def spread(values: list[float]) -> list[float]:
+    """Median, lowest and highest."""
+    return [round(f(values), 3) for f in (statistics.median, min, max)]
+
+
+def child(script: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
+    """Runs a script in a process of its own; returns the JSON of its last line. Its stderr is shown as it comes."""
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def silence() -> None:
+    """Hides warnings and Lightning's messages."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
