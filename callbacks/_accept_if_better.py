@@ -1,5 +1,6 @@
 """Publishing what measures best: the merged weights, the raw ones, or a point between."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,8 @@ class AcceptIfBetter(Judge, Callback):
             return float("nan")
         if between:
             point = point | average.statistics(publisher.publishable(average, point))
-        return publisher.validation.probe(average, publisher.publishable(average, point))[self.monitor]
+        found = publisher.validation.probe(average, publisher.publishable(average, point))
+        return found.get(self.monitor, math.nan)
 
 
 def refuse_without_validation(owner: str, trainer: Any) -> None:

@@ -1,5 +1,8 @@
 """ASWA: adaptive stochastic weight averaging, a mean that validation guards."""
 
+import math
+from typing import Unpack
+
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge import weights
@@ -7,6 +10,7 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start, whole
 from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import GatedMean
 from lightning_merge.schedules import EveryNEpochs
@@ -34,6 +38,7 @@ class ASWA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under each candidate, on the last training batches.
         optimizer: Index of the optimizer whose steps are counted.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first
@@ -59,6 +64,7 @@ class ASWA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
@@ -71,6 +77,7 @@ class ASWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )
         self.decides_by = monitor
         self.mode = mode_of(type(self).__name__, monitor, mode)
@@ -100,4 +107,9 @@ class ASWA(WeightMerging):
         assert self._publisher is not None
         fitted = weights.like({**candidate, **weights.copies(self._tensors.live_copied)}, self.tensors)
         fitted |= weights.like(self.statistics(fitted), self.tensors)
-        return standing(logged(self.title, self.decides_by, self._publisher.validation.probe(self, fitted)), self.mode)
+        validation = self._publisher.validation
+        found, monitor = validation.probe(self, fitted), str(self.decides_by)
+        if monitor not in found and validation.knows(monitor):
+            validation.say_left_out(monitor)
+            return standing(math.nan)
+        return standing(logged(self.title, monitor, found), self.mode)

@@ -1,7 +1,10 @@
 """BestK: the mean of the weights of the best validations."""
 
+from typing import Unpack
+
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._choice import Mode, mode_of
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import BestMean
 from lightning_merge.schedules import AtValidations
@@ -23,6 +26,7 @@ class BestK(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and BatchNorm
             statistics are measured again under the merged weights.
         optimizer: Index of the optimizer whose steps are counted.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, ``mode`` is needed, or at the first validation if it does not
@@ -43,6 +47,7 @@ class BestK(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         monitor = checked_monitor("monitor", monitor)
         super().__init__(
@@ -54,4 +59,5 @@ class BestK(WeightMerging):
             optimizer=optimizer,
             monitor=monitor,
             mode=mode_of("BestK", monitor, mode),
+            **options,
         )

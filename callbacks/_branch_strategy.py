@@ -5,6 +5,7 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_merge.branches import Placement
+from lightning_merge.callbacks._lightning._internals import synchronise_within
 
 
 class BranchStrategy(DDPStrategy):
@@ -38,7 +39,7 @@ class BranchStrategy(DDPStrategy):
                 "BranchStrategy trains branches: add a callback that does, such as Lookaround, or use `strategy='ddp'`."
             )
         if self.placement.size > 1:
-            self._ddp_kwargs["process_group"] = self.placement.within
+            synchronise_within(self, self.placement.within)
             super().configure_ddp()
 
     @property

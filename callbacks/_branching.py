@@ -1,8 +1,9 @@
 """The one callback that trains several branches of a module. Named callbacks choose a policy and a schedule for it."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any, Literal, get_args
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,26 +11,37 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge._checks import function, instance, one_of, sequence, whole
-from lightning_merge.branches import Branches, Policy
+from lightning_merge._checks import function, instance, whole
+from lightning_merge.branches import Policy
 from lightning_merge.branches._base import MOST
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run import _placement as placement
-from lightning_merge.callbacks._branch_run._divergence import Divergence
+from lightning_merge.callbacks._branch_run._anchors import Anchors
+from lightning_merge.callbacks._branch_run._fit import Fit
 from lightning_merge.callbacks._branch_run._progress import Progress
-from lightning_merge.callbacks._branch_run._turns import Augmentation, Turns
+from lightning_merge.callbacks._branch_run._saved import BranchesSaved
+from lightning_merge.callbacks._branch_run._settings import (
+    Augmentation,
+    Others,
+    Schedulers,
+    Settings,
+    check_choices,
+    checked_augmentations,
+)
+from lightning_merge.callbacks._branch_run._settings import Batches as Batches
+from lightning_merge.callbacks._branch_run._settings import Buffers as Buffers
+from lightning_merge.callbacks._branch_run._settings import OptimizerState as OptimizerState
+from lightning_merge.callbacks._branch_run._turns import Turns
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
-from lightning_merge.callbacks._lightning._measure import Score, measured, refuse_without_score
+from lightning_merge.callbacks._lightning._measure import Score, refuse_without_score
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
-
-Batches = Literal["same", "turns"]
-OptimizerState = Literal["keep", "average", "reset"]
-Buffers = Literal["shared", "average", "recompute"]
 
 
 class Branching(Published):
@@ -65,6 +77,7 @@ class Branching(Published):
         validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         groups: Groups completed so far.
@@ -81,7 +94,7 @@ class Branching(Published):
         'branches'
     """
 
-    others: Literal["refuse", "own"] = "refuse"
+    others: Others = "refuse"
     """What trains without being selected, with a branch per process: an error, or each branch's own."""
 
     def __init__(
@@ -96,13 +109,14 @@ class Branching(Published):
         optimizer_state: OptimizerState = "keep",
         buffers: Buffers = "recompute",
         inactive: Inactive = "device",
-        schedulers: Literal["group", "step"] = "group",
+        schedulers: Schedulers = "group",
         selection: Selection | None = None,
         validate: Validate = "merged",
         name: str = "branches",
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer)
+        super().__init__(validate, name, optimizer, **options)
         instance("policy", policy, Policy)
         schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
         branches = whole("branches", branches, 1, MOST)
@@ -111,15 +125,8 @@ class Branching(Published):
         if selection is not None:
             instance("selection", selection, Selection)
         if augmentations is not None:
-            augmentations = _checked_augmentations(augmentations, branches)
-        for argument, chosen, allowed in (
-            ("batches", batches, Batches),
-            ("optimizer_state", optimizer_state, OptimizerState),
-            ("buffers", buffers, Buffers),
-            ("inactive", inactive, Inactive),
-            ("schedulers", schedulers, Literal["group", "step"]),
-        ):
-            one_of(argument, chosen, allowed, f"one of {', '.join(map(repr, get_args(allowed)))}")
+            augmentations = checked_augmentations(augmentations, branches)
+        check_choices(batches, optimizer_state, buffers, inactive, schedulers)
         self.policy = policy
         self.schedule = schedule
         self.branches = branches
@@ -132,14 +139,11 @@ class Branching(Published):
         self.schedulers = schedulers
         self.selection = selection
 
-        self._active_schedule = schedule
-        self._set: Branches | None = None
         self._strategy: BranchStrategy | None = None  # one branch per process
-        self._policy_state: State | None = None
-        self._saved: State | None = None  # branches of a file or of an earlier fit, until there are live ones
         self._progress = Progress()
-        self._divergence = Divergence(self.title, self._progress)
-        self._mean: Weights | None = None  # of the weights as they are now
+        self._anchors: Anchors | None = None  # what holds the branches, in subclasses
+        self._loaded: BranchesSaved | None = None  # of a file, until the fit starts
+        self._fit: Fit | None = None
 
     # ---- what there is
 
@@ -168,9 +172,7 @@ class Branching(Published):
 
     @property
     def ready(self) -> bool:
-        # The mean of several processes cannot be made any more when one of them has failed.
-        failed = self._strategy is not None and self._publisher is not None and self._publisher.interrupted
-        return self._set is not None and self._progress.trained > 0 and not (failed and self._mean is None)
+        return self._fit is not None and self._progress.trained > 0 and not (self._is_lost and self._fit.mean is None)
 
     @property
     def equal(self) -> bool:
@@ -179,48 +181,47 @@ class Branching(Published):
 
     def merged(self) -> Weights | None:
         """The mean of all branches; of equal ones it is any, the live one at no cost."""
-        if not self.ready:
+        fit = self._fit
+        if fit is None or not self.ready:
             return None
-        if self._mean is None:
-            assert self._set is not None
-            assert self._publisher is not None
+        if fit.mean is None:
             with torch.inference_mode(False), torch.no_grad():
-                raw = self._publisher.raw(self)
-                live = self._set.live
-                if self.equal:
-                    self._mean = {name: raw[name].to(weights.average_dtype(raw[name])) for name in live}
-                else:
-                    self._mean = self.policy.published(self._policy_state or {}, self._set, raw)
-                    self._publisher.fit_vectors_(self, self._mean)
-                self._buffers = weights.copies({name: raw[name] for name in self._shared_buffers})
+                raw = fit.publisher.raw(self)
+                fit.mean = fit.mean_of(raw)
+                self._buffers = weights.copies({name: raw[name] for name in fit.shared_buffers})
                 self._calibrated_at = None
-        return {**self._mean, **self._buffers}
+        return {**fit.mean, **self._buffers}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return {} if self._set is None else {**self._set.live, **self._shared_buffers}
+        return {} if self._fit is None else self._fit.tensors
 
     @property
-    def _shared_buffers(self) -> Weights:
-        """The live buffers that there is one set of."""
-        if self._publisher is None or self._set is None:
-            return {}
-        branched = self._set.live  # with `average`, all but masks and bounds
-        return {name: b for name, b in self._publisher.inventory.buffers.items() if name not in branched}
+    def _is_lost(self) -> bool:
+        """Whether the branches of other processes cannot be reached any more, since one has failed."""
+        return self._strategy is not None and self._publisher is not None and self._publisher.interrupted
 
     @property
-    def _trained_tensors(self) -> dict[str, Tensor]:
-        """What is branched, and what all branches share and train: parameters that are not selected, say."""
-        assert self._publisher is not None
-        parameters = self._publisher.inventory.parameters
-        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-        return {**trainable, **self.tensors}
+    def _running(self) -> Fit:
+        if self._fit is None:
+            raise RuntimeError(f"{self.title} has not been part of a fit yet, so it has no branches.")
+        return self._fit
+
+    @property
+    def _policy_state(self) -> State | None:
+        if self._fit is not None:
+            return self._fit.state
+        return None if self._loaded is None else self._loaded.policy
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(**{field.name: getattr(self, field.name) for field in fields(Settings)})
 
     def describe(self) -> str:
-        assert self._set is not None
-        size = sum(tensor.numel() * tensor.element_size() for tensor in self._set.live.values())
+        live = self._running.branches.live
+        size = sum(tensor.numel() * tensor.element_size() for tensor in live.values())
         return (
-            f"{self.branches} branches of {len(self._set.live)} tensors ({size / 1e6:,.1f} MB a branch), mixed by"
+            f"{self.branches} branches of {len(live)} tensors ({size / 1e6:,.1f} MB a branch), mixed by"
             f" {self.policy!r} at {self.schedule!r}; optimizer state: {self.optimizer_state}, buffers: {self.buffers}"
         )
 
@@ -238,7 +239,7 @@ class Branching(Published):
         ]
         if others:
             raise ValueError(f"one Trainer trains one set of branches: remove {self.title} or {others[0].title}.")
-        self._strategy = placement.strategy_of(self, trainer)
+        self._strategy = placement.strategy_of(self._settings, trainer)
         if self._strategy is not None and stage == "fit":
             self._strategy.place(self.branches, same_batches=self.batches == "same")
         super().setup(trainer, pl_module, stage)
@@ -246,50 +247,40 @@ class Branching(Published):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the branches, or goes on with those of an earlier fit or a checkpoint."""
         super().on_fit_start(trainer, pl_module)
-        publisher = self._publisher
-        assert publisher is not None
+        publisher, settings = Publisher.attach(trainer, pl_module), self._settings
         steps_per = self.branches if self.batches == "turns" and self._strategy is None else 1
-        (self._active_schedule,) = resolved(trainer, [self.schedule], steps_per)
-        if self._set is not None and not self._resumed:
-            goes_on = not publisher.is_apart
-            # A process of its own has its branch in the module again.
-            apart: State = {"active": 0, "weights": {}, "optimizers": {}}
-            kept = self._set.save() if self._strategy is None else apart
-            self._saved = kept if goes_on else None
-            publisher.continue_fit(self)
-        self._mean = None
-        self._set = placement.made(self, trainer, pl_module, apart=self._saved is not None)
+        (schedule,) = resolved(trainer, [self.schedule], steps_per)
+        saved, policy, good = self._earlier(publisher)
+        branches = placement.made(settings, trainer, pl_module, apart=saved is not None)
         if self.policy.needs_score:
             refuse_without_score(self.title, trainer, pl_module, self.score)
-            self._set.scorer = self._measure
-        if self._saved is not None:
-            if "constant" in self._saved:  # not in files of earlier versions
-                self._set.leave_alone(self._saved["constant"])
-            placement.check_saved(self.title, self._set, self._saved)
-            self._set.load(self._saved)
-            self._set.steps = list(self._saved.get("steps", self._set.steps))
-        else:
-            self._progress.merged_at = self._progress.trained
-        if self._policy_state is None:
-            self._policy_state = self.policy.init(self._set)
+        fit = Fit(settings, self, publisher, branches, schedule, self._progress, self._anchors)
+        fit.load(saved, policy, good)
+        self._fit, self._loaded = fit, None
         if self.buffers == "recompute":
             self._keep_recent_batches()
-        turns = Turns(self, trainer, self._set, self._progress, self._recent, self._end_group)
+        turns = Turns(settings, lambda: self.steps, trainer, branches, self._progress, self._recent, fit.end_group)
         turns.wrap(publisher.patches)
         publisher.begin(self, trainer.optimizers[self.optimizer])
 
+    def _earlier(self, publisher: Publisher) -> tuple[State | None, State | None, Weights]:
+        """The branches, the policy's state and the last good weights of a file or of an earlier fit."""
+        if self._loaded is not None:
+            return self._loaded.branches, self._loaded.policy, self._loaded.good
+        if self._fit is None:
+            return None, None, {}
+        # A process of its own has its branch in the module again.
+        apart: State = {"active": 0, "weights": {}, "optimizers": {}}
+        kept = self._fit.branches.save() if self._strategy is None else apart
+        goes_on = not publisher.is_apart
+        publisher.continue_fit(self)
+        return kept if goes_on else None, self._fit.state, self._fit.good
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every branch starts with the optimizers as they are now, after everything was restored."""
-        assert self._set is not None
         if not self._resumed:
             self._progress.epochs = trainer.current_epoch
-        if self._saved is None or not self._saved["optimizers"]:
-            self._set.fork_optimizers()
-        else:
-            self._set.load_optimizers(self._saved)
-        self._saved = None
-        if self.policy.restarts and not self._divergence.good:
-            self._divergence.remember(self._trained_tensors)
+        self._running.start()
 
     @property
     def watches_training(self) -> bool:
@@ -297,122 +288,73 @@ class Branching(Published):
 
     def look_again(self) -> None:
         """Finds parameters that were replaced or unfrozen."""
-        if self._set is not None:
-            self._set.refresh()
+        if self._fit is not None:
+            self._fit.refresh()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What was the mean is not any more."""
-        assert self._publisher is not None
-        self._publisher.look()
-        self._mean = None
+        self._running.publisher.look()
+        self._running.mean = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The end of an epoch is its last batch, so that the validation that follows measures the merge."""
         if trainer.is_last_batch:
-            self._end_epoch(trainer)
+            self._running.end_epoch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An epoch that was cut short ends here, after its validation."""
-        self._end_epoch(trainer)
-
-    def _end_epoch(self, trainer: Trainer) -> None:
-        completed = trainer.current_epoch + 1
-        if completed > self._progress.epochs:
-            self._progress.epochs = completed
-            self._merge(trainer, Moment(self.groups, completed, epoch_end=True))
-
-    # ---- merging
-
-    def _end_group(self) -> None:
-        assert self._publisher is not None
-        trainer = self._publisher.trainer
-        self._merge(trainer, Moment(self.groups, trainer.current_epoch))
-
-    def _merge(self, trainer: Any, moment: Moment) -> None:
-        if not self._active_schedule.due(moment):
-            return
-        assert self._set is not None
-        assert self._policy_state is not None
-        self._mean = None
-        diverged = self._set.diverged()
-        if len(diverged) == self.branches:
-            self._divergence.go_back(self._set, self._trained_tensors)
-            trainer.should_stop = True
-            return
-        if diverged:
-            self._divergence.revive(self._set, diverged, self._trained_tensors)
-        self.policy.merge(self._policy_state, self._set)
-        if self.optimizer_state == "average":
-            self._set.average_optimizers()
-        elif self.optimizer_state == "reset":
-            self._set.reset_optimizers(set(self._set.own))
-        self._progress.merges += 1
-        self._set.steps = [0] * self.branches
-        if self.policy.restarts:
-            self._progress.merged_at = self._progress.trained
-            self._divergence.remember(self._trained_tensors)
-
-    def _measure(self, candidate: Weights) -> float:
-        """The score of any weights in the place of the branches, with BatchNorm statistics that fit them."""
-        assert self._publisher is not None
-        assert self._module is not None
-        fitted = weights.like(candidate, self.tensors)
-        fitted |= weights.like(self.statistics(candidate), self.tensors)
-        with self._publisher.swapped(self, fitted):
-            return measured(self._publisher.trainer, self._module, self.score)
+        self._running.end_epoch()
 
     # ---- for the publisher
 
     def wants(self, moment: Moment) -> bool:
-        """Never: it merges between turns, not right after a step."""
-        return False
+        """After every step if anchors follow the branches; they merge between turns, not right after a step."""
+        return self._anchors is not None
 
     def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
-        raise AssertionError("it never wants weights")
+        """Anchors follow; one that a diverged branch has spoiled begins anew with the next merge."""
+        if self._anchors is not None:
+            self._anchors.follow(self._running.branches)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The anchor of the branch that trains in place of its weights; without anchors, the mean of the branches."""
+        if self._anchors is None:
+            with super().in_place():
+                yield
+            return
+        fit = self._running
+        with fit.publisher.swapped(self, weights.like(self._anchors.held[fit.branches.active], fit.branches.live)):
+            yield
 
     def label(self) -> dict[str, Any]:
         return {"class": type(self).__name__, "rule": repr(self.policy), "steps": self.steps, "updates": self.merges}
 
     def save(self) -> dict[str, Any]:
-        assert self._publisher is not None
-        failed = self._strategy is not None and self._publisher.interrupted
-        branches = None if self._set is None or failed else self._set.save()
-        if branches is not None and self.equal:
-            branches["weights"] = {}  # all are the live one, which the file has
-        if branches is not None and self._set is not None:
-            branches["steps"] = self._set.work()
-        return {
-            "progress": asdict(self._progress),
-            "branches": branches,
-            "good": {} if self.equal else self._divergence.good,
-            "policy": self._policy_state,
-            "recent": None if self._recent is None else self._recent.saved(),
-        }
+        recent = None if self._recent is None else self._recent.saved()
+        if self._fit is not None:
+            return self._fit.saved(recent, self._is_lost).section()
+        anchors: dict[int, Weights] | None = None if self._anchors is None else {}
+        return (self._loaded or BranchesSaved(self._progress, None, {}, None, recent, anchors)).section()
 
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         if label["rule"] != repr(self.policy):
             rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
-        for field, value in saved["progress"].items():
-            setattr(self._progress, field, value)
+        self._fit, self._loaded = None, BranchesSaved.of(saved)
+        self._progress = self._loaded.progress
         self.steps = label["steps"]
-        self._saved = saved["branches"]
-        self._divergence.good = saved["good"]
-        self._policy_state = saved["policy"]
-        if saved["recent"] is not None:
-            self._recent = RecentBatches.restored(saved["recent"])
-        self._set = None
+        if self._anchors is not None:
+            self._anchors.held = self._loaded.anchors or {}
+        if self._loaded.recent is not None:
+            self._recent = RecentBatches.restored(self._loaded.recent)
         self._resumed = True
 
     def to_host(self) -> None:
-        host = torch.device("cpu")
-        if self._set is not None:
-            self._set.to_host()
-        self._mean = weights.to_devices(self._mean, host)
-        self._buffers = weights.to_devices(self._buffers, host)
-        self._divergence.good = weights.to_devices(self._divergence.good, host)
-        self._policy_state = weights.to_devices(self._policy_state, host)
+        if self._fit is not None:
+            self._fit.to_host()
+        self._buffers = weights.to_devices(self._buffers, torch.device("cpu"))
 
     def note_the_end(self) -> None:
         if not self.merges:
@@ -421,13 +363,3 @@ class Branching(Published):
                 f" {self._progress.epochs} epochs. What is published is the mean of branches that never met; merge"
                 " earlier."
             )
-
-
-def _checked_augmentations(augmentations: object, branches: int) -> tuple[Augmentation, ...]:
-    says = f"a function for each of the {branches} branches"
-    found = sequence("augmentations", augmentations, says)
-    if len(found) != branches:
-        raise ValueError(f"`augmentations` must have one entry for each of the {branches} branches, got {len(found)}.")
-    if not all(map(callable, found)):
-        raise TypeError(f"`augmentations` must be {says}, got {found!r}.")
-    return found

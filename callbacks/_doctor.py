@@ -1,5 +1,7 @@
 """Whether a run's averages are worth publishing, said at its end."""
 
+import math
+
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -64,7 +66,8 @@ class Doctor(Judge, Callback):
 
     def _examine(self, publisher: Publisher, average: Average) -> Examination:
         def loss(candidate: Weights) -> float:
-            return publisher.validation.probe(average, publisher.publishable(average, candidate))[self.monitor]
+            found = publisher.validation.probe(average, publisher.publishable(average, candidate))
+            return found.get(self.monitor, math.nan)
 
         return examine(
             {"raw": publisher.raw(average), average.name: publisher.set_of(average)},

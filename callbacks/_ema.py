@@ -1,8 +1,9 @@
 """EMA: exponential moving average of the training weights."""
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from lightning_merge._checks import start, whole
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ExponentialMean
 from lightning_merge.schedules import EveryNSteps
@@ -27,6 +28,7 @@ class EMA(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
             floating-point buffers averaged along.
         optimizer: Index of the optimizer whose steps are counted.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -55,6 +57,7 @@ class EMA(WeightMerging):
         compensated: bool = False,
         selection: Selection | None = None,
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         start_step = start("start_step", start_step)
@@ -67,4 +70,5 @@ class EMA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )

@@ -1,7 +1,7 @@
 """ForkMerge: branches with other task weights, merged by what scores best."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -12,6 +12,7 @@ from lightning_merge.branches import BestMix
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
 from lightning_merge.callbacks._lightning._measure import Score
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.search import Method
@@ -52,6 +53,7 @@ class ForkMerge(Branching):
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         history: One entry per merge: ``shares`` by name of the branch, ``previous`` (whether the last merge was kept,
@@ -88,6 +90,7 @@ class ForkMerge(Branching):
         validate: Validate = "merged",
         name: str = "forkmerge",
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         _check_tasks(branches)
@@ -107,11 +110,11 @@ class ForkMerge(Branching):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )
         self.task_weights = {
             branch: {task: float(w) for task, w in tasks.items()} for branch, tasks in branches.items()
         }
-        self._logged = 0  # merges whose shares the loggers have
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -127,8 +130,13 @@ class ForkMerge(Branching):
                 " module uses them itself. Use automatic optimization."
             )
         super().on_fit_start(trainer, pl_module)
-        assert self._publisher is not None
-        self._publisher.patches.replace(pl_module, "training_step", self._weighted)
+        self._running.publisher.patches.replace(pl_module, "training_step", self._weighted)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Goes on after the last merge that was logged."""
+        super().on_train_start(trainer, pl_module)
+        if self._progress.logged is None:  # a new run, or the file of a version that did not keep it
+            self._progress.logged = len(self.history)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -136,8 +144,8 @@ class ForkMerge(Branching):
         """Logs the shares of a new merge."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         history = self.history
-        if len(history) > self._logged:
-            self._logged = len(history)
+        if len(history) > (self._progress.logged or 0):
+            self._progress.logged = len(history)
             metrics = {f"{self.name}/{branch}": share for branch, share in history[-1]["shares"].items()}
             for logger in trainer.loggers:
                 logger.log_metrics({**metrics, f"{self.name}/score": history[-1]["score"]}, step=trainer.global_step)
@@ -145,8 +153,7 @@ class ForkMerge(Branching):
     def _weighted(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What ``training_step`` returns, with the sum of its losses under the branch's weights as the loss."""
         output = original(*args, **kwargs)
-        assert self._set is not None
-        assert self._module is not None
+        fit = self._running
         losses = output.get("losses") if isinstance(output, Mapping) else None
         if not isinstance(losses, Mapping):
             raise ValueError(
@@ -160,7 +167,7 @@ class ForkMerge(Branching):
                 f" {', '.join(map(repr, losses)) or 'none'}. Name its tasks alike in both."
             )
         # In eval mode BatchNorm statistics are being measured, whichever branch has its turn.
-        branch = self._set.active if self._module.training else 0
+        branch = fit.branches.active if fit.publisher.module.training else 0
         weighted = list(self.task_weights.values())[branch]
         total: Any = sum(w * _value(losses[task]) for task, w in weighted.items() if w)
         return {**{key: value for key, value in output.items() if key != "losses"}, "loss": total}

@@ -1,8 +1,9 @@
 """Between and beyond the weights before and after a fit."""
 
-from typing import Literal, final
+from typing import Literal, Unpack, final
 
 from lightning_merge._checks import real, whole
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import WeightMerging
 from lightning_merge.rules import Interpolation
 from lightning_merge.schedules import EveryNEpochs, FromStart
@@ -23,6 +24,7 @@ class Interpolate(WeightMerging):
         selection: Which tensors, and what becomes of buffers.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics and files when it is not the first average.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -36,6 +38,7 @@ class Interpolate(WeightMerging):
         selection: Selection | None = None,
         validate: Literal["merged", "raw", "both"] = "merged",
         name: str = "interpolated",
+        **options: Unpack[AverageOptions],
     ) -> None:
         alpha = real("alpha", alpha, "a number in (0, 1]")
         if not 0.0 < alpha <= 1.0:
@@ -47,6 +50,7 @@ class Interpolate(WeightMerging):
             selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
+            **options,
         )
 
 
@@ -61,6 +65,7 @@ class Extrapolate(WeightMerging):
         selection: Which tensors, and what becomes of buffers.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics and files when it is not the first average.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -74,6 +79,7 @@ class Extrapolate(WeightMerging):
         selection: Selection | None = None,
         validate: Literal["merged", "raw", "both"] = "merged",
         name: str = "extrapolated",
+        **options: Unpack[AverageOptions],
     ) -> None:
         alpha = real("alpha", alpha, "a number in (1, 10]")
         if not 1.0 < alpha <= 10.0:
@@ -85,4 +91,5 @@ class Extrapolate(WeightMerging):
             selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
+            **options,
         )

@@ -1,9 +1,10 @@
 """LAWA: latest weight averaging, the mean of the last k weights."""
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from lightning_merge._checks import start as checked_start
 from lightning_merge._checks import whole
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import WindowMean
 from lightning_merge.schedules import EveryNEpochs, EveryNSteps, Schedule
@@ -26,6 +27,7 @@ class LAWA(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
             BatchNorm statistics are measured again under the mean.
         optimizer: Index of the optimizer whose steps are counted.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or both intervals are given.
@@ -53,6 +55,7 @@ class LAWA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(
@@ -71,4 +74,5 @@ class LAWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )

@@ -1,12 +1,14 @@
 """Local SGD and post-local SGD."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 from lightning_merge._checks import whole
 from lightning_merge.branches import Average
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run._turns import Augmentation
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.schedules import LocalSteps
 from lightning_merge.selections import Selection
@@ -34,6 +36,7 @@ class LocalSGD(Branching):
         validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -62,6 +65,7 @@ class LocalSGD(Branching):
         validate: Validate = "merged",
         name: str = "localsgd",
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         super().__init__(
@@ -77,4 +81,5 @@ class LocalSGD(Branching):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )

@@ -74,15 +74,7 @@ class OnlineMerging(Callback):
         chunk_size: int | None = 2**22,
     ) -> None:
         one_of("method", method, tuple(_METHODS), f"one of {', '.join(map(repr, _METHODS))}")
-        if pretrained is None:
-            raise ValueError(
-                "`pretrained` must be the model that the reference was fine-tuned from, as a checkpoint, named tensors"
-                " or a module; or 'zero' if the reference is a difference already."
-            )
-        for argument, given in (("pretrained", pretrained), ("reference", reference)):
-            if given is not None:
-                says = "a checkpoint's path, named tensors or a module"
-                instance(argument, given, (str, os.PathLike, Mapping, nn.Module), says)
+        _check_models(pretrained, reference)
         one_of("tau_dtype", tau_dtype, ("float32", "bfloat16"))
         for argument, choice, kind in (
             ("form", form, Form),
@@ -90,11 +82,7 @@ class OnlineMerging(Callback):
             ("alpha_schedule", alpha_schedule, AlphaSchedule),
         ):
             one_of(argument, choice, kind)
-        tau_every = whole("tau_every", tau_every, 1)
-        if tau_every != 1 and method != "ondare":
-            raise ValueError(
-                f"`tau_every` must be 1 for {method!r}, whose signs are voted at every merge, got {tau_every}."
-            )
+        tau_every = _checked_tau_every(tau_every, method)
         self.method = method
         self.pretrained = pretrained
         self.reference = reference
@@ -162,3 +150,24 @@ class OnlineMerging(Callback):
             f" {sum(len(optimizer.tau) for optimizer in self.optimizers)} tensors; the task vector takes"
             f" {size / 1e6:,.1f} MB."
         )
+
+
+def _check_models(pretrained: object, reference: object) -> None:
+    if pretrained is None:
+        raise ValueError(
+            "`pretrained` must be the model that the reference was fine-tuned from, as a checkpoint, named tensors"
+            " or a module; or 'zero' if the reference is a difference already."
+        )
+    for argument, given in (("pretrained", pretrained), ("reference", reference)):
+        if given is not None:
+            says = "a checkpoint's path, named tensors or a module"
+            instance(argument, given, (str, os.PathLike, Mapping, nn.Module), says)
+
+
+def _checked_tau_every(tau_every: int, method: str) -> int:
+    tau_every = whole("tau_every", tau_every, 1)
+    if tau_every != 1 and method != "ondare":
+        raise ValueError(
+            f"`tau_every` must be 1 for {method!r}, whose signs are voted at every merge, got {tau_every}."
+        )
+    return tau_every

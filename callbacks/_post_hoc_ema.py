@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Sequence
+from typing import Unpack
 
 from lightning_merge._checks import whole
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import PowerMeans
 from lightning_merge.schedules import EveryNSteps
@@ -23,6 +25,7 @@ class PostHocEMA(WeightMerging):
         name: Prefix of its metrics when it is not the first average, and of its files.
         selection: Which tensors are averaged, and what becomes of buffers.
         optimizer: Index of the optimizer whose steps are counted.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -45,6 +48,7 @@ class PostHocEMA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         super().__init__(
             PowerMeans(sigmas, every, directory),
@@ -53,6 +57,7 @@ class PostHocEMA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )
 
     def synthesise(self, sigma: float, step: int | None = None) -> Weights:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_merge.callbacks._lightning._loaders import count_reloads, restore_samplers
 from lightning_merge.callbacks._lightning._patches import Patches
 
 
@@ -19,7 +20,8 @@ class RandomState(Callback):
     Lightning saves none, so a resumed run draws other numbers for dropout, augmentation and the order of samples. From
     a file of an epoch's end a run equals the uninterrupted one bit for bit, with any number of workers that begin anew
     in each epoch (no ``persistent_workers``). So it does from the middle of an epoch with a loader that remembers its
-    position (``torchdata``'s ``StatefulDataLoader``, ``num_workers=0``). For one process: each rank has its own state
+    position (``torchdata``'s ``StatefulDataLoader``, ``num_workers=0``). Generators that were given to loaders or their
+    samplers are saved and restored likewise. For one process: each rank has its own state
     and a file is written by one of them.
 
     Raises:
@@ -29,6 +31,7 @@ class RandomState(Callback):
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
         self._patches = Patches()
+        self._trainer: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses several processes, and takes its place where the first epoch of a resumed fit begins."""
@@ -36,7 +39,7 @@ class RandomState(Callback):
             return
         if trainer.world_size > 1:
             raise ValueError(f"RandomState works for one process, got `world_size` {trainer.world_size}.")
-        self._loaded = None  # of a file that was only validated or tested
+        self._loaded, self._trainer = None, trainer  # what was loaded is of a file that was only validated or tested
         self._patches.undo()
         self._patches.replace(trainer.fit_loop, "on_advance_start", partial(self._begin, trainer))
         self._patches.replace(trainer.fit_loop.epoch_loop, "on_run_start", partial(self._begin_batches, trainer))
@@ -44,6 +47,7 @@ class RandomState(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the loops as they were."""
         self._patches.undo()
+        self._trainer = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the loops as they were."""
@@ -59,6 +63,7 @@ class RandomState(Callback):
             # As numbers: `torch.load(weights_only=True)` reads no arrays.
             "numpy": {**numpy, "state": {"key": numpy["state"]["key"].tolist(), "pos": int(numpy["state"]["pos"])}},
             "python": [version, list(internal), gauss],
+            "loaders": [generator.get_state() for generator in _generators(self._trainer)],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -74,7 +79,8 @@ class RandomState(Callback):
         """An epoch begins. The first time, restores what was loaded: what came before has drawn numbers of its own."""
         if self._loaded is not None:
             _restore(self._loaded)
-            _count_reloads(trainer)
+            _restore_loaders(trainer, self._loaded)
+            count_reloads(trainer)
         original()
 
     def _begin_batches(self, trainer: Any, original: Callable[[Any], None], fetcher: Any) -> None:
@@ -84,33 +90,39 @@ class RandomState(Callback):
         """
         before = fetcher.iterator
         original(fetcher)
-        resumes, self._loaded = self._loaded is not None, None
+        loaded, self._loaded = self._loaded, None
         loop = trainer.fit_loop
         is_new_epoch = loop.epoch_loop.batch_progress.current.ready == 0 and loop.epoch_progress.current.processed > 0
-        if resumes and is_new_epoch and fetcher.iterator is before:
-            _restore_samplers(loop)
+        if loaded is not None and is_new_epoch and fetcher.iterator is before:
+            restore_samplers(loop)
+            _restore_loaders(trainer, loaded)
             iter(fetcher)
 
 
-def _count_reloads(trainer: Any) -> None:
-    """Loaders that are reloaded every n epochs are so in the same ones as without the interruption."""
-    loop, n = trainer.fit_loop, trainer.reload_dataloaders_every_n_epochs
-    if n:
-        is_under_way = loop.restarted_mid_epoch or loop.restarted_on_epoch_end
-        begun = max(0, loop.epoch_progress.current.processed - (not is_under_way))
-        loop._last_train_dl_reload_epoch = begun // n * n
+def _generators(trainer: Any) -> list[torch.Generator]:
+    """Those that the loaders of training and validation were given, and their samplers, each once."""
+    found: dict[int, torch.Generator] = {}
+    for loop in () if trainer is None else (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
+        for loader in getattr(loop._combined_loader, "flattened", ()):
+            by_batches = getattr(loader, "batch_sampler", None)
+            for owner in (loader, getattr(loader, "sampler", None), by_batches, getattr(by_batches, "sampler", None)):
+                generator = getattr(owner, "generator", None)
+                if isinstance(generator, torch.Generator):
+                    found[id(generator)] = generator
+    return list(found.values())
 
 
-def _restore_samplers(loop: Any) -> None:
-    """Loaders that remember their position take in where they were at the end of the epoch before.
-
-    Lightning gives it to them in the middle of an epoch only, but their samplers draw from random states of their own.
-    """
-    if loop._combined_loader_states_to_load:
-        loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
-        loop._combined_loader_states_to_load = []
-        with isolate_rng():
-            iter(loop._combined_loader)  # the one that was at its end; the next begins after it
+def _restore_loaders(trainer: Any, states: dict[str, Any]) -> None:
+    generators, saved = _generators(trainer), states.get("loaders", [])
+    if len(generators) != len(saved):
+        if saved:
+            rank_zero_warn(
+                f"RandomState: the file's run had loaders with {len(saved)} generators of their own, this run has"
+                f" {len(generators)}: these are left as they are, so the order of samples may be another one."
+            )
+        return
+    for generator, state in zip(generators, saved, strict=True):
+        generator.set_state(state)
 
 
 def _restore(states: dict[str, Any]) -> None:

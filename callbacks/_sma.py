@@ -1,11 +1,14 @@
 """SMA: the mean of every step from an early one on, and of those means the best."""
 
+from typing import Unpack
+
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start
 from lightning_merge._choice import Mode, mode_of
 from lightning_merge.callbacks._accept_if_better import refuse_other_mode, refuse_without_validation
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import SelectedMean
 from lightning_merge.schedules import EveryNSteps
@@ -27,6 +30,7 @@ class SMA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under the mean (the authors average them along).
         optimizer: Index of the optimizer whose steps are counted.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first
@@ -51,11 +55,12 @@ class SMA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
         start_step = start("start_step", start_step)
-        if validate == "raw":
+        if isinstance(validate, str) and validate == "raw":
             raise ValueError(
                 "`validate` must be 'merged' or 'both' for SMA, which is chosen by how it does, got 'raw'."
             )
@@ -68,6 +73,7 @@ class SMA(WeightMerging):
             optimizer=optimizer,
             monitor=monitor,
             mode=mode_of(type(self).__name__, monitor, mode),
+            **options,
         )
 
     @property

@@ -1,9 +1,10 @@
 """SWAD: stochastic weight averaging densely, over a valley of the validation loss."""
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from lightning_merge._checks import flag
 from lightning_merge._checks import monitor as checked_monitor
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ValleyMean
 from lightning_merge.schedules import EveryNSteps
@@ -28,6 +29,7 @@ class SWAD(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and BatchNorm
             statistics are measured again under the merged weights.
         optimizer: Index of the optimizer whose steps are counted.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or at the first validation if it does not log ``monitor``.
@@ -53,6 +55,7 @@ class SWAD(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         super().__init__(
             ValleyMean(n_converge, n_tolerance, tolerance, preset),
@@ -63,4 +66,5 @@ class SWAD(WeightMerging):
             optimizer=optimizer,
             monitor=checked_monitor("monitor", monitor),
             stop_when_finished=flag("stop", stop),
+            **options,
         )

@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_merge._checks import instance, text
 from lightning_merge.calibration import batch_norm_layers
+from lightning_merge.callbacks._lightning._internals import has_trainer
 from lightning_merge.callbacks._publication._callback import Published
 
 
@@ -38,7 +39,7 @@ def teacher(module: LightningModule, name: str) -> AbstractContextManager[None]:
     """
     instance("module", module, LightningModule, "a LightningModule")
     text("name", name, "the name of an average")
-    if module._trainer is None:
+    if not has_trainer(module):
         raise ValueError(f"`name` is of an average of the Trainer that trains `module`, got {name!r} and no Trainer.")
     found = {callback.name: callback for callback in module.trainer.callbacks if isinstance(callback, Published)}  # type: ignore[attr-defined]
     if name not in found:

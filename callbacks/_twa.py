@@ -1,7 +1,7 @@
 """TWA: trainable weight averaging, whose coefficients are trained in a last stage of the same fit."""
 
 import os
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +12,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_merge import weights
 from lightning_merge._checks import number, one_of, path
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.callbacks._twa_run._fit import Counts, Fit, TWASaved
@@ -51,6 +52,7 @@ class TWA(Published):
             are the same parameters; BatchNorm statistics are measured again for the merged ones.
         name: Prefix of its metrics when it is not the first average, and of its files.
         selection: Which parameters; by default all that are trained. What becomes of buffers.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         skipped_nonfinite: Snapshots and steps left out because of a NaN or an infinity.
@@ -85,13 +87,14 @@ class TWA(Published):
         name: str = "twa",
         *,
         selection: Selection | None = None,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer=0)
+        super().__init__(validate, name, optimizer=0, **options)
         momentum, weight_decay = check_settings(form, store, inner, momentum, weight_decay, "inner")
         one_of("schedule", schedule, ("linear", "constant"))
         self.every = Duration.parse(every, "every")
         self.stage = Duration.parse(stage, "stage")
-        none = not isinstance(start, str | bool) and start == 0
+        none = not isinstance(start, str | bool) and not getattr(start, "ndim", 0) and start == 0
         self.start = None if none else Duration.parse(start, "start")
         self.lr = number("lr", lr, "(0, inf)")
         self.schedule = schedule
@@ -272,7 +275,7 @@ class TWA(Published):
     def _train(self, optimizer: Optimizer) -> None:
         fit = self._running
         if fit.train(optimizer, self.steps, self.lr, self.schedule):
-            weights.copy_(self._buffers, fit.live_buffers)
+            self._buffers = weights.copies(fit.live_buffers)  # they may have come, gone or grown
 
     # ---- for the publisher
 

@@ -1,23 +1,21 @@
 """WARP: branches held by moving averages of their own, merged on the sphere, and a step back to the start."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Unpack
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
-from lightning_merge import weights
 from lightning_merge._checks import number, whole
 from lightning_merge.branches import Combine
 from lightning_merge.branches._in_turn import Inactive
-from lightning_merge.callbacks._branch_run._turns import Augmentation
+from lightning_merge.callbacks._branch_run._anchors import Anchors
+from lightning_merge.callbacks._branch_run._settings import Augmentation
 from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.combiners import SLERP
-from lightning_merge.schedules import EveryNSteps, Moment
+from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection
-from lightning_merge.weights import Weights
 
 
 class WARP(Branching):
@@ -47,6 +45,7 @@ class WARP(Branching):
         validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or at fit start with a branch in each process.
@@ -75,6 +74,7 @@ class WARP(Branching):
         validate: Validate = "merged",
         name: str = "warp",
         optimizer: int = 0,
+        **options: Unpack[AverageOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         scale = number("scale", scale, "(0, 1]")
@@ -92,9 +92,10 @@ class WARP(Branching):
             validate=validate,
             name=name,
             optimizer=optimizer,
+            **options,
         )
         self.decay = decay
-        self._anchors: dict[int, Weights] = {}  # of each branch, in the precision of averages
+        self._anchors = Anchors(decay)
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Refuses a branch in each process, whose anchors no file would hold."""
@@ -104,62 +105,3 @@ class WARP(Branching):
                 f"{self.title} keeps the anchors of all branches in one process. Use a single device, or"
                 " `Branching(Combine(SLERP(scale=0.3)))` for WARP's merges without anchors under BranchStrategy."
             )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every branch has its anchor where it is, unless it is in the middle of a round."""
-        super().on_train_start(trainer, pl_module)
-        if self.equal:
-            self._anchors = {}
-        self._complete_anchors()
-
-    def look_again(self) -> None:
-        """What was unfrozen is held from here on."""
-        super().look_again()
-        if self._set is not None and self._anchors:
-            self._complete_anchors()
-
-    def wants(self, moment: Moment) -> bool:
-        """After every step, for the anchor of the branch that took it."""
-        return True
-
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
-        """Anchors follow; one that a diverged branch has spoiled begins anew with the next round."""
-        assert self._set is not None
-        weights.lerp_(self._anchors[self._set.active], self._set.live, 1 - self.decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The anchor of the branch that trains in place of its weights, for the length of a block."""
-        assert self._set is not None
-        assert self._publisher is not None
-        with self._publisher.swapped(self, weights.like(self._anchors[self._set.active], self._set.live)):
-            yield
-
-    def save(self) -> dict[str, Any]:
-        return {**super().save(), "anchors": {} if self.equal else self._anchors}
-
-    def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
-        super().load(saved, label)
-        self._anchors = saved["anchors"]
-
-    def to_host(self) -> None:
-        super().to_host()
-        self._anchors = weights.to_devices(self._anchors, torch.device("cpu"))
-
-    def _merge(self, trainer: Any, moment: Moment) -> None:
-        super()._merge(trainer, moment)
-        if self.equal:
-            self._anchors = {}
-            self._complete_anchors()
-
-    def _complete_anchors(self) -> None:
-        assert self._set is not None
-        live = self._set.live
-        devices = {name: t.device for name, t in live.items()}
-        for branch in self._set.own:
-            held = weights.to_devices(self._anchors.get(branch, {}), devices)
-            own = self._set.weights(branch)
-            new = {
-                name: own[name] for name, t in live.items() if isinstance(t, torch.nn.Parameter) and name not in held
-            }
-            self._anchors[branch] = held | weights.to_devices(weights.clone(new), devices)

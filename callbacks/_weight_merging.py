@@ -1,6 +1,6 @@
 """The one callback that touches Lightning's hooks. Named callbacks choose a rule, a schedule and a selection for it."""
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -17,6 +17,7 @@ from lightning_merge.callbacks._averaging_run._state import AveragingState
 from lightning_merge.callbacks._averaging_run._tensors import Tensors
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
+from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
@@ -50,6 +51,7 @@ class WeightMerging(Published):
             the raw weights or of the merged ones, as the rule says.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is; by default lower.
         stop_when_finished: Stop training once nothing more can change what such a rule merges.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         steps: Applied optimizer steps counted so far.
@@ -81,11 +83,12 @@ class WeightMerging(Published):
         monitor: str | None = None,
         mode: Mode | None = None,
         stop_when_finished: bool = False,
+        **options: Unpack[AverageOptions],
     ) -> None:
         instance("rule", rule, Rule)
         schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
         selection = chosen(selection, Selection())
-        super().__init__(validate, name, optimizer)
+        super().__init__(validate, name, optimizer, **options)
         if (monitor is not None) != (rule.wants_score is not None):
             need = "needs the metric it decides on" if rule.wants_score else "decides on no metric"
             raise ValueError(
@@ -222,9 +225,10 @@ class WeightMerging(Published):
         if not self._resumed:
             self._last_epoch = trainer.current_epoch
         moment = Moment(self.steps, trainer.current_epoch)
+        assert self._publisher is not None
+        self._publisher.look()
+        self._check_fit()
         if self._state is None and self._active_schedule.started(moment):
-            assert self._publisher is not None
-            self._publisher.look()
             self._start(weights.nonfinite(self.checked))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -322,9 +326,12 @@ class WeightMerging(Published):
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         assert self._state is not None
         rule = self._active_rule
-        metrics = trainer.callback_metrics if rule.wants_score == "raw" else validation.metrics_of(self.name)
+        of_raw = rule.wants_score == "raw"
+        metrics = trainer.callback_metrics if of_raw else validation.metrics_of(self.name)
         # The ranks must decide alike, also where the metric is not synchronised.
         score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
+        if not validation.has_logged(str(self.decides_by), None if of_raw else self):
+            return
         if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
             self._skip(min(culprits))
             return
@@ -332,7 +339,7 @@ class WeightMerging(Published):
         rule.evaluate(self._state, score if self.mode == "min" else -score, self._tensors.live)
         if self.updates != updates and rule.merges_when_scored:
             self._note_update(self.steps)
-        self.evaluations += rule.wants_score == "raw"
+        self.evaluations += of_raw
         if self.stop_when_finished and rule.finished(self._state):
             trainer.should_stop = True
 
@@ -367,7 +374,7 @@ class WeightMerging(Published):
         self.is_sharded = self._tensors.is_sharded
 
     def _go_on(self) -> None:
-        """Checks that a state from before belongs to this model, and brings it to the model's devices."""
+        """Brings a state from before to the model's devices."""
         assert self._state is not None
         devices = {name: tensor.device for name, tensor in self.tensors.items()}
         path = "an earlier fit" if self._publisher is None else self._publisher.checkpoints.path
@@ -381,18 +388,26 @@ class WeightMerging(Published):
                 self._buffers |= weights.copies(
                     {n: self._tensors.live_copied[n] for n in moved if n not in self._buffers}
                 )
-            if average is not None and self._resumed and self._module is not None and not self._module.strict_loading:
-                self._complete(average)
-                average = self._active_rule.stored(self._state)
-            kept = {name: tensor for name, tensor in (average or {}).items() if name not in moved}
-            difference = None if average is None else weights.first_mismatch(self._tensors.live, kept)
-        if difference is not None:
+        if not self._resumed and self._publisher is not None:
+            self._publisher.continue_fit(self)
+
+    def _check_fit(self) -> None:
+        """Raises if a state from before belongs to another model; by now the module has made and tied what it has.
+
+        Raises:
+            ValueError: With the first name or shape that differs.
+        """
+        if self._state is None or (average := self._active_rule.stored(self._state)) is None:
+            return
+        if self._resumed and self._module is not None and not self._module.strict_loading:
+            self._complete(average)
+            average = self._active_rule.stored(self._state) or {}
+        kept = {name: tensor for name, tensor in average.items() if name not in self._tensors.copied}
+        if difference := weights.first_mismatch(self._tensors.live, kept):
             raise ValueError(
                 f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
                 " model and the selection that it was started with."
             )
-        if not self._resumed and self._publisher is not None:
-            self._publisher.continue_fit(self)
 
     def _complete(self, average: Weights) -> None:
         """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""

@@ -3,11 +3,12 @@
 import io
 import random
 import sys
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, GeneratorType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, final
 
 import numpy as np
@@ -26,7 +27,10 @@ _LARGE = 2**26
 """Bytes of an array from which only a sum is kept of it."""
 
 _STATELESS = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType, str, bytes, int, float, complex)
-_NOT_OF_THE_MODULE = {"Trainer", "Fabric", "Optimizer", "Dataset", "DataLoader", "LightningDataModule", "Logger"}
+_STEPPED = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
+"""Of a library, but what a step does to them is known: their state is in plain attributes."""
+
+_NOT_OF_THE_MODULE = {"Trainer", "Fabric", "Dataset", "DataLoader", "LightningDataModule", "Logger"}
 _WITH_THREADS = {"threading", "_thread", "queue", "_queue", "multiprocessing", "concurrent", "asyncio", "socket"}
 _LIBRARIES = {"torch", "lightning", "pytorch_lightning", "lightning_merge", "lightning_fabric", "omegaconf", "logging"}
 
@@ -37,7 +41,7 @@ class Attributes:
 
     Containers are remembered by a copy of what is in them, objects by their attributes, generators of random numbers
     by their state. Of iterators, open files and objects of other people's libraries only a change can be seen. What
-    threads of its own work on is left alone, and so are trainers, data sets, optimizers, and loggers.
+    threads of its own work on is left alone, and so are trainers, data sets, and loggers.
 
     Args:
         module: Whose attributes.
@@ -90,11 +94,10 @@ class Attributes:
         elif (position := _position_of(value)) is not None:
             self._positions.append((name, position, position()))
         elif (own := _own_attributes(value)) is not None:
-            if _is_of_a_library(type(value)):  # type: ignore[arg-type]
+            if _is_of_a_library(type(value)) and not isinstance(value, _STEPPED):  # type: ignore[arg-type]
                 self._positions.append((name, partial(_shown, value), _shown(value)))
                 return
-            own = dict(own)
-            self._undo.append(partial(_put_back_attributes, vars(value), own))
+            self._undo.append(partial(_put_back_object, value, own))
             for inner in own.values():
                 self._take(inner, name)
 
@@ -105,6 +108,16 @@ def _put_back_attributes(live: Any, saved: dict[str, Any], others: Iterable[str]
     for name, value in saved.items():
         if live.get(name, live) is not value:
             live[name] = value
+
+
+def _put_back_object(live: Any, saved: dict[str, Any]) -> None:
+    kind: Any = type(live)
+    slots = _slots(kind)
+    if hasattr(live, "__dict__"):
+        _put_back_attributes(vars(live), {name: value for name, value in saved.items() if name not in slots})
+    for name, slot in slots.items():
+        if getattr(live, name, slot) is not saved.get(name, slot):
+            slot.__set__(live, saved[name]) if name in saved else slot.__delete__(live)
 
 
 def _contents(value: Any) -> Iterator[Any]:
@@ -118,7 +131,7 @@ def _contents(value: Any) -> Iterator[Any]:
 
 def _undo_of(value: Any) -> Callable[[], object] | None:
     """What puts a container or a generator of random numbers back to how it is now; ``None`` for anything else."""
-    if isinstance(value, dict | list | set | deque):
+    if isinstance(value, dict | list | set | deque | bytearray | array):
         return _undo_container(value)
     if isinstance(value, tuple | frozenset):
         return _nothing
@@ -141,6 +154,9 @@ def _nothing() -> None:
 
 
 def _undo_container(value: Any) -> Callable[[], None]:
+    if isinstance(value, bytearray | array):
+        whole: Any = value[:]
+        return lambda: None if value == whole else value.__setitem__(slice(None), whole)
     kept = list(value.items()) if isinstance(value, dict) else list(value)
 
     def undo() -> None:
@@ -200,13 +216,24 @@ def _shown(value: Any) -> Any:
 
 def _own_attributes(value: Any) -> dict[str, Any] | None:
     """The attributes of an object that the module keeps; ``None`` if it is not the module's to keep."""
-    own, kind = getattr(value, "__dict__", None), type(value)
-    if not isinstance(own, dict) or isinstance(value, BaseException):
+    kind: Any = type(value)
+    slots, own = _slots(kind), getattr(value, "__dict__", {})
+    if not isinstance(own, dict) or not (slots or hasattr(value, "__dict__")) or isinstance(value, BaseException):
         return None
+    own = {**own, **{name: getattr(value, name) for name in slots if hasattr(value, name)}}
+    if isinstance(value, _STEPPED):
+        return own
     if _package(kind) in _LIBRARIES | _WITH_THREADS or _NOT_OF_THE_MODULE & {cls.__name__ for cls in kind.__mro__}:
         return None
     # What other threads work on must not be put back under their hands.
     return None if any(_package(type(each)) in _WITH_THREADS for each in own.values()) else own
+
+
+@cache
+def _slots(kind: Any) -> dict[str, Any]:
+    """What reads and writes each attribute for which a class has a slot, by name."""
+    written = [vars(cls) for cls in reversed(kind.__mro__) if "__slots__" in vars(cls)]
+    return {name: slot for own in written for name, slot in own.items() if isinstance(slot, MemberDescriptorType)}
 
 
 def _package(kind: type) -> str:

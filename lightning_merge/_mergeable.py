@@ -43,6 +43,10 @@ def several_named(argument: str, values: Any) -> list[Mapping[str, Tensor]]:
 
 def why_not(tensor: Tensor) -> str | None:
     """What it is and what to do, in words, of a tensor that only looks like numbers; ``None`` of any other."""
+    if tensor.is_meta:
+        return "is on the meta device, where tensors have no values: load them first"
+    if is_averaged(tensor) and tensor.layout is not torch.strided:
+        return f"is laid out as {tensor.layout}: hand in `tensor.to_dense()`"
     if is_averaged(tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
         return None
     if tensor.dtype.itemsize == 1 and (type(tensor.data) is Tensor or is_sharded(tensor)):
@@ -51,6 +55,14 @@ def why_not(tensor: Tensor) -> str | None:
         f"is a {type(tensor).__name__}, a class of its own whose numbers need not be what they look like: hand in a"
         " plain tensor (`tensor.as_subclass(torch.Tensor)`, or what dequantises it)"
     )
+
+
+def refuse_without_values(argument: str, models: Sequence[Mapping[str, Tensor]]) -> None:
+    """Raises a ``ValueError`` that names the first tensor that has no values to merge, or is not laid out densely."""
+    for i, model in enumerate(models, 1):
+        for name, tensor in model.items():
+            if is_averaged(tensor) and (reason := why_not(tensor)):
+                raise ValueError(f"`{name}` of model {i} of `{argument}` {reason}.")
 
 
 def carried(name: str, tensors: Iterable[Tensor]) -> Tensor:

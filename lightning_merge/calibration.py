@@ -51,8 +51,17 @@ def batch_norm_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 def _is_batch_norm(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) or (
-        _is_scripted(layer) and str(layer.original_name).startswith("BatchNorm") and hasattr(layer, "running_mean")
+        _is_scripted(layer)
+        and str(layer.original_name).startswith("BatchNorm")
+        and hasattr(layer, "running_mean")
+        and (hasattr(layer, "momentum") or bool(_traced(layer, "training")))
     )
+
+
+def _traced(layer: Any, argument: str) -> Any:
+    """What ``torch.jit.trace`` made a constant of: a layer traced in eval mode is frozen for good."""
+    node = layer.graph.findNode("aten::batch_norm")
+    return None if node is None else node.inputsAt({"training": 5, "momentum": 6}[argument]).toIValue()
 
 
 def _is_scripted(layer: nn.Module) -> bool:
@@ -207,7 +216,8 @@ def _end_batch(scripted: Mapping[str, Any], seen: dict[str, "_Moments"]) -> None
     for name, layer in scripted.items():
         layer.training = False
         calls = int(layer.num_batches_tracked)
-        share = 1.0 if layer.momentum is None else 1 - (1 - layer.momentum) ** calls
+        momentum = layer.momentum if hasattr(layer, "momentum") else _traced(layer, "momentum")
+        share = 1.0 if momentum is None else 1 - (1 - momentum) ** calls
         if calls and share:
             wide = _widest(layer.running_mean.device)
             mean, variance = (tensor.to(wide) / share for tensor in (layer.running_mean, layer.running_var))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge._checks import number, numbers, sequence, settle
-from lightning_merge._mergeable import carried, named, refuse_lora_in, several_named
+from lightning_merge._mergeable import carried, named, refuse_lora_in, refuse_without_values, several_named
 from lightning_merge.combiners import slerp
 from lightning_merge.combiners._vectors import refuse_unfit
 from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_averaged, nonfinite
@@ -41,6 +41,7 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
     models = several_named("models", models)
     if not models:
         raise ValueError("`models` must hold at least one model, got none.")
+    refuse_without_values("models", models)
     says = f"{len(models)} numbers that together are 1"
     shares = [1 / len(models)] * len(models) if weights is None else list(numbers("weights", weights, says=says))
     if len(shares) != len(models) or abs(sum(shares) - 1) > 1e-6:
@@ -172,6 +173,8 @@ class WARP:
         policies = several_named("policies", policies)
         if len(policies) < 2:
             raise ValueError(f"`policies` must be at least 2 models, got {len(policies)}.")
+        refuse_without_values("start", [start])
+        refuse_without_values("policies", policies)
         for i, policy in enumerate(policies, 1):
             if difference := first_mismatch(start, policy):
                 raise ValueError(f"policy {i} is another model than `start`: {difference}.")

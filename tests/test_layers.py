@@ -40,7 +40,11 @@ def foreign(names: Iterator[str]) -> set[str]:
 
 
 # What a user starts or imports by a short name: it leads to every layer.
-COMMANDS = [*(ROOT / "lightning_merge" / name for name in ("cli.py", "compat.py")), *files("lightning_merge/_commands")]
+COMMANDS = [
+    ROOT / "lightning_merge" / "cli.py",
+    *files("lightning_merge/compat"),
+    *files("lightning_merge/_commands"),
+]
 ENGINE = [path for path in files("lightning_merge") if path not in COMMANDS]
 CALLBACKS = files("callbacks")
 

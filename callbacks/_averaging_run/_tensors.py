@@ -77,8 +77,8 @@ class Tensors:
             ValueError: If no parameter is selected.
         """
         self.averaged, self.copied = {}, {}
-        self._no_mean |= set(copied_before)
         self.selection.parameters(exchange.inventory)
+        self._no_mean |= set(copied_before) - self.selection.copied_buffers(exchange.inventory).keys()
         self._look_up(exchange, set(known))
 
     def follow(self, exchange: Exchange, steps: int) -> Change:

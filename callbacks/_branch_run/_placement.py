@@ -1,20 +1,18 @@
 """Where the branches of a Trainer are: in turn in its one module, or one in each process."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import LightningModule
 
 from lightning_merge import weights
 from lightning_merge.branches import Branches, InTurn, OnePerRank
+from lightning_merge.callbacks._branch_run._settings import Settings
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.weights import State
 
-if TYPE_CHECKING:
-    from lightning_merge.callbacks._branching import Branching
 
-
-def strategy_of(owner: "Branching", trainer: Any) -> BranchStrategy | None:
+def strategy_of(settings: Settings, trainer: Any) -> BranchStrategy | None:
     """The strategy that has a branch in each process, if the Trainer has that.
 
     Raises:
@@ -22,42 +20,44 @@ def strategy_of(owner: "Branching", trainer: Any) -> BranchStrategy | None:
     """
     strategy = trainer.strategy
     alternative = "Use a single device, `strategy='ddp'`, or `BranchStrategy()` for a branch in each process."
-    refuse_sharding(strategy, owner.title, alternative)
+    refuse_sharding(strategy, settings.title, alternative)
     if not isinstance(strategy, BranchStrategy):
         return None
-    if owner.buffers == "shared":
+    if settings.buffers == "shared":
         raise ValueError(
             "`buffers='shared'` is one set for branches in turn, and branches in several processes have one each:"
             " use 'recompute' or 'average'."
         )
-    if owner.inactive == "cpu":
+    if settings.inactive == "cpu":
         raise ValueError("`inactive='cpu'` is for branches in turn; in a process of its own each is always active.")
     return strategy
 
 
-def made(owner: "Branching", trainer: Any, module: LightningModule, apart: bool) -> Branches:
+def made(settings: Settings, trainer: Any, module: LightningModule, apart: bool) -> Branches:
     """The branches of a fit, all as the module is.
 
     Args:
-        owner: Says how many there are and what is branched.
+        settings: Say how many there are and what is branched.
         trainer: Its strategy says where they are.
         module: The module.
         apart: Whether processes go on with the weights they have, instead of those of the first one.
     """
-    buffers: Any = "average" if owner.buffers == "average" else "shared"
-    optimizers, selection = trainer.optimizers, owner.selection
+    buffers: Any = "average" if settings.buffers == "average" else "shared"
+    optimizers, count, selection = trainer.optimizers, settings.branches, settings.selection
     if isinstance(trainer.strategy, BranchStrategy):
         return OnePerRank(
             module,
             optimizers,
-            owner.branches,
+            count,
             selection=selection,
             buffers=buffers,
-            others=owner.others,
+            others=settings.others,
             placement=trainer.strategy.placement,
             broadcast=not apart,
         )
-    return InTurn(module, optimizers, owner.branches, selection=selection, buffers=buffers, inactive=owner.inactive)
+    return InTurn(
+        module, optimizers, settings.branches, selection=selection, buffers=buffers, inactive=settings.inactive
+    )
 
 
 def check_saved(title: str, branches: Branches, saved: State) -> None:

@@ -1,10 +1,14 @@
 """How far the branches of a run have come."""
 
 from dataclasses import dataclass
+from typing import final
+
+from lightning_merge.callbacks._publication._state import Saved
 
 
+@final
 @dataclass
-class Progress:
+class Progress(Saved):
     """Counters of a run, which its files keep.
 
     Attributes:
@@ -15,6 +19,7 @@ class Progress:
         trained: Turns that weights have changed in, over all branches.
         turn: Branches that are through with the group that is going on.
         merged_at: ``trained`` when all branches were last made equal.
+        logged: Merges that loggers were told of, by a callback that tells them.
     """
 
     groups: int = 0
@@ -24,6 +29,7 @@ class Progress:
     trained: int = 0
     turn: int = 0
     merged_at: int = -1
+    logged: int | None = None
 
     @property
     def equal(self) -> bool:

@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -11,13 +11,11 @@ from torch import Tensor
 
 from lightning_merge.branches import Branches, OnePerRank
 from lightning_merge.callbacks._branch_run._progress import Progress
+from lightning_merge.callbacks._branch_run._settings import Augmentation as Augmentation
+from lightning_merge.callbacks._branch_run._settings import Settings
+from lightning_merge.callbacks._lightning._internals import accumulates
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
-
-if TYPE_CHECKING:
-    from lightning_merge.callbacks._branching import Branching
-
-Augmentation = Callable[[Any], Any]
 
 
 @final
@@ -25,7 +23,8 @@ class Turns:
     """Stands around Lightning's training step and takes each batch through the branches that it is for.
 
     Args:
-        owner: Whose steps are counted, and whose ``augmentations`` and ``batches`` are meant.
+        settings: Say which batches are whose, and how they are augmented.
+        steps: Counts the applied optimizer steps so far.
         trainer: The Trainer of the fit.
         branches: The branches; if this process holds one only, that one has every turn.
         progress: Where turns and groups are counted.
@@ -35,21 +34,23 @@ class Turns:
 
     def __init__(
         self,
-        owner: "Branching",
+        settings: Settings,
+        steps: Callable[[], int],
         trainer: Any,
         branches: Branches,
         progress: Progress,
         recent: RecentBatches | None,
         group_over: Callable[[], None],
     ) -> None:
-        self._owner = owner
+        self._settings = settings
+        self._steps = steps
         self._trainer = trainer
         self._branches = branches
         self._progress = progress
         self._recent = recent
         self._group_over = group_over
         self._apart = isinstance(branches, OnePerRank)  # the others train in other processes
-        self._everyone = owner.batches == "same" and not self._apart
+        self._everyone = settings.batches == "same" and not self._apart
         self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
 
     def wrap(self, patches: Patches) -> None:
@@ -57,12 +58,12 @@ class Turns:
         loop = self._trainer.fit_loop.epoch_loop
         patches.replace(loop.automatic_optimization, "run", self._automatic)
         patches.replace(loop.manual_optimization, "run", self._manual)
-        if self._owner.batches == "turns" and self._owner.schedulers == "group":
+        if self._settings.batches == "turns" and self._settings.schedulers == "group":
             patches.replace(self._trainer.lightning_module, "lr_scheduler_step", self._step_scheduler)
 
     def _automatic(self, original: Callable[..., Any], optimizer: Any, batch_idx: int, kwargs: dict[str, Any]) -> Any:
         trainer = self._trainer
-        ends = not trainer.fit_loop._should_accumulate()
+        ends = not accumulates(trainer)
         progress = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
         keep = trainer.accumulate_grad_batches > 1
         output = self._train(lambda own: original(optimizer, batch_idx, own), kwargs, progress, lambda: ends, keep)
@@ -72,12 +73,12 @@ class Turns:
 
     def _manual(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         progress = self._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        steps, calls = self._owner.steps, progress.total.completed
+        steps, calls = self._steps(), progress.total.completed
 
         def ends() -> bool:
             # The module accumulates gradients as it likes: a turn is over when the optimizer has stepped. Processes
             # have to agree on that also if a gradient scaler has skipped the step of one.
-            return self._owner.steps > steps or (self._apart and bool(progress.total.completed > calls))
+            return self._steps() > steps or (self._apart and bool(progress.total.completed > calls))
 
         return self._train(original, kwargs, progress, ends, keep_gradients=True)
 
@@ -106,9 +107,9 @@ class Turns:
                 progress.load_state_dict(counted)
             branches.activate(branch)
             with self._own_gradients(branch, self._everyone and keep_gradients):
-                before = self._owner.steps
+                before = self._steps()
                 output = original(self._own_batch(branch, kwargs))
-                branches.steps[branch] += self._owner.steps - before
+                branches.steps[branch] += self._steps() - before
             if self._recent is not None:
                 self._recent.keep()
             if self._everyone or ends():
@@ -132,15 +133,15 @@ class Turns:
         """The arguments of the training step with the batch as this branch sees it."""
         if "batch" not in kwargs:
             raise TypeError(
-                f"{self._owner.title} hands a batch to each branch, so `training_step` must take a batch, not"
+                f"{self._settings.title} hands a batch to each branch, so `training_step` must take a batch, not"
                 " `dataloader_iter`."
             )
         batch = kwargs["batch"]
         if self._everyone and branch < self._branches.count - 1:
             batch = apply_to_collection(batch, Tensor, torch.clone)  # a step may write to its batch
-        if self._owner.augmentations is not None:
+        if self._settings.augmentations is not None:
             with torch.no_grad():
-                batch = self._owner.augmentations[branch](batch)
+                batch = self._settings.augmentations[branch](batch)
         if self._recent is not None:
             self._recent.hold(batch)
         return OrderedDict(kwargs, batch=batch)

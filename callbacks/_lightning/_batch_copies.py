@@ -1,7 +1,7 @@
 """Copies of batches in host memory, whatever they are made of, and back on the device."""
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +40,7 @@ class BatchCopy:
             nonlocal size
             devices.append(tensor.device)
             size += tensor.numel() * tensor.element_size()
-            return tensor.detach().to("cpu", copy=True)
+            return _another(tensor, torch.device("cpu"))
 
         copied, arrays = _copied(batch, to_host)
         on_host = [device.type == "cpu" for device in devices]
@@ -50,7 +50,7 @@ class BatchCopy:
         """A copy of the copy, on this device; what the step was given in host memory is given there again."""
         left = iter(self.on_host)
         target = {True: torch.device("cpu"), False: device}
-        return _copied(self.batch, lambda tensor: tensor.to(target[next(left, False)], copy=True))[0]
+        return _copied(self.batch, lambda tensor: _another(tensor, target[next(left, False)]))[0]
 
 
 def is_plain(value: Any) -> bool:
@@ -65,9 +65,20 @@ def is_plain(value: Any) -> bool:
 def _copied(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, int]:
     """The batch with every tensor converted and all else copied, and the bytes of the arrays in it."""
     memo: dict[int, Any] = {}
+    pairs: list[tuple[Tensor, Tensor]] = []
+
+    def converted(tensor: Tensor) -> Tensor:
+        new = convert(tensor)
+        pairs.append((tensor, new))
+        for key, value in getattr(tensor, "__dict__", {}).items():
+            if key not in vars(new):  # what a user, or a class of their own, hung on it
+                setattr(new, key, _walk(value, converted, memo))
+        return new
+
     try:
-        with _ConvertedTensors(convert):
-            copied = _walk(batch, convert, memo)
+        with _ConvertedTensors(converted):
+            copied = _walk(batch, converted, memo)
+        _share_memory(pairs)
     except Exception as error:
         raise ValueError(
             f"a batch ({type(batch).__name__}) cannot be copied: {type(error).__name__}: {error}. Batches are kept for"
@@ -90,6 +101,42 @@ def _walk(value: Any, convert: Callable[[Tensor], Tensor], memo: dict[int, Any])
     if type(value) in (dict, OrderedDict):
         return type(value)((key, _walk(item, convert, memo)) for key, item in value.items())
     return deepcopy(value, memo)
+
+
+def _another(tensor: Tensor, device: torch.device) -> Tensor:
+    new = tensor.detach().to(device, copy=True)
+    # A loss that takes gradients of its inputs finds them marked.
+    return new.requires_grad_() if tensor.requires_grad else new
+
+
+def _share_memory(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Lays copies of tensors that overlap in memory over each other too: a step that writes to one writes to all."""
+    groups: dict[Any, list[tuple[int, int, Tensor, Tensor]]] = {}
+    for old, new in pairs:
+        if type(old) is type(new) is Tensor and old.layout is torch.strided and old.numel() and not old.is_quantized:
+            begin = int(old.storage_offset())
+            end = begin + 1 + sum((size - 1) * step for size, step in zip(old.shape, old.stride(), strict=True))
+            key = old.untyped_storage()._cdata, old.dtype, old.is_conj(), old.is_neg(), new.device
+            groups.setdefault(key, []).append((begin, end, old, new))
+    for group in groups.values():
+        overlapping: list[tuple[int, int, Tensor, Tensor]] = []
+        for each in sorted(group, key=lambda entry: entry[0]):
+            if overlapping and each[0] >= max(end for _, end, _, _ in overlapping):
+                _lay_over(overlapping)
+                overlapping = []
+            overlapping.append(each)
+        _lay_over(overlapping)
+
+
+def _lay_over(overlapping: list[tuple[int, int, Tensor, Tensor]]) -> None:
+    if len(overlapping) < 2:
+        return
+    first, last = overlapping[0][0], max(end for _, end, _, _ in overlapping)
+    _, _, old, new = overlapping[0]
+    with torch.no_grad():
+        common = old.detach().as_strided((last - first,), (1,), first).to(new.device, copy=True)
+        for begin, _, old, new in overlapping:
+            new.data = common.as_strided(old.shape, old.stride(), begin - first)
 
 
 class _ConvertedTensors(TorchFunctionMode):

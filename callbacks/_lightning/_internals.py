@@ -17,3 +17,8 @@ def accumulates(trainer: Any) -> bool:
 def synchronise_within(strategy: Any, group: Any) -> None:
     """Makes a DDP strategy synchronise gradients within a group of processes, instead of all of them."""
     strategy._ddp_kwargs["process_group"] = group
+
+
+def has_trainer(module: Any) -> bool:
+    """Whether a LightningModule is attached to a Trainer; its ``trainer`` raises if it is not."""
+    return module._trainer is not None

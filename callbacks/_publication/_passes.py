@@ -49,6 +49,7 @@ class Validation:
         self._ledger = Ledger()
         self._measured_at: dict[str, tuple[int, int]] = {}  # set -> its version when it was last measured
         self._said: set[str] = set()  # sets whose metrics have been named
+        self._before: dict[str, Any] = {}  # the metrics when the pass that is going on began
 
     def wrap(self, patches: Patches) -> None:
         """Installs itself."""
@@ -178,6 +179,28 @@ class Validation:
         """Whether the validation run that is going on is the regular one of this average."""
         return self._current is not None and self._current.average is average and not self._at_the_end
 
+    def has_logged(self, monitor: str, average: Average | None = None) -> bool:
+        """Whether the validation run that is going on has logged a metric. What an earlier one did stays in place.
+
+        A metric that it has left out is said, once.
+        """
+        keys = {monitor, monitor if average is None else self._prefix(average) + monitor}
+        found = any(self._metrics.get(key) is not self._before.get(key) for key in keys)
+        if not found and any(key in self._metrics for key in keys):
+            self.say_left_out(monitor)
+        return found
+
+    def knows(self, monitor: str) -> bool:
+        """Whether any validation of this fit has logged a metric, of whatever set."""
+        holds = (RAW, *(average.name for average in self._publisher.averages))
+        return any(monitor in self.metrics_of(each) for each in holds)
+
+    def say_left_out(self, monitor: str) -> None:
+        """Says, once per fit, that a validation has not logged a metric that others did."""
+        if f"left out: {monitor}" not in self._said:
+            self._said.add(f"left out: {monitor}")
+            rank_zero_info(f"This validation has not logged `{monitor}`: nothing is decided by it where it is missing.")
+
     def is_measured(self, average: Average | None, monitor: str | None = None) -> bool:
         """Whether a validation run has measured (or is measuring) just these weights, and a metric with them."""
         holds = RAW if average is None else average.name
@@ -279,7 +302,7 @@ class Validation:
                 log(fx, prefix + name, *args, **kwargs)
 
         self._settle()
-        before = dict(self._metrics)
+        before = self._before = dict(self._metrics)
         with ExitStack() as stack:
             if pass_.average is not None:
                 # Making the set may run the module, which the canary must not see.

@@ -116,6 +116,11 @@ class Fit:
         live: dict[str, Tensor] = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         if self.live and live.keys() != self.live.keys():
             raise self._changed(min(live.keys() ^ self.live.keys()))
+        if numbers := [name for name, parameter in live.items() if parameter.is_complex()]:
+            raise ValueError(
+                f"{self._title} trains real coefficients, and `{numbers[0]}` holds complex numbers. Leave it out:"
+                f" `selection=Selection(exclude=[{numbers[0]!r}])`; EMA and SWA average it."
+            )
         self.live = live
         self.live_buffers = inventory.buffers
 

@@ -18,9 +18,15 @@ SOUP_RULES = ("uniform", "greedy", "diwa", "learned", "model-stock")
 _SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
 
 
+def _local(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is not on this machine, and only local files are merged: copy it")
+    return Path(text)
+
+
 def add_average(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``average``."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder with the checkpoints of one run")
+    parser.add_argument("run", type=_local, metavar="RUN", help="folder with the checkpoints of one run")
     parser.add_argument("--rule", choices=AVERAGE_RULES, default="mean", help="how they are merged (default mean)")
     parser.add_argument("--pattern", default="**/*.ckpt", help="which files (default **/*.ckpt)")
     parser.add_argument("--weights", choices=("raw", "published"), default="raw", help="of files with an average")
@@ -36,10 +42,12 @@ def add_average(parser: argparse.ArgumentParser) -> None:
 
 def add_soup(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``soup``."""
-    parser.add_argument("files", type=Path, metavar="FILE", nargs="+", help="checkpoints of several runs of one model")
+    parser.add_argument(
+        "files", type=_local, metavar="FILE", nargs="+", help="checkpoints of several runs of one model"
+    )
     parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
     parser.add_argument("--weights", choices=("raw", "published"), default="published", help="of files with an average")
-    parser.add_argument("--base", type=Path, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
+    parser.add_argument("--base", type=_local, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
     _add_common(parser)
 
 
@@ -159,7 +167,7 @@ def _bench(config: Path) -> Any:
 def _report(
     options: argparse.Namespace, trajectory: "Trajectory", merged: "Weights", provenance: dict[str, Any]
 ) -> str:
-    from lightning_merge._commands._target import literal
+    from lightning_merge._commands._target import loading
     from lightning_merge.files._sets import tensors
 
     size = sum(tensor.numel() for tensor in tensors(merged).values())
@@ -177,6 +185,5 @@ def _report(
     lines += [f"  left out, of the same step as another file: {path}" for path in trajectory.dropped]
     if options.config is None and any(name.endswith("running_mean") for name in merged):
         lines.append("  BatchNorm statistics are averaged, which fits badly; `--config FILE` measures them again")
-    return "\n".join(
-        [*lines, f'  load: model.load_state_dict(torch.load({literal(options.out)}, weights_only=True)["state_dict"])']
-    )
+    how = loading(options.out, 'torch.load({path}, weights_only=True)["state_dict"]')
+    return "\n".join([*lines, f"  load: {how}"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_merge._commands._target import literal, refuse_target, save
+from lightning_merge._commands._target import literal, loading, refuse_target, save
 from lightning_merge.files import replacing
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._sets import bytes_of, contiguous, tensors
@@ -61,17 +61,12 @@ def export(
     if lost:
         why = "no plain data" if found.left_out else "which safetensors cannot hold; .pt can"
         lines.append(f"  left out, {why}: {', '.join(lost[:8])} ({len(lost)} in all)")
-    how = _how_to_load(as_safetensors, arch is not None, strict=not lost)
-    return "\n".join([*lines, f"  load: {how.format(target=literal(target), arch=arch, classes=classes)}"])
-
-
-def _how_to_load(as_safetensors: bool, by_timm: bool, strict: bool) -> str:
-    if by_timm:
-        return 'timm.create_model("{arch}", num_classes={classes}, checkpoint_path={target})'
-    end = ")" if strict else ", strict=False)"
-    if as_safetensors:
-        return f'model.load_state_dict(safetensors.torch.load_file({{target}}){end}'
-    return f'model.load_state_dict(torch.load({{target}}, weights_only=True){end}'
+    if arch is None:
+        plainly = "safetensors.torch.load_file({path})" if as_safetensors else "torch.load({path}, weights_only=True)"
+        how = loading(target, plainly, ", strict=False)" if lost else ")")
+    else:
+        how = f'timm.create_model("{arch}", num_classes={classes}, checkpoint_path={literal(target)})'
+    return "\n".join([*lines, f"  load: {how}"])
 
 
 def _write_safetensors(target: str | os.PathLike[str], weights: Weights, about: dict[str, Any]) -> None:

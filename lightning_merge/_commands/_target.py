@@ -9,6 +9,20 @@ from typing import Any
 from lightning_merge.files import exists, is_remote, replacing
 
 
+def loading(path: str | os.PathLike[str], plainly: str, end: str = ")") -> str:
+    """The line that loads what was written there.
+
+    Args:
+        path: A path or a URL.
+        plainly: What reads it without lightning-merge, with ``{path}``.
+        end: What closes the line.
+    """
+    if is_remote(path):
+        read_it = f"model.load_state_dict(read_weights({literal(path)}){end}"
+        return f"from lightning_merge.compat import read_weights; {read_it}"
+    return f"model.load_state_dict({plainly.format(path=literal(path))}{end}"
+
+
 def literal(path: str | os.PathLike[str]) -> str:
     """A path as Python reads it, whatever is in its name.
 
@@ -54,7 +68,8 @@ def save(content: Any, target: str | os.PathLike[str]) -> None:
     import torch
 
     with replacing(target) as unfinished:
-        torch.save(content, unfinished)
+        with unfinished.open("wb") as file:  # torch's own writer does not say what the system refuses
+            torch.save(content, file)
         try:
             torch.load(unfinished, map_location="cpu", weights_only=True, mmap=True)  # reads no numbers
         except pickle.UnpicklingError as error:

@@ -1,10 +1,5 @@
 """A stream of task vectors on disk."""
 
-import ast
-import hashlib
-import json
-import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -12,18 +7,24 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_merge import combiners
 from lightning_merge._checks import flag, instance
 from lightning_merge._checks import path as checked_path
 from lightning_merge._mergeable import named
 from lightning_merge.combiners import Combiner
 from lightning_merge.combiners._base import label
 from lightning_merge.combiners._vectors import check_finite, check_vector
+from lightning_merge.continual._bank_files import damage, damage_of, fingerprint, safetensors_torch, write
+from lightning_merge.continual._manifest import (
+    COPY,
+    MANIFEST,
+    NO_STATE,
+    combiner_of,
+    manifest_in,
+    new_manifest,
+    read_manifest,
+    write_manifest,
+)
 from lightning_merge.weights import State, Weights
-
-_FORMAT = 1
-_NO_STATE: dict[str, Any] = {"file": None, "sha256": None, "numbers": {}, "groups": []}
-_MANIFEST, _COPY = "bank.json", "bank-copy.json"
 
 
 @final
@@ -72,13 +73,13 @@ class Bank:
             instance("combiner", combiner, Combiner)
         if base is not None:
             named("base", base)
-        found = self._read_manifest()
+        found = read_manifest(self.folder)
         if found is None and combiner is None:
             raise ValueError(f"there is no bank in {self.folder}: name the `combiner` of a new one.")
-        self.combiner = combiner if combiner is not None else _combiner_of(found["combiner"])  # type: ignore[index]
-        self._manifest = found if found is not None else _new_manifest(self.combiner, keep_vectors)
+        self.combiner = combiner if combiner is not None else combiner_of(found["combiner"])  # type: ignore[index]
+        self._manifest = found if found is not None else new_manifest(self.combiner, keep_vectors)
         self._refuse_other(keep_vectors)
-        _safetensors()  # what is missing is said here, not after a task was trained
+        safetensors_torch()  # what is missing is said here, not after a task was trained
         if base is not None:
             self._refuse_other_base(base)
 
@@ -120,16 +121,16 @@ class Bank:
 
     def verify(self) -> list[str]:
         """What is damaged: a sentence for each file that is missing or not as it was written; empty if all is well."""
-        manifests = [self.folder / name for name in (_MANIFEST, _COPY)] if self.added else []
-        if len(self._manifest["tasks"]) == 1 and not (self.folder / _COPY).exists():
+        manifests = [self.folder / name for name in (MANIFEST, COPY)] if self.added else []
+        if len(self._manifest["tasks"]) == 1 and not (self.folder / COPY).exists():
             manifests = manifests[:1]  # a process killed during the first write leaves no copy; the next write makes it
-        found = [_damage(path) for path in manifests if _manifest_in(path) is None]
+        found = [damage(path) for path in manifests if manifest_in(path) is None]
         files = {entry["file"]: entry for entry in self._merged_entries() if entry["file"]}
         state = self._manifest["state"]
         if state["file"] is not None:
             files[state["file"]] = state
         for name, entry in files.items():
-            if (sentence := self._damage_of(name, entry["sha256"])) is not None:
+            if (sentence := damage_of(self.folder, name, entry["sha256"])) is not None:
                 found.append(f"{sentence} (task {entry['task']})" if "task" in entry else sentence)
         return found
 
@@ -152,9 +153,9 @@ class Bank:
         """
         vector, task = _on_cpu(named("vector", vector)), label("task", task)
         state = self._updated(vector, task)
-        entry = {"task": task, "removed": False, "fingerprint": _fingerprint(vector), "file": None, "sha256": None}
+        entry = {"task": task, "removed": False, "fingerprint": fingerprint(vector), "file": None, "sha256": None}
         if self.keeps_vectors:
-            entry["file"], entry["sha256"] = self._write(f"vector-{self.added:04d}", vector)
+            entry["file"], entry["sha256"] = write(self.folder, f"vector-{self.added:04d}", vector)
         layout = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in vector.items()}
         self._commit(state, tasks=[*self._manifest["tasks"], entry], tensors=layout)
 
@@ -175,7 +176,7 @@ class Bank:
         entry = self._entry(label("task", task))
         if vector is not None:
             vector = _on_cpu(named("vector", vector))
-            if _fingerprint(vector) != entry["fingerprint"]:
+            if fingerprint(vector) != entry["fingerprint"]:
                 raise ValueError(f"this is not the vector that was added as task {task}: it has another hash.")
             state = self._state()
             self.combiner.remove(state, vector, task=task)
@@ -245,20 +246,16 @@ class Bank:
 
     def _commit(self, state: State, **changes: Any) -> None:
         """Writes the state, then replaces ``bank.json``: only then anything has happened."""
-        saved = dict(_NO_STATE)
+        saved = dict(NO_STATE)
         if not self.combiner.needs_every_vector:
             state = self.combiner.save(state)
             groups = {key: value for key, value in state.items() if isinstance(value, dict)}
             flat = {f"{key}/{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
             saved["numbers"] = {key: value for key, value in state.items() if key not in groups}
             saved["groups"] = list(groups)
-            saved["file"], saved["sha256"] = self._write("state", flat)
+            saved["file"], saved["sha256"] = write(self.folder, "state", flat)
         manifest = {**self._manifest, **changes, "state": saved}
-        text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
-        for name in (_MANIFEST, _COPY):
-            part = self.folder / f"{name}.part"
-            part.write_text(text + "\n", encoding="utf-8")
-            self._put(part, self.folder / name)
+        write_manifest(self.folder, manifest)
         self._manifest = manifest
         named = {saved["file"], *(entry["file"] for entry in manifest["tasks"])}
         for pattern in ("state-*", "vector-*"):
@@ -266,54 +263,16 @@ class Bank:
                 if path.name not in named:
                     path.unlink()
 
-    def _write(self, stem: str, tensors: Weights) -> tuple[str, str]:
-        """Name and hash of a new file that holds the tensors."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{stem}.part"
-        _safetensors().save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-        digest = _file_digest(part)
-        name = f"{stem}-{digest[:16]}.safetensors"
-        self._put(part, self.folder / name)
-        return name, digest
-
-    def _put(self, part: Path, path: Path) -> None:
-        """Flushes a file to disk, then gives it its name, so that there is a whole file or none."""
-        for flushed in (part, self.folder):
-            handle = os.open(flushed, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            if flushed is part:
-                part.replace(path)
-
     def _load(self, name: str, digest: str) -> Weights:
-        if (sentence := self._damage_of(name, digest)) is not None:
+        if (sentence := damage_of(self.folder, name, digest)) is not None:
             cure = "The other files of the bank are not affected"
             if name.startswith("state") and self.keeps_vectors:
                 cure += ": `rebuild()` merges the kept vectors again"
             raise ValueError(f"{sentence} {cure}.")
-        tensors: Weights = _safetensors().load_file(self.folder / name)
+        tensors: Weights = safetensors_torch().load_file(self.folder / name)
         return tensors
 
-    def _damage_of(self, name: str, digest: str) -> str | None:
-        path = self.folder / name
-        return None if path.is_file() and _file_digest(path) == digest else _damage(path)
-
-    # ---- the manifest
-
-    def _read_manifest(self) -> dict[str, Any] | None:
-        paths = [self.folder / name for name in (_MANIFEST, _COPY)]
-        if not any(path.exists() for path in paths):
-            return None
-        for path in paths:
-            if (found := _manifest_in(path)) is not None:
-                return found
-            warnings.warn(f"{_damage(path)} The next step that changes the bank writes it again.", stacklevel=3)
-        raise ValueError(
-            f"{_damage(paths[0])} So is its copy, {_COPY}. Files of vectors can still be read with safetensors; to go"
-            " on with the bank, restore one of the two from a backup."
-        )
+    # ---- entries
 
     def _merged_entries(self) -> list[dict[str, Any]]:
         return [entry for entry in self._manifest["tasks"] if not entry["removed"]]
@@ -339,7 +298,7 @@ class Bank:
             raise ValueError(f"{self.combiner} needs every vector: make the bank with `keep_vectors=True`.")
 
     def _refuse_other_base(self, base: Mapping[str, Tensor]) -> None:
-        hashes = {name: _fingerprint({name: tensor.detach().cpu()}) for name, tensor in base.items()}
+        hashes = {name: fingerprint({name: tensor.detach().cpu()}) for name, tensor in base.items()}
         known = self._manifest["base"] or hashes
         for name in [*known, *hashes]:
             if known.get(name) != hashes.get(name):
@@ -349,81 +308,6 @@ class Bank:
                     " vectors add up only on the weights they were measured against."
                 )
         self._manifest = {**self._manifest, "base": hashes}
-
-
-def _new_manifest(combiner: Combiner, keep_vectors: bool) -> dict[str, Any]:
-    return {
-        "format": _FORMAT,
-        "combiner": repr(combiner),
-        "keep_vectors": keep_vectors,
-        "base": None,
-        "tensors": {},
-        "tasks": [],
-        "state": _NO_STATE,
-    }
-
-
-def _manifest_in(path: Path) -> dict[str, Any] | None:
-    """The manifest that a file holds; ``None`` if it is damaged."""
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        newer = manifest["format"] > _FORMAT
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if newer:
-        raise ValueError(
-            f"{path} has format {manifest['format']}; this version of lightning-merge reads up to {_FORMAT}. Update it."
-        )
-    digest = manifest.pop("sha256", None)
-    return manifest if digest == _digest(manifest) else None
-
-
-def _combiner_of(text: str) -> Combiner:
-    """The combiner whose ``repr`` this is."""
-
-    def value_of(node: ast.expr) -> Any:
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in combiners.__all__:
-            return getattr(combiners, node.func.id)(**{k.arg: value_of(k.value) for k in node.keywords if k.arg})
-        return ast.literal_eval(node)
-
-    try:
-        found = value_of(ast.parse(text, mode="eval").body)
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"the bank was merged by {text}, which is not of lightning-merge: name it as `combiner`."
-        ) from error
-    assert isinstance(found, Combiner)
-    return found
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError('a bank needs safetensors: pip install "lightning-merge[continual]"') from error
-    return safetensors.torch
-
-
-def _damage(path: Path) -> str:
-    return f"{path} is damaged: it is not as it was written." if path.exists() else f"{path} is missing."
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fingerprint(weights: Weights) -> str:
-    """A hash of names, shapes, dtypes and every bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _on_cpu(vector: Mapping[str, Tensor]) -> Weights:

@@ -8,7 +8,7 @@ from typing import final
 from torch import Tensor
 
 from lightning_merge._checks import path as checked_path
-from lightning_merge.continual._bank import _safetensors as safetensors_torch
+from lightning_merge.continual._bank_files import safetensors_torch
 from lightning_merge.files import atomic
 from lightning_merge.weights import Weights
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from lightning_merge.files._sharded import check_parts, is_sharded_checkpoint
-from lightning_merge.files._write import is_remote
+from lightning_merge.files._write import is_remote, store_of
 
 _PIECE = 2**20
 _MOST_BESIDE = 3  # sound files that are named: each is read for it
@@ -52,7 +52,7 @@ def check(path: str | os.PathLike[str]) -> None:
     check_sums(path)
     with opened(path) as file:
         try:
-            torch._C.PyTorchFileReader(file)  # type: ignore[attr-defined]  # looks at more of an index than Python
+            torch._C.PyTorchFileReader(file)  # looks at more of an index than Python
         except RuntimeError as error:
             raise damaged(path, "torch cannot read its index") from error
 
@@ -109,6 +109,8 @@ def _damage_in(file: IO[bytes], tensors: bool) -> str | None:
     try:
         with zipfile.ZipFile(file) as parts:
             entries = parts.infolist()
+            if len({entry.filename for entry in entries}) != len(entries):
+                return "parts of it stand there twice"
             if not any(entry.CRC for entry in entries):
                 return None  # `torch.serialization.set_crc32_options(False)`
             for entry in entries:
@@ -175,9 +177,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         if not is_remote(path) and not _may_be_file(path):
             raise ValueError(f"{path} is a pipe, a socket or a device, not a file.")
         if is_remote(path):
-            import fsspec  # comes with torch
-
-            source: Any = fsspec.open(os.fspath(path), "rb")
+            store, name = store_of(os.fspath(path))
+            source: Any = store.open(name, "rb")
         else:
             source = open(path, "rb")  # noqa: SIM115 (it is closed below)
         with source as file:
@@ -222,6 +223,7 @@ def _refused(path: str | os.PathLike[str], error: OSError) -> OSError:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         cure = " Raise the limit (`ulimit -n`), or close files."
     kind = type(error) if type(error).__init__ is OSError.__init__ else OSError
-    named = kind(f"{os.fspath(path)} cannot be read now: {error.strerror or error}.{cure}")
+    reason = error.strerror or ("there is no such file" if isinstance(error, FileNotFoundError) else error)
+    named = kind(f"{os.fspath(path)} cannot be read now: {reason}.{cure}")
     named.errno = error.errno
     return named

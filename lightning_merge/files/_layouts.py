@@ -118,11 +118,10 @@ def _mmengine(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     """MMEngine exchanges the two sets before it saves: what is called ``ema_state_dict`` holds the raw weights."""
     if not all(key in content for key in ("state_dict", "ema_state_dict")):
         return None
-    average, aside = content["state_dict"], content["ema_state_dict"]
-    sets = {
-        "average": stored(average, "in `state_dict`", _int(aside.get("steps"))),
-        "raw": stored({**average, **_stripped(aside, DDP)}, "in `ema_state_dict`"),
-    }
+    aside = content["ema_state_dict"]
+    average = stored(content["state_dict"], "in `state_dict`", _int(aside.get("steps")))
+    raw = stored(_stripped(aside, DDP), "in `ema_state_dict`")
+    sets = {"average": average, "raw": stored({**average.state_dict, **raw.state_dict}, raw.where, of_lightning=True)}
     return _file(path, "a checkpoint of MMEngine's EMAHook", sets, content)
 
 
@@ -138,7 +137,10 @@ def _timm(content: Mapping[str, Any], path: Location) -> WeightFile | None:
 
 def _ema_pytorch(content: Mapping[str, Any], path: Location) -> WeightFile | None:
     for where, state in {"the whole file": content, **{f"in `{key}`": value for key, value in content.items()}}.items():
-        if isinstance(state, Mapping) and (average := _stripped(state, "ema_model.")):
+        if not isinstance(state, Mapping):
+            continue
+        state = _stripped(state, DDP) if all(str(name).startswith(DDP) for name in state) else state
+        if average := _stripped(state, "ema_model."):
             sets = {"average": stored(average, where, _int(state.get("step")))}
             if raw := _stripped(state, "online_model."):
                 sets["raw"] = stored(raw, where)

@@ -159,8 +159,8 @@ def refuse_no_file(path: Path) -> None:
         raise ValueError(f"there is no file {path}.{cure}")
     try:
         os.fspath(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{os.fsencode(path)!r} is no text in UTF-8, and torch opens no file of that name: rename it.")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{os.fsencode(path)!r} is no text in UTF-8, so torch cannot open it: rename it.") from error
 
 
 def _runs_code(path: str | os.PathLike[str], which: str) -> str:

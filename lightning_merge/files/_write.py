@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_OF_SAFETENSORS = re.compile(r"I/O error: .*\(os error (\d+)\)")
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -45,10 +46,26 @@ def exists(path: str | os.PathLike[str]) -> bool:
     """Whether there is a file, on the disk or in a store."""
     if not is_remote(path):
         return Path(path).exists()
+    store, name = store_of(os.fspath(path))
+    return bool(store.exists(name))
+
+
+def store_of(url: str) -> tuple[Any, str]:
+    """The store that a URL leads to, and the name in it.
+
+    Raises:
+        ValueError: If there is no such kind of store.
+        ImportError: If what reaches it is not installed.
+    """
     import fsspec  # comes with torch
 
-    store, name = fsspec.core.url_to_fs(os.fspath(path))
-    return bool(store.exists(name))
+    try:
+        store, name = fsspec.core.url_to_fs(url)
+    except ValueError as error:
+        raise ValueError(f"{url} leads to no store: {error}.") from error
+    except ImportError as error:
+        raise ImportError(f"{url} cannot be reached: {error}.") from error
+    return store, name
 
 
 def join(folder: str | os.PathLike[str], name: str) -> str:
@@ -73,13 +90,13 @@ def atomic(target: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises:
         OSError: If it cannot be written (a full disk, a folder of that name, ...); the target is named.
     """
-    with replacing(target) as unfinished, unfinished.open("xb") as file:
+    with replacing(target) as unfinished, unfinished.open("wb") as file:
         yield file
 
 
 @contextmanager
 def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """As ``atomic``, for what writes to a path: where to write in the block.
+    """As ``atomic``, for what writes to a path: where to write in the block, an empty file.
 
     Raises:
         OSError: As ``atomic``.
@@ -87,6 +104,7 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     if is_remote(target):
         with tempfile.TemporaryDirectory() as folder:
             unfinished = Path(folder) / "content"
+            unfinished.touch()
             yield unfinished
             with _naming(target):
                 _send(unfinished, os.fspath(target))
@@ -97,6 +115,7 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     unfinished = path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.tmp")
     try:
         with _naming(target):
+            unfinished.open("xb").close()  # Python says why it cannot be made; other writers do not
             yield unfinished
             with unfinished.open("rb+") as file:
                 os.fsync(file.fileno())
@@ -126,7 +145,7 @@ def _naming(target: str | os.PathLike[str]) -> Iterator[None]:
     """An error of the system says which file it is about, whatever was between."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:
         cause = _of_the_system(error)
         if cause is None:
             raise
@@ -137,6 +156,9 @@ def _naming(target: str | os.PathLike[str]) -> Iterator[None]:
 
 def _of_the_system(error: BaseException) -> OSError | None:
     """The error of the system behind one: torch's writer hides it behind one of its own."""
+    if (found := _OF_SAFETENSORS.search(str(error))) is not None:
+        number = int(found[1])
+        return OSError(number, os.strerror(number))
     link: BaseException | None = error
     while link is not None:
         if isinstance(link, OSError):
@@ -146,10 +168,7 @@ def _of_the_system(error: BaseException) -> OSError | None:
 
 
 def _send(source: Path, url: str) -> None:
-    import fsspec  # comes with torch
-
-    store: Any
-    store, name = fsspec.core.url_to_fs(url)
+    store, name = store_of(url)
     store.makedirs(name.rpartition("/")[0], exist_ok=True)
     with source.open("rb") as content, store.transaction, store.open(name, "wb") as sent:
         shutil.copyfileobj(content, sent, 2**22)

@@ -1,25 +1,21 @@
 """Training in the span of stored weights."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_merge._checks import number, one_of, whole
 from lightning_merge._mergeable import named
+from lightning_merge.optim._basis import block_norms, mean_of, orthonormal
+from lightning_merge.optim._spread import gathered, owners_of, rank, send_to_all, sum_over_ranks_
 from lightning_merge.rules._snapshots import free_bytes
 from lightning_merge.weights import State, Weights, average_dtype
 
 Form: TypeAlias = Literal["centred", "iclr", "journal"]
 Store: TypeAlias = Literal["device", "cpu"]
-
-_CHUNK = 2**14
-"""Columns whose inner products are taken at a time, in float64."""
-
-_RANK_TOLERANCE = 1e-10
 
 
 class Subspace:
@@ -87,8 +83,8 @@ class Subspace:
         self.weight_decay = weight_decay
         self.names = list(like)
         self.count = 0
-        self._owners = _owners(like)
-        own = {name: tensor for name, tensor in like.items() if self._owners[name] == _rank()}
+        self._owners = owners_of(like)
+        own = {name: tensor for name, tensor in like.items() if self._owners[name] == rank()}
         devices = {name: torch.device("cpu") if store == "cpu" else tensor.device for name, tensor in own.items()}
         _check_room(own, devices, capacity)
         self._rows: Weights = {
@@ -144,12 +140,12 @@ class Subspace:
         for name, rows in self._rows.items():
             self._rows[name] = rows = rows[: self.count]
             if self.form != "iclr":
-                self._centre[name] = _mean(rows)
+                self._centre[name] = mean_of(rows)
                 rows.sub_(self._centre[name])
         if self.form == "journal":
-            self._reach, start = self._block_norms()
+            self._reach, start = block_norms(self._rows, self._centre, self.count, self.names)
         else:
-            self._reach, start = self._orthonormal()
+            self._reach, start = orthonormal(self._rows, self._centre, self.count, self.form == "centred")
         if not self._reach.numel() or not bool(self._reach.any()):
             raise ValueError(
                 f"at least two different weights have to be collected, and the {self.count} that were are equal up to"
@@ -157,45 +153,6 @@ class Subspace:
             )
         self._start_optimizer(start)
         self.write(weights)
-
-    def _orthonormal(self) -> tuple[Tensor, Tensor]:
-        n = self.count
-        gram = torch.zeros(n, n, dtype=torch.float64)
-        size = torch.zeros(1, dtype=torch.float64)
-        for name, rows in self._rows.items():
-            for columns in torch.split(rows, _CHUNK, dim=1):
-                wide = columns.double()
-                gram += (wide @ wide.T).cpu()
-            size += (self._centre[name] if self._centre else rows[0]).double().square().sum().cpu()
-        _sum_over_ranks_(gram)
-        _sum_over_ranks_(size)
-        uncentred = gram
-        if self.form == "centred":
-            # The mean was rounded, so the rows do not quite sum to 0: removed here, or that would be a direction.
-            gram = gram - gram.mean(0, keepdim=True) - gram.mean(1, keepdim=True) + gram.mean()
-        values, vectors = torch.linalg.eigh(gram)
-        # What is less than the rounding of the stored weights says nothing about them.
-        eps = max((torch.finfo(rows.dtype).eps for rows in self._rows.values()), default=0.0)
-        kept = values > max(_RANK_TOLERANCE * float(values[-1]), 4.0 * eps**2 * float(size))
-        values, vectors = values[kept].flip(0), vectors[:, kept].flip(1)
-        largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-        vectors = vectors * largest.sign()  # eigenvectors have no sign of their own
-        reach = (vectors / values.sqrt()).T.contiguous()
-        mean = torch.full((n,), 1.0 / n, dtype=torch.float64)
-        return reach, (
-            reach @ uncentred @ mean if self.form == "iclr" else torch.zeros(len(reach), dtype=torch.float64)
-        )
-
-    def _block_norms(self) -> tuple[Tensor, Tensor]:
-        norms = torch.zeros(len(self.names), self.count, dtype=torch.float64)
-        for name, rows in self._rows.items():
-            size = [columns.double().square().sum(1) for columns in torch.split(rows, _CHUNK, dim=1)]
-            row = torch.stack([*size, torch.zeros(self.count, dtype=torch.float64, device=rows.device)]).sum(0).sqrt()
-            # Tensors that never changed have no direction.
-            floor = torch.finfo(rows.dtype).eps * float(self._centre[name].double().norm())
-            norms[self.names.index(name)] = torch.where(row > floor, row, 0.0).cpu()
-        _sum_over_ranks_(norms)
-        return torch.where(norms > 0, 1.0 / norms, 0.0), torch.zeros_like(norms)
 
     # ---- training
 
@@ -220,7 +177,7 @@ class Subspace:
             if name in self._rows and gradient is not None:
                 rows = self._rows[name]
                 products[index] = torch.mv(rows, gradient.reshape(-1).to(rows))
-        _sum_over_ranks_(products)
+        sum_over_ranks_(products)
         if not bool(products.isfinite().all()):
             return False
         products /= scale
@@ -247,7 +204,7 @@ class Subspace:
                     flat = torch.mv(rows.T, share, out=out)
                 if not direct:
                     target.copy_(flat.view(target.shape))
-        self._exchange(weights)
+        send_to_all(weights, self._owners)
 
     def _c(self) -> Tensor:
         return self._x * self._reach if self.form == "journal" else self._x @ self._reach
@@ -265,8 +222,8 @@ class Subspace:
         """Everything it goes on from: with several processes on every one of them, since each is asked for its part."""
         return {
             "count": self.count,
-            "rows": self._gathered(self._rows),
-            "centre": self._gathered(self._centre),
+            "rows": gathered(self._rows),
+            "centre": gathered(self._centre),
             "reach": self._reach,
             "x": self._x.detach(),
             "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
@@ -300,28 +257,6 @@ class Subspace:
             for held in (self._rows, self._centre):
                 held.update({name: tensor.to(weights[name].device) for name, tensor in held.items()})
 
-    # ---- several processes
-
-    def _exchange(self, weights: Mapping[str, Tensor]) -> None:
-        """Sends each process's weights to all others."""
-        if _world() == 1:
-            return
-        for rank in range(_world()):
-            tensors = [weights[name].detach() for name in self.names if self._owners[name] == rank]
-            if tensors:
-                flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-                dist.broadcast(flat, rank)
-                for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
-                    tensor.copy_(part.view(tensor.shape))
-
-    def _gathered(self, own: Weights) -> Weights:
-        """The tensors of all processes, on each of them."""
-        if _world() == 1:
-            return dict(own)
-        found: list[Any] = [None] * _world()
-        dist.all_gather_object(found, {name: tensor.cpu() for name, tensor in own.items()})
-        return {name: tensor for part in found for name, tensor in part.items()}
-
 
 def check_settings(
     form: str, store: str, optimizer: str, momentum: float, weight_decay: float, argument: str = "optimizer"
@@ -345,11 +280,6 @@ def check_settings(
     return momentum, weight_decay
 
 
-def _mean(rows: Tensor) -> Tensor:
-    parts = [columns.double().mean(0).to(rows.dtype) for columns in torch.split(rows, _CHUNK, dim=1)]
-    return torch.cat(parts) if parts else rows.new_empty(0)
-
-
 def _check_room(own: Mapping[str, Tensor], devices: Mapping[str, torch.device], capacity: int) -> None:
     needed: dict[torch.device, int] = {}
     for name, tensor in own.items():
@@ -363,29 +293,3 @@ def _check_room(own: Mapping[str, Tensor], devices: Mapping[str, torch.device], 
                 f"{capacity} collected weights and their mean need {size:,} bytes on {device}, and {free:,} are"
                 f" available. Take {cure}."
             )
-
-
-def _owners(like: Mapping[str, Tensor]) -> dict[str, int]:
-    """Which process holds which tensor: about equal shares."""
-    loads = [0] * _world()
-    owners = {}
-    for name in sorted(like, key=lambda name: -like[name].numel()):
-        owners[name] = loads.index(min(loads))
-        loads[owners[name]] += like[name].numel()
-    return owners
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if _world() > 1 else 0
-
-
-def _sum_over_ranks_(tensor: Tensor) -> None:
-    if _world() > 1:
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else tensor.device
-        there = tensor.to(device)
-        dist.all_reduce(there)
-        tensor.copy_(there)

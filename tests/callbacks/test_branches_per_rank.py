@@ -57,8 +57,8 @@ class Witness(Callback):
         self.found: dict[str, Any] = {"path": [], "sent": []}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.merge = self.branching._merge
-        self.branching._merge = self.counted  # type: ignore[method-assign]
+        self.merge = self.branching._running.merge
+        self.branching._running.merge = self.counted  # type: ignore[method-assign]
 
     def counted(self, *args: Any) -> None:
         sent: list[int] = []
@@ -125,12 +125,10 @@ def test_processes_train_what_branches_in_turn_train(count: int, tmp_path: Path)
     alone = lookaround()
     module, run = in_turn(tmp_path, alone)
     found = ranks(tmp_path / "ranks", count, lookaround(), **WHOLE)
-    raw = alone.raw_weights()
+    raw, own = alone.raw_weights(), alone._running.branches
     for branch, each in enumerate(found):
-        own = (
-            {name: raw[name] for name in alone._set.live} if branch == alone._set.active else alone._set.weights(branch)
-        )
-        close({name: t for name, t in own.items() if t.is_floating_point()}, each["raw"])
+        mine = {name: raw[name] for name in own.live} if branch == own.active else own.weights(branch)
+        close({name: t for name, t in mine.items() if t.is_floating_point()}, each["raw"])
         close({name: t for name, t in module.state_dict().items() if t.is_floating_point()}, each["end"])
         assert each["metrics"]["val/loss"].item() == pytest.approx(run.callback_metrics["val/loss"].item(), abs=1e-6)
     first, second = found[:2]
@@ -152,7 +150,7 @@ def test_a_matrix_without_a_common_row_mixes_as_in_turn(tmp_path: Path) -> None:
     in_turn(tmp_path, alone)
     found = ranks(tmp_path / "ranks", 3, branching(), **WHOLE)
     for branch in range(2):
-        close(alone._set.weights(branch), found[branch]["raw"])
+        close(alone._running.branches.weights(branch), found[branch]["raw"])
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_in_every_process(tmp_path: Path) -> None:

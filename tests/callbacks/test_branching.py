@@ -83,7 +83,7 @@ def replicas(module: Any, data: Any, k: int, count: int = 3, accumulate: int = 1
 
 def branches_of(callback: Branching) -> list[dict[str, Tensor]]:
     """The parameters of every branch after a fit."""
-    own = callback._set
+    own = callback._running.branches
     raw = callback.raw_weights()
     return [{name: raw[name] for name in own.live} if j == own.active else own.weights(j) for j in own.own]
 

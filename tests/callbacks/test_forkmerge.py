@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from tiny import batches, differing, read, steps, trainer, validation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -138,7 +138,7 @@ BRANCHES = {"alone": {"target": 1.0}, "joint": {"target": 1.0, "helper": 0.5}}
 
 
 def branches_of(callback: Branching) -> list[dict[str, Tensor]]:
-    own, raw = callback._set, callback.raw_weights()
+    own, raw = callback._running.branches, callback.raw_weights()
     return [{name: raw[name] for name in own.live} if j == own.active else own.weights(j) for j in own.own]
 
 
@@ -173,7 +173,7 @@ def test_heads_of_auxiliary_tasks_are_no_part_of_the_merge(tmp_path: Path) -> No
     fork = ForkMerge(BRANCHES, every_n_steps=4, heads=["other.*"])
     trainer(tmp_path, [fork], max_epochs=1).fit(module, batches(4), validation())
     assert fork.merges == 1
-    assert "other.weight" not in fork._set.live
+    assert "other.weight" not in fork._running.branches.live
     assert torch.equal(module.other.weight, alone.other.weight)
 
 
@@ -359,3 +359,36 @@ def test_manual_optimization_is_refused(tmp_path: Path) -> None:
 def test_an_argument_of_forkmerge_out_of_range_is_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ForkMerge(**{"branches": BRANCHES, **arguments})
+
+
+def test_a_resumed_run_logs_each_merge_once_and_at_the_step_of_the_merge(tmp_path: Path) -> None:
+    def logged(folder: str, **kwargs: Any) -> list[tuple[int, float]]:
+        logger = Told()
+        fork = ForkMerge({"3": {"3": 1.0}, "0": {"0": 1.0}}, every_n_steps=3)
+        keep = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=4, save_top_k=-1)
+        run = trainer(tmp_path / folder, [fork, keep], max_epochs=3, logger=logger, enable_checkpointing=True)
+        run.fit(Ends().float(), steps(4), steps(1), **kwargs)
+        return logger.merges
+
+    whole = logged("whole")
+    assert [step for step, _ in whole] == [3, 6, 9, 12]
+    for saved, after in ((4, 3), (8, 6)):
+        resumed = logged(f"again{saved}", ckpt_path=tmp_path / "whole" / f"step={saved}.ckpt")
+        assert resumed == [each for each in whole if each[0] > after]
+
+
+class Told(Logger):
+    """Keeps the step and the first share of what it is told of merges."""
+
+    name, version = "told", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merges: list[tuple[int, float]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        if "forkmerge/3" in metrics and step is not None:
+            self.merges.append((step, metrics["forkmerge/3"]))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass

@@ -113,6 +113,8 @@ TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",
     ("branching", Complex): "`phase` of the branches",
+    ("twa", Complex): "`phase` holds complex numbers",
+    ("twa-before-its-stage", Complex): "`phase` holds complex numbers",
 }
 """What says at the start of a fit that it cannot be."""
 
@@ -135,11 +137,16 @@ def relation(module: nn.Module) -> set[tuple[str, str]]:
 def fitted(kind: type[Awkward], method: str, root: Path) -> tuple[Awkward, ModelCheckpoint] | None:
     """A run's module and its file of the best score; none if it was to be refused, and was."""
     module, best = kind(tasks=method == "forkmerge"), ModelCheckpoint(root, monitor="val/loss", save_top_k=1)
-    run = trainer(root, [*TRIED[method](), best], max_epochs=3, limit_train_batches=3)
+    callbacks = TRIED[method]()
+    run = trainer(root, [*callbacks, best], max_epochs=3, limit_train_batches=3)
     refusal = REFUSED.get((method, kind))
     with pytest.raises(ValueError, match=refusal) if refusal else nullcontext():
         run.fit(module, batches(3), batches(2, size=8, seed=2))
-    return (module, best) if refusal is None else None
+    if refusal is not None:
+        assert run.global_step == 0
+        return None
+    assert all(average.ready for average in averages(callbacks))
+    return module, best
 
 
 def test_every_callback_that_publishes_is_tried() -> None:

@@ -91,6 +91,29 @@ def test_what_was_in_host_memory_beside_other_tensors_is_given_there_again() -> 
         assert (data.device.type, rest["lengths"].device.type) == ("meta", "cpu")
 
 
+def test_tensors_that_overlap_in_memory_overlap_in_a_copy_and_others_take_no_more_than_their_own() -> None:
+    whole = torch.arange(12.0).reshape(4, 3)
+    far, cut = torch.arange(1000.0), whole[:, 1:]
+    kept = BatchCopy.of([whole, {"cut": cut}, whole[0].expand(2, 3), far[:1], far[-1:]])
+    first, again = kept.on(torch.device("cpu")), kept.on(torch.device("cpu"))
+    first[1]["cut"].zero_()
+    assert torch.equal(first[0], torch.tensor([[0.0, 0, 0], [3, 0, 0], [6, 0, 0], [9, 0, 0]]))
+    assert first[2].tolist() == [[0, 0, 0]] * 2
+    assert torch.equal(again[0], torch.arange(12.0).reshape(4, 3))
+    assert torch.equal(whole, torch.arange(12.0).reshape(4, 3))
+    assert [each.untyped_storage().nbytes() for each in first[3:]] == [4, 4]
+
+
+def test_a_copy_is_marked_for_gradients_and_carries_what_hangs_on_its_tensors() -> None:
+    x: Any = torch.ones(2, requires_grad=True)
+    x.lengths = [torch.ones(1)]
+    copied = BatchCopy.of({"x": x}).on(torch.device("cpu"))["x"]
+    assert copied.requires_grad
+    assert copied.is_leaf
+    assert torch.equal(copied.lengths[0], x.lengths[0])
+    assert copied.lengths[0] is not x.lengths[0]
+
+
 def test_a_batch_that_cannot_be_copied_is_refused_with_its_class() -> None:
     with pytest.raises(ValueError, match=r"a batch \(dict\) cannot be copied: .*generator.*__deepcopy__"):
         RecentBatches().hold({"x": torch.ones(2), "rest": (number for number in range(3))})

@@ -60,7 +60,7 @@ def test_quadratics_follow_the_published_run(feeding: Any, tmp_path: Path) -> No
     class Reading(pl.Callback):
         def on_train_end(self, *args: Any) -> None:
             for branch in range(3):
-                lookaround._set.activate(branch)
+                lookaround._running.branches.activate(branch)
                 momenta.append(run.optimizers[0].state[module.w]["momentum_buffer"].tolist())
 
     run.callbacks.insert(0, Reading())

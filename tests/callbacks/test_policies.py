@@ -52,7 +52,7 @@ def run(module: pl.LightningModule, branching: Branching, root: Path, groups: in
 
 
 def branches_of(callback: Branching) -> list[dict[str, Tensor]]:
-    own, raw = callback._set, callback.raw_weights()
+    own, raw = callback._running.branches, callback.raw_weights()
     return [{name: raw[name] for name in own.live} if j == own.active else own.weights(j) for j in own.own]
 
 
@@ -267,7 +267,7 @@ def test_fednova_divides_by_the_work_that_was_done(tmp_path: Path) -> None:
     module, even = Ends((A, B)), ways(Nova((1, 3), momentum=0.9), 2)
     run(module, even, tmp_path)
     assert module.w.tolist() == pytest.approx([0.25 * a + 0.75 * b for a, b in zip(A, B, strict=True)], abs=1e-12)
-    assert even._set.work() == [0, 0]
+    assert even._running.branches.work() == [0, 0]
 
 
 # ---- resuming

@@ -66,7 +66,7 @@ def fit(root: Path, name: str, **settings: Any) -> dict[str, Any]:
     run = trainer(root / name, [branching], max_epochs=1, use_distributed_sampler=False, **settings)
     run.fit(module, batches(8), validation())
     assert branching.merges >= 2
-    raw, own = branching.raw_weights(), branching._set
+    raw, own = branching.raw_weights(), branching._running.branches
     here = {j: {name: raw[name] for name in own.live} if j == own.active else values(own.weights(j)) for j in own.own}
     return {"end": values(module), "branches": here, "loss": run.callback_metrics["val/loss"].item()}
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_merge.callbacks import EMA, RandomState
 
@@ -89,6 +89,9 @@ SITUATIONS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], bool
     "accumulated gradients": (AT_TRAIN_END, {"accumulate_grad_batches": 2}, {}, True),
     "a loader that is made anew": (AT_TRAIN_END, {"reload_dataloaders_every_n_epochs": 1}, {}, True),
     "a loader that is made anew now and then": (AT_TRAIN_END, {"reload_dataloaders_every_n_epochs": 2}, {}, True),
+    "a loader with a generator": (AT_TRAIN_END, {}, {"generator": True}, True),
+    "a sampler with a generator": (AT_TRAIN_END, {}, {"sampler": True}, True),
+    "a loader with a generator that remembers": (AT_TRAIN_END, {}, {"generator": True, "remembers": True}, True),
     "a loader that remembers": (AT_TRAIN_END, {}, {"remembers": True}, True),
     "a loader that remembers, after validation": (AFTER_VALIDATION, {}, {"remembers": True}, True),
 }
@@ -107,12 +110,16 @@ def test_from_any_epochs_end_a_run_with_random_numbers_is_the_uninterrupted_one(
         np.random.seed(3)
         random.seed(3)
         loader: Any = DataLoader
-        if loading:
+        if loading.get("remembers"):
             loader = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
         module = Noisy()
         saved = ModelCheckpoint(root, filename="{epoch}", save_top_k=-1, **files)
         callbacks = [*(average(decay=0.9) for average in averages), RandomState(), saved]
-        module.train_dataloader = lambda: loader(TensorDataset(*data), batch_size=8, shuffle=True)
+        dataset, given = TensorDataset(*data), torch.Generator().manual_seed(5)
+        order: dict[str, Any] = {"shuffle": True, "generator": given if loading.get("generator") else None}
+        if loading.get("sampler"):
+            order = {"sampler": RandomSampler(dataset, generator=given)}
+        module.train_dataloader = lambda: loader(dataset, batch_size=8, **order)
         module.val_dataloader = lambda: tiny.validation() if validates else []
         fit = tiny.trainer(root, callbacks, max_epochs=4, **options)
         fit.fit(module, ckpt_path=path, weights_only=False)

@@ -109,7 +109,7 @@ def test_what_is_unfrozen_gets_an_anchor(tmp_path: Path) -> None:
 
     own = warp()
     trainer(tmp_path, [own], max_epochs=3).fit(of(ThawingParts)(), batches(4))
-    assert {name for each in own._anchors.values() for name in each} == set(of(NetParts)().state_dict())
+    assert {name for each in own._anchors.held.values() for name in each} == set(of(NetParts)().state_dict())
 
 
 @pytest.mark.parametrize(

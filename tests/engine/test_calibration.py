@@ -458,3 +458,19 @@ def test_a_forward_pass_may_need_gradients():
 
     found = recalibrated_statistics(layer, RAGGED, forward)
     assert not any(tensor.requires_grad for tensor in found.values())
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_a_traced_layer_is_measured_by_the_momentum_in_its_graph(momentum: float | None):
+    batches = [torch.randn(4, 3) + n for n in range(3)]
+    layers = [torch.jit.trace(nn.BatchNorm1d(3, momentum=momentum), batches[0], check_trace=False)]
+    layers.append(torch.jit.script(nn.BatchNorm1d(3, momentum=momentum)))
+    traced, scripted = (recalibrated_statistics(net, batches, net) for net in map(nn.Sequential, layers))
+    assert traced.keys() == scripted.keys() != set()
+    for name in traced:
+        torch.testing.assert_close(traced[name], scripted[name])
+
+
+def test_a_layer_traced_in_eval_mode_is_frozen():
+    layer = torch.jit.trace(nn.BatchNorm1d(3).eval(), torch.randn(4, 3))
+    assert not batch_norm_layers(nn.Sequential(layer))

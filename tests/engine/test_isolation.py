@@ -3,6 +3,7 @@
 import itertools
 import random
 import threading
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -22,6 +23,22 @@ Step = Callable[[Any], Any]
 
 def _draw(kept: Any) -> None:
     kept.random() if hasattr(kept, "random") else kept.rand()
+
+
+class Slotted:
+    __slots__ = ("late", "seen", "total")
+
+    def __init__(self, total: int, seen: list[int]) -> None:
+        self.total, self.seen = total, seen
+
+
+def _optimizing() -> list[Any]:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.Adam([weight], 0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step()
+    return [optimizer, schedule]
 
 
 KEPT: dict[str, tuple[Callable[[], Any], Step, Callable[[Any], Any]]] = {
@@ -47,6 +64,18 @@ KEPT: dict[str, tuple[Callable[[], Any], Step, Callable[[Any], Any]]] = {
         lambda kept: (vars(kept).update(total=1), kept.seen.append(1)),
         lambda kept: (kept.total, kept.seen[:]),
     ),
+    "object with slots": (
+        lambda: Slotted(0, []),
+        lambda kept: (setattr(kept, "total", 1), kept.seen.append(1), setattr(kept, "late", 2)),
+        lambda kept: (kept.total, kept.seen[:], hasattr(kept, "late")),
+    ),
+    "optimizer and its schedule": (
+        lambda: _optimizing(),
+        lambda kept: (kept[0].step(), kept[1].step()),
+        lambda kept: str((kept[0].state_dict(), kept[1].state_dict())),
+    ),
+    "bytes": (lambda: bytearray(b"a"), lambda kept: kept.append(1), bytes),
+    "array of Python": (lambda: array("d", [1.0]), lambda kept: kept.append(2.0), list),
     "random": (lambda: random.Random(0), _draw, lambda kept: kept.getstate()),
     "generator of NumPy": (
         lambda: np.random.default_rng(0),

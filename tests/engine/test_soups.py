@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_merge.combiners import SLERP, TIES, Average
 from lightning_merge.soups import WARP, cocktail_weights, pareto_front, soup
 
 
@@ -137,3 +138,18 @@ def test_a_nan_is_refused_by_tensor_and_model_unless_it_does_not_count() -> None
         WARP().merge(good, [bad, good])
     with pytest.raises(ValueError, match=r"`w` is too large for torch.float32 with these `weights`"):
         soup([{"w": torch.tensor([3e38])}, {"w": torch.tensor([-3e38])}], [2.0, -1.0])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "cure"),
+    [(torch.ones(2, 2, device="meta"), "load them first"), (torch.eye(2).to_sparse(), "to_dense")],
+    ids=["meta", "sparse"],
+)
+@pytest.mark.parametrize(
+    "merge",
+    [soup, lambda models: WARP().merge(models[0], models), Average().combine, TIES().combine, SLERP().combine],
+    ids=["soup", "WARP", "Average", "TIES", "SLERP"],
+)
+def test_tensors_without_values_or_laid_out_otherwise_are_refused_by_name(merge: Any, tensor: Any, cure: str) -> None:
+    with pytest.raises(ValueError, match=rf"`w` .*{cure}"):
+        merge([{"w": tensor}, {"w": tensor.clone()}])

@@ -105,11 +105,12 @@ def segments(count: int, stride: int) -> list[range]:
     return [range(max(0, stride * (i - 1) + 1), stride * i + 1) for i in range(count)]
 
 
+ONE_HOT = torch.eye(70, dtype=torch.float64).unbind()
+
+
 def one_hot(step: int) -> dict[str, Tensor]:
     """Weights whose mean shows how often each step counts."""
-    weights = torch.zeros(70, dtype=torch.float64)
-    weights[step] = 1
-    return {"w": weights}
+    return {"w": ONE_HOT[step]}
 
 
 def counts(rule: ValleyMean, state: State) -> Tensor:
@@ -117,10 +118,10 @@ def counts(rule: ValleyMean, state: State) -> Tensor:
 
 
 def shares(expected: dict[int, int]) -> Tensor:
-    result = torch.zeros(70, dtype=torch.float64)
+    result, total = [0.0] * 70, sum(expected.values())
     for step, count in expected.items():
-        result[step] = count / sum(expected.values())
-    return result
+        result[step] = count / total
+    return torch.tensor(result, dtype=torch.float64)
 
 
 def run(rule: ValleyMean, state: State, scores: Sequence[float], stride: int) -> Iterator[int]:
@@ -289,11 +290,16 @@ def random_rule(chance: random.Random, preset: str) -> ValleyMean:
     return ValleyMean(chance.randint(1, 6), chance.randint(1, 8), chance.choice([0.0, 0.05, 0.3]), preset)
 
 
+def random_stride(chance: random.Random) -> int:
+    """Mostly one step per segment: scores decide which segments count, and updates are what takes the time."""
+    return chance.choice([1, 1, 1, 1, 1, 1, 2, 3])
+
+
 @pytest.mark.parametrize("preset", ["intended", "paper"])
 def test_result_after_any_evaluation_is_the_closed_form_of_a_run_that_ends_there(preset):
     chance, seen = random.Random(0), Counter()
-    for _ in range(1200):
-        rule, scores, stride = random_rule(chance, preset), random_scores(chance), chance.randint(1, 3)
+    for _ in range(600):
+        rule, scores, stride = random_rule(chance, preset), random_scores(chance), random_stride(chance)
         state = rule.init(one_hot(0))
         for evaluation in run(rule, state, scores, stride):
             expected = expected_of_closed_form(scores[: evaluation + 1], rule, stride)
@@ -302,13 +308,13 @@ def test_result_after_any_evaluation_is_the_closed_form_of_a_run_that_ends_there
             else:
                 assert (counts(rule, state) - shares(expected)).abs().max() < 1e-12
         seen["dead" if rule.finished(state) else "alive" if rule.converged(state) else "never converged"] += 1
-    assert min(seen[end] for end in ("dead", "alive", "never converged")) > 100, seen
+    assert min(seen[end] for end in ("dead", "alive", "never converged")) > 50, seen
 
 
 def test_official_result_after_any_evaluation_is_that_of_the_released_queues():
     chance, seen = random.Random(1), Counter()
-    for _ in range(1200):
-        rule, scores, stride = random_rule(chance, "official"), random_scores(chance), chance.randint(1, 3)
+    for _ in range(600):
+        rule, scores, stride = random_rule(chance, "official"), random_scores(chance), random_stride(chance)
         state = rule.init(one_hot(0))
         peer = ReleasedQueues(rule.n_converge, rule.n_tolerance, rule.tolerance)
         parts = segments(len(scores), stride)
@@ -318,13 +324,14 @@ def test_official_result_after_any_evaluation_is_that_of_the_released_queues():
             if merged is None:
                 assert rule.result(state) is None
                 continue
-            expected = torch.zeros(70, dtype=torch.float64)
+            expected = [0.0] * 70
             for number, times in merged.items():
-                expected[list(parts[number])] += times / merged.total() / len(parts[number])
-            assert (counts(rule, state) - expected).abs().max() < 1e-12
+                for step in parts[number]:
+                    expected[step] += times / merged.total() / len(parts[number])
+            assert (counts(rule, state) - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-12
             seen["several times"] += max(merged.values()) > 1
         seen["dead" if rule.finished(state) else "alive" if rule.converged(state) else "never converged"] += 1
-    assert min(seen[end] for end in ("dead", "alive", "never converged", "several times")) > 100, seen
+    assert min(seen[end] for end in ("dead", "alive", "never converged", "several times")) > 50, seen
 
 
 @every_preset

@@ -172,16 +172,18 @@ def test_update_every_10_steps_with_10_steps_per_update_equals_update_at_every_s
 
 @pytest.mark.filterwarnings("ignore:.*updates are below the resolution of float32")
 def test_float32_average_stalls_near_one_and_the_compensated_one_does_not():
-    live = {"w": torch.tensor(1.0 + 5e-4)}
-    truth = 5e-4 * (1 - 0.9999**60_000)
+    # Each step moves the average by less than half of the last place of 1, for six times the length of its memory.
+    ahead, steps = torch.tensor([5e-5, 3e-5, 1e-5, -2e-5]), 6000
+    live = {"w": 1.0 + ahead}
+    truth = (live["w"].double() - 1.0) * (1 - 0.999**steps)
     results = {}
-    for rule in (ExponentialMean(0.9999), ExponentialMean(0.9999, compensated=True)):
-        state = rule.init({"w": torch.tensor(1.0)})
-        for _ in range(60_000):
+    for rule in (ExponentialMean(0.999), ExponentialMean(0.999, compensated=True)):
+        state = rule.init({"w": torch.ones(4)})
+        for _ in range(steps):
             rule.update(state, live)
-        results[rule.compensated] = rule.result(state)["w"].item() - 1.0
-    assert results[False] == 0.0
-    assert results[True] == pytest.approx(truth, rel=0, abs=1.5e-7)  # one unit in the last place, and 4.987e-4
+        results[rule.compensated] = rule.result(state)["w"].double() - 1.0
+    assert not results[False].any()
+    torch.testing.assert_close(results[True], truth, rtol=0, atol=1.5e-7)  # one unit in the last place
 
 
 class Stream:

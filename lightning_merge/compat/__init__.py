@@ -8,7 +8,8 @@ import os
 
 from lightning_merge._checks import path as checked_path
 from lightning_merge._checks import text
-from lightning_merge.callbacks._compat import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning_merge.compat._stochastic import StochasticWeightAveraging
+from lightning_merge.compat._weight_averaging import EMAWeightAveraging, WeightAveraging
 from lightning_merge.files._layouts import open_file
 from lightning_merge.weights import Weights
 

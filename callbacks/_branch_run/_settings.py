@@ -1,0 +1,77 @@
+"""What is asked of the branches of a Trainer."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final, get_args
+
+from lightning_merge._checks import one_of, sequence
+from lightning_merge.branches import Policy
+from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.callbacks._lightning._measure import Score
+from lightning_merge.selections import Selection
+
+Augmentation = Callable[[Any], Any]
+Batches = Literal["same", "turns"]
+OptimizerState = Literal["keep", "average", "reset"]
+Buffers = Literal["shared", "average", "recompute"]
+Schedulers = Literal["group", "step"]
+Others = Literal["refuse", "own"]
+
+
+@final
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of ``Branching`` as they are when a fit starts.
+
+    Attributes:
+        title: What messages call the callback.
+        others: What trains without being selected, with a branch per process: an error, or each branch's own.
+    """
+
+    title: str
+    policy: Policy
+    branches: int
+    score: Score | None
+    augmentations: Sequence[Augmentation] | None
+    batches: Batches
+    optimizer_state: OptimizerState
+    buffers: Buffers
+    inactive: Inactive
+    schedulers: Schedulers
+    selection: Selection | None
+    others: Others
+
+
+def check_choices(
+    batches: Batches, optimizer_state: OptimizerState, buffers: Buffers, inactive: Inactive, schedulers: Schedulers
+) -> None:
+    """Checks arguments that are one of a few words.
+
+    Raises:
+        TypeError: If one is no word.
+        ValueError: If one is another word.
+    """
+    for argument, chosen, allowed in (
+        ("batches", batches, Batches),
+        ("optimizer_state", optimizer_state, OptimizerState),
+        ("buffers", buffers, Buffers),
+        ("inactive", inactive, Inactive),
+        ("schedulers", schedulers, Schedulers),
+    ):
+        one_of(argument, chosen, allowed, f"one of {', '.join(map(repr, get_args(allowed)))}")
+
+
+def checked_augmentations(augmentations: object, branches: int) -> tuple[Augmentation, ...]:
+    """The augmentations, one for each branch.
+
+    Raises:
+        TypeError: If they are not functions.
+        ValueError: If there are more or fewer of them than branches.
+    """
+    says = f"a function for each of the {branches} branches"
+    found = sequence("augmentations", augmentations, says)
+    if len(found) != branches:
+        raise ValueError(f"`augmentations` must have one entry for each of the {branches} branches, got {len(found)}.")
+    if not all(map(callable, found)):
+        raise TypeError(f"`augmentations` must be {says}, got {found!r}.")
+    return found

@@ -1,0 +1,95 @@
+"""The manifest of a bank: its tasks, combiner and base, and every other file with its hash."""
+
+import ast
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_merge import combiners
+from lightning_merge.combiners import Combiner
+from lightning_merge.continual._bank_files import damage, put
+
+_FORMAT = 1
+NO_STATE: dict[str, Any] = {"file": None, "sha256": None, "numbers": {}, "groups": []}
+MANIFEST, COPY = "bank.json", "bank-copy.json"
+
+
+def new_manifest(combiner: Combiner, keep_vectors: bool) -> dict[str, Any]:
+    """That of a bank without tasks."""
+    return {
+        "format": _FORMAT,
+        "combiner": repr(combiner),
+        "keep_vectors": keep_vectors,
+        "base": None,
+        "tensors": {},
+        "tasks": [],
+        "state": NO_STATE,
+    }
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a folder's manifest says, or its copy if it is damaged; ``None`` if there is neither.
+
+    Raises:
+        ValueError: If both are damaged, or were written by a newer version.
+    """
+    paths = [folder / name for name in (MANIFEST, COPY)]
+    if not any(path.exists() for path in paths):
+        return None
+    for path in paths:
+        if (found := manifest_in(path)) is not None:
+            return found
+        warnings.warn(f"{damage(path)} The next step that changes the bank writes it again.", stacklevel=3)
+    raise ValueError(
+        f"{damage(paths[0])} So is its copy, {COPY}. Files of vectors can still be read with safetensors; to go"
+        " on with the bank, restore one of the two from a backup."
+    )
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Replaces the manifest, then its copy."""
+    text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
+    for name in (MANIFEST, COPY):
+        part = folder / f"{name}.part"
+        part.write_text(text + "\n", encoding="utf-8")
+        put(folder, part, folder / name)
+
+
+def manifest_in(path: Path) -> dict[str, Any] | None:
+    """The manifest that a file holds; ``None`` if it is damaged."""
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        newer = manifest["format"] > _FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if newer:
+        raise ValueError(
+            f"{path} has format {manifest['format']}; this version of lightning-merge reads up to {_FORMAT}. Update it."
+        )
+    digest = manifest.pop("sha256", None)
+    return manifest if digest == _digest(manifest) else None
+
+
+def combiner_of(text: str) -> Combiner:
+    """The combiner whose ``repr`` this is."""
+
+    def value_of(node: ast.expr) -> Any:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in combiners.__all__:
+            return getattr(combiners, node.func.id)(**{k.arg: value_of(k.value) for k in node.keywords if k.arg})
+        return ast.literal_eval(node)
+
+    try:
+        found = value_of(ast.parse(text, mode="eval").body)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"the bank was merged by {text}, which is not of lightning-merge: name it as `combiner`."
+        ) from error
+    assert isinstance(found, Combiner)
+    return found
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
