@@ -42,7 +42,8 @@ def progress(text: str) -> None:
 
 def header(*packages: str, threads: bool = False) -> dict[str, Any]:
     """The top of a result file: the command, and the versions of torch, Python and other packages."""
-    versions: dict[str, Any] = {name: version(name) for name in ("torch", *packages)}
+    loaded = {name: getattr(sys.modules.get(name), "__version__", None) for name in ("torch", *packages)}
+    versions: dict[str, Any] = {name: str(own or version(name)) for name, own in loaded.items()}
     versions["python"] = sys.version.split()[0]
     if threads:
         import torch

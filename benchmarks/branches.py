@@ -12,25 +12,25 @@ median over processes of the ratio of medians, with lowest and highest.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from averaging import alternating
+import lightning.pytorch as pl
+import timm
+import torch
+from _shared import QUIET, alternating, child, header, parser, progress, silence, spread, write
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_merge import weights
+from lightning_merge.branches import InTurn, uniform
+from lightning_merge.branches import _optimizer_states as optimizer_states
+from lightning_merge.callbacks import Lookaround
 
 BRANCHES, BATCH = 3, 32
 
 
 def averaging(model: str) -> dict[str, float]:
     """Milliseconds of an average of three branches."""
-    import timm
-    import torch
-
-    from lightning_merge import weights
-    from lightning_merge.branches import InTurn, uniform
-
     module = timm.create_model(model)
     branches = InTurn(module, [], BRANCHES)
     sets = [branches.weights(branch) for branch in branches.own]
@@ -63,13 +63,6 @@ def averaging(model: str) -> dict[str, float]:
 
 def exchanges(model: str) -> dict[str, float]:
     """Microseconds per tensor to put another branch in place: its weights and its optimizer state."""
-    import timm
-    import torch
-
-    from lightning_merge import weights
-    from lightning_merge.branches import InTurn
-    from lightning_merge.branches import _optimizer_states as optimizer_states
-
     module = timm.create_model(model)
     optimizer = torch.optim.SGD(module.parameters(), 0.1, 0.9)
     for parameter in module.parameters():
@@ -88,98 +81,83 @@ def exchanges(model: str) -> dict[str, float]:
     return {name: 1e3 * milliseconds / len(live) for name, milliseconds in found.items()}
 
 
+class Module(pl.LightningModule):
+    """A model of timm with ten classes."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self.net = timm.create_model(model, num_classes=10)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01, 0.9)
+
+
+class Clock(pl.Callback):
+    """Times Lightning's training step within ours, and ours, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.whole: list[float] = []
+        self.inner: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loop = trainer.fit_loop.epoch_loop.automatic_optimization
+        ours = loop.run
+        closure = loop._make_closure
+
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            self.inside = 0.0
+            result = ours(*args)
+            self.whole.append(1e3 * (time.perf_counter() - start))
+            self.inner.append(1e3 * self.inside)
+            return result
+
+        def timed(*args: Any) -> Any:
+            self.start = time.perf_counter()
+            return closure(*args)
+
+        loop.run, loop._make_closure = run, timed
+        trainer.optimizers[0].register_step_post_hook(self.stop)
+
+    def stop(self, *args: Any) -> None:
+        self.inside += time.perf_counter() - self.start
+
+
+def fit(model: str, callbacks: list[pl.Callback], batches: int) -> Clock:
+    """One epoch with these callbacks, timed."""
+    clock = Clock()
+    trainer = pl.Trainer(max_epochs=1, callbacks=[*callbacks, clock], **QUIET)
+    data = TensorDataset(torch.randn(BATCH * batches, 3, 32, 32), torch.randint(10, (BATCH * batches,)))
+    trainer.fit(Module(model), DataLoader(data, BATCH))
+    return clock
+
+
 def steps(model: str) -> dict[str, float]:
     """Milliseconds per micro-step of a fit, and of it inside our hooks, without averages."""
-    import lightning.pytorch as pl
-    import timm
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
-
-    from lightning_merge.callbacks import Lookaround
-
-    class Module(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = timm.create_model(model, num_classes=10)
-
-        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
-            return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.01, 0.9)
-
-    def fit(callback: Lookaround | None, batches: int) -> tuple[list[float], list[float]]:
-        inner: list[float] = []
-        whole: list[float] = []
-
-        class Clock(pl.Callback):
-            """Times Lightning's training step within ours, and ours."""
-
-            def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-                loop = trainer.fit_loop.epoch_loop.automatic_optimization
-                ours = loop.run
-                closure = loop._make_closure
-
-                def run(*args: Any) -> Any:
-                    start = time.perf_counter()
-                    self.inside = 0.0
-                    result = ours(*args)
-                    whole.append(1e3 * (time.perf_counter() - start))
-                    inner.append(1e3 * self.inside)
-                    return result
-
-                def timed(*args: Any) -> Any:
-                    self.start = time.perf_counter()
-                    return closure(*args)
-
-                loop.run, loop._make_closure = run, timed
-                trainer.optimizers[0].register_step_post_hook(self.stop)
-
-            def stop(self, *args: Any) -> None:
-                self.inside += time.perf_counter() - self.start
-
-        callbacks: list[pl.Callback] = [Clock()] if callback is None else [callback, Clock()]
-        trainer = pl.Trainer(
-            max_epochs=1,
-            accelerator="cpu",
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        data = TensorDataset(torch.randn(BATCH * batches, 3, 32, 32), torch.randint(10, (BATCH * batches,)))
-        trainer.fit(Module(), DataLoader(data, BATCH))
-        return whole, inner
-
-    plain, plain_inner = fit(None, 12)
-    ours, ours_inner = fit(Lookaround(BRANCHES, 10**6), 12)
-    ours, ours_inner = ([value / BRANCHES for value in values] for values in (ours, ours_inner))
-    beside = [whole - inner for whole, inner in zip(ours, ours_inner, strict=True)]
-    without = [whole - inner for whole, inner in zip(plain, plain_inner, strict=True)]
+    plain = fit(model, [], 12)
+    ours = fit(model, [Lookaround(BRANCHES, 10**6)], 12)
+    beside = [(whole - inner) / BRANCHES for whole, inner in zip(ours.whole, ours.inner, strict=True)]
+    without = [whole - inner for whole, inner in zip(plain.whole, plain.inner, strict=True)]
     return {
-        "plain step": statistics.median(plain[2:]),
-        "micro-step": statistics.median(ours[2:]),
+        "plain step": statistics.median(plain.whole[2:]),
+        "micro-step": statistics.median(ours.whole[2:]) / BRANCHES,
         "hooks": statistics.median(beside[2:]) - statistics.median(without[2:]),
     }
 
 
 def one_process(model: str) -> dict[str, Any]:
-    """Everything, once."""
-    import logging
-    import warnings
-
-    import torch
-
-    warnings.filterwarnings("ignore")
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """Measures everything once."""
+    silence()
     torch.manual_seed(0)
-    return {"averaging_ms": averaging(model), "exchange_us_per_tensor": exchanges(model), "step_ms": steps(model)}
-
-
-def spread(values: list[float]) -> list[float]:
-    return [round(f(values), 3) for f in (statistics.median, min, max)]
+    found: dict[str, Any] = {}
+    parts = {"averaging_ms": averaging, "exchange_us_per_tensor": exchanges, "step_ms": steps}
+    for name, measure in parts.items():
+        progress(name)
+        found[name] = measure(model)
+    return found
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -204,35 +182,27 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--model", default="resnet18", help="a name of timm")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--processes", type=int, default=5)
+    options.add_argument("--model", default="resnet18", help="a name of timm")
+    options.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.child:
         print(json.dumps(one_process(arguments.model)))
         return
-    runs = []
-    for _ in range(arguments.processes):
-        command = [sys.executable, __file__, "--child", "--model", arguments.model]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        runs.append(json.loads(done.stdout.splitlines()[-1]))
-    import torch
-
-    result = {
-        "command": " ".join(sys.argv),
-        "columns": "median, lowest, highest over processes",
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()},
-        "model": arguments.model,
-        "branches": BRANCHES,
-        **summary(runs),
-    }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    runs, result = [], {}
+    for number in range(arguments.processes):
+        progress(f"process {number + 1} of {arguments.processes}")
+        runs.append(child(__file__, "--child", "--model", arguments.model))
+        result = {
+            **header("lightning", threads=True),
+            "columns": "median, lowest, highest over processes",
+            "model": arguments.model,
+            "branches": BRANCHES,
+            **summary(runs),
+        }
+        write(result, arguments.output)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ nothing was chosen by.
 import argparse
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _shared import header, parser, write
 from quality import interval
 from timm.optim import Lookahead
 from torch import Tensor
@@ -139,12 +138,11 @@ def one_seed(arguments: argparse.Namespace, data: CIFAR, seed: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3600, help="gradient steps of a run, of 64 images each")
-    parser.add_argument("--root", help="folder of CIFAR-10")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--steps", type=int, default=3600, help="gradient steps of a run, of 64 images each")
+    options.add_argument("--root", help="folder of CIFAR-10")
+    arguments = options.parse_args()
     warnings.filterwarnings("ignore")
     data = CIFAR("cifar10", root=arguments.root, batch_size=BATCH)
     for stage in ("fit", "test"):
@@ -155,21 +153,19 @@ def main() -> None:
         print(json.dumps(runs[-1]), flush=True)
         names = list(runs[0]["test"])
         result = {
-            "command": " ".join(sys.argv),
+            **header("lightning"),
             "setting": {
                 "model": "ResNet-8, 16 wide", "images": "cifar10, 45,000", "steps": arguments.steps, "batch": BATCH,
                 "lr": LR, "schedule": "cosine to 0", "momentum": "0.9, nesterov", "weight_decay": WEIGHT_DECAY,
                 "branches": BRANCHES, "every_n_steps": STEPS_AROUND, "precision": "bf16-mixed",
             },
-            "versions": {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]},
             "runs": runs,
             "test_accuracy": {name: interval([run["test"][name] for run in runs]) for name in names},
             "paired_difference_to_sgd": {
                 name: interval([run["test"][name] - run["test"]["sgd"] for run in runs]) for name in names[1:]
             },
         }  # fmt: skip
-        if arguments.output:
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, arguments.output)
     print(json.dumps({key: result[key] for key in ("test_accuracy", "paired_difference_to_sgd")}, indent=1))
 
 

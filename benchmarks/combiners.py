@@ -32,6 +32,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from _shared import header, parser, spread, write
+
 TASKS = 8
 DENSITY = 0.2
 COPIES = {"at once": 9 / 3, "stream": 24 / 3}
@@ -226,9 +228,6 @@ for number in range({count} + 1):
 def summary(runs: list[dict[str, float]]) -> dict[str, Any]:
     """Ratios to the limit and to the peers: median, lowest, highest over processes."""
 
-    def spread(values: list[float]) -> list[float]:
-        return [round(f(values), 3) for f in (statistics.median, min, max)]
-
     names = [name for name in runs[0] if name.startswith(tuple(COPIES))]
     limit = {name: COPIES[name.partition(":")[0]] for name in names}
     result: dict[str, Any] = {
@@ -260,14 +259,13 @@ def child(arguments: argparse.Namespace, *task: str, **environment: str) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=7, help="of the quick contestants; the slow ones run once")
-    parser.add_argument("--model", default="vit_base_patch16_224", help="of timm, for the shapes of its tensors")
-    parser.add_argument("--peers", type=Path, help="folder with mergekit and fusion_bench")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--processes", type=int, default=5)
+    options.add_argument("--rounds", type=int, default=7, help="of the quick contestants; the slow ones run once")
+    options.add_argument("--model", default="vit_base_patch16_224", help="of timm, for the shapes of its tensors")
+    options.add_argument("--peers", type=Path, help="folder with mergekit and fusion_bench")
+    options.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.child:
         what, *rest = arguments.child
         if what == "speed":
@@ -276,22 +274,17 @@ def main() -> None:
             run = {"memory": memory, "files": files}[what]
             print(json.dumps(run(rest[0], int(rest[1]), arguments.model)))
         return
-    import torch
 
     result: dict[str, Any] = {
-        "command": " ".join(sys.argv),
+        **header(threads=True),
         "columns": "median, lowest, highest over processes",
         "model": arguments.model,
         "seed": 0,
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()},
     }
 
     def keep() -> None:
-        text = json.dumps(result, indent=1)
-        print(text, flush=True)
-        if arguments.output:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(text + "\n")
+        print(json.dumps(result, indent=1), flush=True)
+        write(result, arguments.output)
 
     for key, environment in (("stream_peak", {}), ("stream_peak, returned", {"MALLOC_MMAP_THRESHOLD_": "131072"})):
         result[key] = {

@@ -15,9 +15,7 @@ the best by the final `accuracy_in_task` is used for both data sets and all seed
 training: the module is given the trained weights, and only the merging and the measuring are done again.
 """
 
-import argparse
 import json
-import sys
 import tempfile
 import time
 import warnings
@@ -28,6 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from _shared import header, parser, write
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -298,16 +297,18 @@ def _same(batch: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar10", type=Path, help="folder of train/<class>/ and test/<class>/")
-    parser.add_argument("--tiny", type=Path, help="folder of train/<class>/ and val/<class>/")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, help="per task, instead of 4")
-    parser.add_argument("--images", type=int, help="per class, to try it")
-    parser.add_argument("--methods", nargs="+", default=["naive", "joint", "ewc", *PRESETS])
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="where decoded images are kept")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+    options = parser(__doc__, output=False)
+    options.add_argument("--cifar10", type=Path, help="folder of train/<class>/ and test/<class>/")
+    options.add_argument("--tiny", type=Path, help="folder of train/<class>/ and val/<class>/")
+    options.add_argument("--seeds", type=int, default=3)
+    options.add_argument("--epochs", type=int, help="per task, instead of 4")
+    options.add_argument("--images", type=int, help="per class, to try it")
+    options.add_argument("--methods", nargs="+", default=["naive", "joint", "ewc", *PRESETS])
+    options.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir()), help="where decoded images are kept"
+    )
+    options.add_argument("--output", type=Path, required=True)
+    arguments = options.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     arguments.cache.mkdir(parents=True, exist_ok=True)
@@ -343,9 +344,8 @@ def main() -> None:
                 figures = {kind: found["metrics"][kind]["final_average"] for kind in found["metrics"]}
                 print(json.dumps({**row, **figures, "seconds": found["seconds"]}), flush=True)
             result = {
-                "command": " ".join(sys.argv),
+                **header("lightning"),
                 "seconds": round(time.perf_counter() - begin),
-                "versions": {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]},
                 "settings": {name: setting.__dict__ for name, setting in settings.items()},
                 "validation_stream_seed": VALIDATION_SEED,
                 "tuning": tuning,
@@ -354,7 +354,7 @@ def main() -> None:
                 "summary": summary(rows),
                 "runs": rows,
             }
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            write(result, arguments.output)
 
 
 if __name__ == "__main__":

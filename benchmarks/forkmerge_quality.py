@@ -14,14 +14,13 @@ import argparse
 import json
 import math
 import statistics
-import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _shared import header, parser, write
 from branches_quality import BATCH, LR, QUIET, WEIGHT_DECAY, accuracy
 from quality import interval
 from torch import Tensor
@@ -125,16 +124,15 @@ def one_seed(arguments: argparse.Namespace, data: CIFAR, seed: int) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3600, help="gradient steps of a run, of 64 images each")
-    parser.add_argument("--merges", type=int, default=6, help="of a run of ForkMerge")
-    parser.add_argument("--images", type=int, default=4500, help="to train on")
-    parser.add_argument("--root", help="folder of CIFAR-10")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--steps", type=int, default=3600, help="gradient steps of a run, of 64 images each")
+    options.add_argument("--merges", type=int, default=6, help="of a run of ForkMerge")
+    options.add_argument("--images", type=int, default=4500, help="to train on")
+    options.add_argument("--root", help="folder of CIFAR-10")
+    arguments = options.parse_args()
     if arguments.steps % (6 * arguments.merges):
-        parser.error(f"--steps must be a multiple of {6 * arguments.merges}, so that every run ends with a merge.")
+        options.error(f"--steps must be a multiple of {6 * arguments.merges}, so that every run ends with a merge.")
     warnings.filterwarnings("ignore")
     data = CIFAR("cifar10", root=arguments.root, batch_size=BATCH, train_images=arguments.images, val_images=VALIDATION)
     for stage in ("fit", "test"):
@@ -145,14 +143,13 @@ def main() -> None:
         print(json.dumps(runs[-1]), flush=True)
         names = list(runs[0]["test"])
         result = {
-            "command": " ".join(sys.argv),
+            **header("lightning"),
             "setting": {
                 "model": "ResNet-8, 16 wide", "images": f"cifar10, {arguments.images}", "steps": arguments.steps,
                 "batch": BATCH, "merges": arguments.merges, "validation": VALIDATION, "lr": LR,
                 "schedule": "cosine to 0", "momentum": "0.9, nesterov", "weight_decay": WEIGHT_DECAY,
                 "precision": "bf16-mixed",
             },
-            "versions": {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]},
             "runs": runs,
             "test_accuracy": {name: interval([run["test"][name] for run in runs]) for name in names},
             "paired_difference_to_target_only": {
@@ -163,8 +160,7 @@ def main() -> None:
                 for name in FORKS
             },
         }  # fmt: skip
-        if arguments.output:
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, arguments.output)
     print(json.dumps({key: result[key] for key in result if key.startswith(("test", "paired"))}, indent=1))
 
 

@@ -7,17 +7,15 @@ figures are medians over rounds. "Published order" is a plain re-implementation 
 published code: a mask and an add per term and tensor, magnitudes sorted. Bytes are counted over live tensors.
 """
 
-import argparse
 import gc
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from _shared import header, parser, progress, seconds, write
 from torch import Tensor
 
 from lightning_merge.optim import OnDARE, OnTIES
@@ -94,12 +92,6 @@ def _is_plain(candidate: Any) -> bool:
     return type(candidate) in (Tensor, torch.nn.Parameter)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 def steps(size: tuple[int, int, int], rounds: int, densities: list[float]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     parameters = {
@@ -140,7 +132,7 @@ def steps(size: tuple[int, int, int], rounds: int, densities: list[float]) -> di
             slow = name.startswith("OnTIES, published")
             if not slow or i in (0, rounds):  # half a minute a step
                 times[name].append(seconds(step))
-        print(f"round {i} of {rounds}", file=sys.stderr, flush=True)
+        progress(f"round {i} of {rounds}")
     medians = {name: statistics.median(values[1:] or values) for name, values in times.items()}
     return {
         "parameters": sum(p.numel() for p in parameters.values()),
@@ -180,25 +172,22 @@ def threshold(numel: int, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, nargs=3, default=(12, 768, 50257), help="layers, width, vocabulary")
-    parser.add_argument("--numel", type=int, default=2**24, help="elements for the threshold")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--size", type=int, nargs=3, default=(12, 768, 50257), help="layers, width, vocabulary")
+    options.add_argument("--numel", type=int, default=2**24, help="elements for the threshold")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = options.parse_args()
     torch.set_num_threads(arguments.threads)
     result = {
-        "command": " ".join(Path(argument).name for argument in sys.argv),
-        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        **header(),
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "steps": steps(tuple(arguments.size), arguments.rounds, [0.5, 0.01]),
         "threshold": threshold(arguments.numel, arguments.rounds),
     }
     print(json.dumps(result, indent=1))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,19 @@ run are what they are compared with. Test accuracy is of the final weights, on i
 raw weights.
 """
 
-import argparse
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from _shared import header, parser, write
 from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -144,13 +142,12 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--epochs", type=int, help="instead of the setting's")
-    parser.add_argument("--root", help="folder of CIFAR-10")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("setting", choices=list(SETTINGS))
+    options.add_argument("--seeds", type=int, default=10)
+    options.add_argument("--epochs", type=int, help="instead of the setting's")
+    options.add_argument("--root", help="folder of CIFAR-10")
+    arguments = options.parse_args()
     warnings.filterwarnings("ignore")
     setting = SETTINGS[arguments.setting]
     if arguments.epochs:
@@ -159,17 +156,14 @@ def main() -> None:
     for seed in range(arguments.seeds):
         runs.append(one_run(setting, arguments.root, seed))
         print(json.dumps(runs[-1]), flush=True)
-    versions = {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]}
     result = {
-        "command": " ".join(sys.argv),
+        **header("lightning"),
         "setting": setting.__dict__,
-        "versions": versions,
         "runs": runs,
         **summary(runs),
     }
     print(json.dumps({key: result[key] for key in summary(runs)}, indent=1))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write(result, arguments.output)
 
 
 if __name__ == "__main__":

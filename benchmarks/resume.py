@@ -12,7 +12,6 @@ imported: a start of both costs ten seconds.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -25,6 +24,7 @@ from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
+from _shared import header, write
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -276,10 +276,9 @@ def main(description: str | None, methods: Iterable[str], run: Run, events: Mapp
     equal = sum(row["equal"] for row in rows)
     print(f"{equal} of {len(rows)} resumed {noun} equal the uninterrupted one bit for bit")
     if arguments.output:
-        versions = {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]}
-        result = {"command": " ".join(sys.argv), "seed": arguments.seed, "versions": versions, "rows": rows}
+        result = {**header("lightning"), "seed": arguments.seed, "rows": rows}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        write(result, arguments.output)
     return int(equal != len(rows))
 
 

@@ -15,7 +15,6 @@ Collectives are counted while an update and a swap run: none is the claim, so no
 one start of the processes; a figure is the median over rounds of the slowest process, then the median over repeats.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -23,10 +22,10 @@ import socket
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from _shared import header, parser, progress, seconds, write
 
 SIZES = {"1 M": (256, 1), "10 M": (256, 13), "100 M": (768, 14), "300 M": (1024, 24)}
 WORLDS = (1, 2, 4)
@@ -50,89 +49,107 @@ def model(width: int, layers: int) -> Any:
     return module
 
 
-def measure(size: str, rounds: int, folder: Path) -> dict[str, Any]:
-    """What this process takes for each, in seconds by round."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-    from torch.distributed.checkpoint.state_dict_saver import save
-    from torch.distributed.tensor.debug import CommDebugMode
+class Parts:
+    """A sharded model and its average in this process: what is measured, each beside its limit."""
 
-    from lightning_merge import weights
-    from lightning_merge.callbacks._publication._sharded import pack, unpack
-    from lightning_merge.files._label import KEY
-    from lightning_merge.rules import ExponentialMean
-    from lightning_merge.shards import sharded_tensors
+    def __init__(self, size: str, folder: Path) -> None:
+        import torch
+        import torch.distributed as dist
 
-    module = model(*SIZES[size])
-    sharded = sharded_tensors(module)
-    rule = ExponentialMean(DECAY)
-    state = rule.init(weights.local(sharded))
-    merged = rule.init(weights.local(sharded))["average"]
-    here = sum(t.numel() for t in weights.local(sharded).values())
-    flat = torch.randn(2, here)
-    own = folder / f"flat{dist.get_rank()}"
-    written: list[int] = []
+        from lightning_merge import weights
+        from lightning_merge.rules import ExponentialMean
+        from lightning_merge.shards import sharded_tensors
 
-    def update() -> None:
-        rule.update(state, weights.local(sharded))
+        self.folder = folder
+        self.module = model(*SIZES[size])
+        self.sharded = sharded_tensors(self.module)
+        self.rule = ExponentialMean(DECAY)
+        self.state = self.rule.init(weights.local(self.sharded))
+        self.merged = self.rule.init(weights.local(self.sharded))["average"]
+        self.here = sum(t.numel() for t in weights.local(self.sharded).values())
+        self.flat = torch.randn(2, self.here)
+        self.own = folder / f"flat{dist.get_rank()}"
+        self.written = 0
 
-    def swap() -> None:
-        before = weights.exchange(sharded, merged)
-        weights.put_back(sharded, before)
+    def update(self) -> None:
+        from lightning_merge import weights
 
-    def save_parts() -> None:
-        shutil.rmtree(folder / "parts", ignore_errors=True) if dist.get_rank() == 0 else None
+        self.rule.update(self.state, weights.local(self.sharded))
+
+    def update_limit(self) -> None:
+        self.flat[0].lerp_(self.flat[1], 1 - DECAY)
+
+    def swap(self) -> None:
+        from lightning_merge import weights
+
+        before = weights.exchange(self.sharded, self.merged)
+        weights.put_back(self.sharded, before)
+
+    def swap_limit(self) -> None:
+        for _ in range(3):
+            self.flat[1].copy_(self.flat[0])
+
+    def save(self) -> None:
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        from lightning_merge.callbacks._publication._sharded import pack
+        from lightning_merge.files._label import KEY
+
+        shutil.rmtree(self.folder / "parts", ignore_errors=True) if dist.get_rank() == 0 else None
         dist.barrier()
-        state_dict: dict[str, Any] = dict(get_model_state_dict(module))
-        section = {"raw": {}, "states": {"ema": {"state": dict(state)}}}
-        pack(section, sharded, state_dict)
-        save({"state_dict": state_dict}, checkpoint_id=folder / "parts")
+        state_dict: dict[str, Any] = dict(get_model_state_dict(self.module))
+        section = {"raw": {}, "states": {"ema": {"state": dict(self.state)}}}
+        pack(section, self.sharded, state_dict)
+        save({"state_dict": state_dict}, checkpoint_id=self.folder / "parts")
         if dist.get_rank() == 0:
-            torch.save({KEY: section}, folder / "parts" / "meta.pt")
-        written[:] = [sum(t.to_local().nbytes for t in state_dict.values())]
+            torch.save({KEY: section}, self.folder / "parts" / "meta.pt")
+        self.written = sum(t.to_local().nbytes for t in state_dict.values())
 
-    def resume() -> None:
-        section = torch.load(folder / "parts" / "meta.pt", weights_only=True)[KEY]
-        unpack(section, sharded, folder / "parts")
-
-    def write_flat() -> None:
-        with own.open("wb") as file:
+    def save_limit(self) -> None:
+        with self.own.open("wb") as file:
             for _ in range(2):  # the model and the average
-                file.write(flat[0].numpy())
+                file.write(self.flat[0].numpy())
             file.flush()
             os.fsync(file.fileno())
 
-    def read_flat() -> None:
-        with own.open("rb") as file:
-            file.readinto(flat[0].numpy())
+    def resume(self) -> None:
+        import torch
 
-    def copies() -> None:
-        for _ in range(3):
-            flat[1].copy_(flat[0])
+        from lightning_merge.callbacks._publication._sharded import unpack
+        from lightning_merge.files._label import KEY
 
-    pairs: dict[str, tuple[Callable[[], None], Callable[[], None], int]] = {
-        "update": (update, lambda: flat[0].lerp_(flat[1], 1 - DECAY), rounds),  # type: ignore[dict-item, return-value]
-        "swap": (swap, copies, rounds),
-        "save": (save_parts, write_flat, 3),
-        "resume": (resume, read_flat, 3),
-    }
-    found: dict[str, Any] = {"numbers": here, "tensors": len(sharded)}
-    for name, (ours, limit, times) in pairs.items():
+        section = torch.load(self.folder / "parts" / "meta.pt", weights_only=True)[KEY]
+        unpack(section, self.sharded, self.folder / "parts")
+
+    def resume_limit(self) -> None:
+        with self.own.open("rb") as file:
+            file.readinto(self.flat[0].numpy())
+
+
+def measure(size: str, rounds: int, folder: Path) -> dict[str, Any]:
+    """Seconds of each part in this process, by round, and what was communicated."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    parts = Parts(size, folder)
+    found: dict[str, Any] = {"numbers": parts.here, "tensors": len(parts.sharded)}
+    for name, times in (("update", rounds), ("swap", rounds), ("save", 3), ("resume", 3)):
         taken: dict[str, list[float]] = {"ours": [], "limit": []}
         for _ in range(times + 1):
-            for key, work in (("limit", limit), ("ours", ours)):
+            for key, work in (("limit", getattr(parts, f"{name}_limit")), ("ours", getattr(parts, name))):
                 dist.barrier()
-                start = time.perf_counter()
                 with torch.no_grad():
-                    work()
-                taken[key].append(time.perf_counter() - start)
+                    taken[key].append(seconds(work))
         found[name] = {key: values[1:] for key, values in taken.items()}  # the first one allocates
     with CommDebugMode() as mode, torch.no_grad():
-        update()
-        swap()
+        parts.update()
+        parts.swap()
     found["collectives"] = mode.get_total_counts()
-    found["checkpoint bytes"] = written[0]
+    found["checkpoint bytes"] = parts.written
     return found
 
 
@@ -181,29 +198,22 @@ def row(processes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS), help="numbers of processes")
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=15, help="of update and swap")
-    parser.add_argument("--repeats", type=int, default=3, help="starts of the processes")
-    parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
-    arguments = parser.parse_args()
-
-    import torch
-    import torch.distributed.checkpoint
-    import torch.distributed.fsdp  # once, before the forks
+    options = parser(__doc__)
+    options.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS), help="numbers of processes")
+    options.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    options.add_argument("--rounds", type=int, default=15, help="of update and swap")
+    options.add_argument("--repeats", type=int, default=3, help="starts of the processes")
+    arguments = options.parse_args()
 
     rows = []
     for size in arguments.sizes:
         for world in arguments.worlds:
+            progress(f"{size} parameters in {world} processes")
             repeats = [row(start(world, size, arguments.rounds)) for _ in range(arguments.repeats)]
             figures = {key: statistics.median(each[key] for each in repeats) for key in repeats[0]}
             rows.append({"parameters": size, "processes": world, **figures})
             print(json.dumps(rows[-1]), flush=True)
-            if arguments.output:
-                versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-                content = {"command": " ".join(sys.argv), "versions": versions, "seed": 0, "rows": rows}
-                arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+            write({**header(), "seed": 0, "rows": rows}, arguments.output)
     return 0
 
 

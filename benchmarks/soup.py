@@ -10,11 +10,11 @@ have, once into one buffer; "read all" all bytes. Peak memory (Linux) is what a 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
+
+from _shared import child, header, parser, progress, seconds
+from _shared import write as save
 
 CONTESTANTS = ("read", "read all", "ours", "load all")
 
@@ -73,22 +73,18 @@ def contestant(name: str, folder: Path) -> dict[str, float]:
 
     work = {"read": lambda: read(False), "read all": lambda: read(True), "ours": soup, "load all": load_all}[name]
     work()
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "MiB": (peak_kib() - before) / 1024}
+    return {"seconds": seconds(work), "MiB": (peak_kib() - before) / 1024}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for the checkpoints: 7 GB plain, 21 GB full")
-    parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--full", action="store_true", help="with optimizer state")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--skip", nargs="*", default=[], choices=CONTESTANTS, help="'load all' holds every model")
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--folder", type=Path, required=True, help="for the checkpoints: 7 GB plain, 21 GB full")
+    options.add_argument("--count", type=int, default=20)
+    options.add_argument("--full", action="store_true", help="with optimizer state")
+    options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--skip", nargs="*", default=[], choices=CONTESTANTS, help="'load all' holds every model")
+    options.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     if arguments.child:
         print(json.dumps(contestant(arguments.child, arguments.folder)))
         return
@@ -96,19 +92,16 @@ def main() -> None:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONTESTANTS if name not in arguments.skip}
     for _ in range(arguments.rounds):
         for name, found in runs.items():
-            command = [sys.executable, __file__, "--folder", str(arguments.folder), "--child", name]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            found.append(json.loads(done.stdout.splitlines()[-1]))
-    import torch
+            progress(name)
+            found.append(child(__file__, "--folder", str(arguments.folder), "--child", name))
 
     table = {n: {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]} for n, rows in runs.items()}
     for name, row in table.items():
         row["over read"] = round(row["seconds"] / table["read"]["seconds"], 3) if "read" in table else 0.0
         print(f"{name:9} {row['seconds']:8.3f} s  {row['over read']:6.2f} x read  {row['MiB']:9.1f} MiB")
     if arguments.output:
-        versions = {"torch": torch.__version__, "python": sys.version.split()[0], "threads": torch.get_num_threads()}
-        result = {"command": " ".join(sys.argv), "versions": versions, "files": arguments.count, "median": table}
-        arguments.output.write_text(json.dumps(result | {"runs": runs}, indent=1) + "\n")
+        result = {**header(threads=True), "files": arguments.count, "median": table, "runs": runs}
+        save(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,8 @@ by. TWA's learning rate is chosen by the validation accuracy of one more seed, w
 Results are written after every seed. Started again with the same output, it goes on after the last seed that is there.
 """
 
-import argparse
 import json
 import math
-import sys
 import tempfile
 import time
 import warnings
@@ -29,6 +27,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _shared import header, parser, write
 from lightning.pytorch.callbacks import ModelCheckpoint
 from quality import interval
 from torch import Tensor
@@ -233,32 +232,27 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", required=True, help="folder of CIFAR-10")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2000, help="that every method has")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
+    options = parser(__doc__, output=False)
+    options.add_argument("--root", required=True, help="folder of CIFAR-10")
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--steps", type=int, default=2000, help="that every method has")
+    options.add_argument("--output", type=Path, required=True)
+    arguments = options.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    versions = {"torch": torch.__version__, "lightning": pl.__version__, "python": sys.version.split()[0]}
+    top = header("lightning")
     setting = {"steps": arguments.steps, "images": IMAGES, "cadence": CADENCE, "evaluation_costs_steps": EVALUATION}
-    result: dict[str, Any] = {"command": " ".join(sys.argv), "versions": versions, "setting": setting, "runs": []}
+    result: dict[str, Any] = {**top, "setting": setting, "runs": []}
     if arguments.output.exists():
         result = json.loads(arguments.output.read_text())
-        if (result["setting"], result["versions"]) != (setting, versions):
-            parser.error(f"{arguments.output} is of another setting or of other versions: name another file.")
+        if (result["setting"], result["versions"]) != (setting, top["versions"]):
+            options.error(f"{arguments.output} is of another setting or of other versions: name another file.")
     data = Loaded(arguments.root)
-
-    def write() -> None:
-        whole = arguments.output.with_suffix(".part")
-        whole.write_text(json.dumps(result, indent=1) + "\n")
-        whole.replace(arguments.output)
 
     if "tuning" not in result:
         result["tuning"] = one_seed(data, 1000, arguments.steps, RATES)
         result["twa_lr"] = max(RATES, key=lambda each: result["tuning"]["twa"][each]["val"])
-        write()
+        write(result, arguments.output)
         print(json.dumps({"tuning": result["tuning"], "rate": result["twa_lr"]}), flush=True)
     done = {run["seed"] for run in result["runs"]}
     for seed in range(arguments.seeds):
@@ -268,7 +262,7 @@ def main() -> None:
         run["test"]["TWA"] = run["twa"][result["twa_lr"]]["test"]
         result["runs"].append(run)
         result |= summary(result["runs"])
-        write()
+        write(result, arguments.output)
         print(json.dumps(run), flush=True)
     print(json.dumps(summary(result["runs"]), indent=1))
 

@@ -1,0 +1,68 @@
+"""Benchmarks start, write what they have in one step, and stay readable; none is run here."""
+
+import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if not path.stem.startswith("_"))
+NEEDS = ("ema_pytorch", "scipy", "transformers", "timm")
+
+
+@pytest.mark.slow
+def test_every_benchmark_explains_itself() -> None:
+    for package in NEEDS:
+        pytest.importorskip(package)
+    script = f"""
+import contextlib, io, runpy, sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+for path in {list(map(str, SCRIPTS))!r}:
+    sys.argv, text = [path, "--help"], io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        runpy.run_path(path, run_name="__main__")
+    assert "--output" in text.getvalue(), path
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_no_function_of_a_benchmark_is_longer_than_a_screen(path: Path) -> None:
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    assert not [each.name for each in functions if (each.end_lineno or 0) - each.lineno >= 60]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Any:
+    specification = importlib.util.spec_from_file_location("_shared", BENCHMARKS / "_shared.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_results_are_written_whole_with_command_and_versions(shared: Any, tmp_path: Path) -> None:
+    output = tmp_path / "results" / "found.json"
+    for rows in ([1], [1, 2]):
+        shared.write({**shared.header("lightning"), "rows": rows}, output)
+        found = json.loads(output.read_text())
+        assert found["rows"] == rows
+        assert set(found["versions"]) == {"torch", "lightning", "python"}
+        assert found["command"]
+    assert [path.name for path in output.parent.iterdir()] == ["found.json"]
+    shared.write({}, None)
+
+
+def test_contestants_take_turns_and_rounds_that_warm_up_are_left_out(shared: Any) -> None:
+    calls: list[str] = []
+    found = shared.alternating({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm=1)
+    assert calls == ["a", "b"] * 3
+    assert found.keys() == {"a", "b"}
+    assert shared.spread([3.0, 1.0, 2.0]) == [2.0, 1.0, 3.0]
