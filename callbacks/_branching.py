@@ -124,8 +124,7 @@ class Branching(Published):
             function("score", score)
         if selection is not None:
             instance("selection", selection, Selection)
-        if augmentations is not None:
-            augmentations = checked_augmentations(augmentations, branches)
+        augmentations = checked_augmentations(augmentations, branches)
         check_choices(batches, optimizer_state, buffers, inactive, schedulers)
         self.policy = policy
         self.schedule = schedule
@@ -234,9 +233,7 @@ class Branching(Published):
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies that cannot exchange weights and a second set of branches."""
-        others = [
-            callback for callback in trainer.callbacks if isinstance(callback, Branching) and callback is not self
-        ]
+        others = [each for each in trainer.callbacks if isinstance(each, Branching) and each is not self]
         if others:
             raise ValueError(f"one Trainer trains one set of branches: remove {self.title} or {others[0].title}.")
         self._strategy = placement.strategy_of(self._settings, trainer)

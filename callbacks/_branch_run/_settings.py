@@ -61,13 +61,15 @@ def check_choices(
         one_of(argument, chosen, allowed, f"one of {', '.join(map(repr, get_args(allowed)))}")
 
 
-def checked_augmentations(augmentations: object, branches: int) -> tuple[Augmentation, ...]:
-    """The augmentations, one for each branch.
+def checked_augmentations(augmentations: object, branches: int) -> tuple[Augmentation, ...] | None:
+    """The augmentations, one for each branch, if there are any.
 
     Raises:
         TypeError: If they are not functions.
         ValueError: If there are more or fewer of them than branches.
     """
+    if augmentations is None:
+        return None
     says = f"a function for each of the {branches} branches"
     found = sequence("augmentations", augmentations, says)
     if len(found) != branches:
