@@ -99,15 +99,13 @@ class ASWA(WeightMerging):
         """Offers the live weights to the mean."""
         rule = self._active_rule
         assert isinstance(rule, GatedMean)
-        assert self._state is not None
-        return rule.offer(self._state, self._tensors.live, self._score)
+        return rule.offer(self._kept, self._tensors.live, self._score)
 
     def _score(self, candidate: Weights) -> float:
         """The score of weights in the place of the mean, higher is better."""
-        assert self._publisher is not None
         fitted = weights.like({**candidate, **weights.copies(self._tensors.live_copied)}, self.tensors)
         fitted |= weights.like(self.statistics(fitted), self.tensors)
-        validation = self._publisher.validation
+        validation = self._session.validation
         found, monitor = validation.probe(self, fitted), str(self.decides_by)
         if monitor not in found and validation.knows(monitor):
             validation.say_left_out(monitor)

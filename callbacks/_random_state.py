@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_merge.callbacks._lightning._internals import loaders_of
 from lightning_merge.callbacks._lightning._loaders import count_reloads, restore_samplers
 from lightning_merge.callbacks._lightning._patches import Patches
 
@@ -103,7 +104,7 @@ def _generators(trainer: Any) -> list[torch.Generator]:
     """Those that the loaders of training and validation were given, and their samplers, each once."""
     found: dict[int, torch.Generator] = {}
     for loop in () if trainer is None else (trainer.fit_loop, trainer.fit_loop.epoch_loop.val_loop):
-        for loader in getattr(loop._combined_loader, "flattened", ()):
+        for loader in loaders_of(loop):
             by_batches = getattr(loader, "batch_sampler", None)
             for owner in (loader, getattr(loader, "sampler", None), by_batches, getattr(by_batches, "sampler", None)):
                 generator = getattr(owner, "generator", None)

@@ -22,3 +22,27 @@ def synchronise_within(strategy: Any, group: Any) -> None:
 def has_trainer(module: Any) -> bool:
     """Whether a LightningModule is attached to a Trainer; its ``trainer`` raises if it is not."""
     return module._trainer is not None
+
+
+SAVE = "_save_checkpoint"
+"""The method by which a ``ModelCheckpoint`` writes a file."""
+
+
+def monitoring_savers(trainer: Any) -> list[Any]:
+    """The callbacks that write files by a metric, or could."""
+    return [callback for callback in trainer.callbacks if hasattr(callback, "monitor") and hasattr(callback, SAVE)]
+
+
+def checkpoint_connector(trainer: Any) -> Any:
+    """What makes the content of a checkpoint for the Trainer."""
+    return trainer._checkpoint_connector
+
+
+def loaders_of(loop: Any) -> list[Any]:
+    """The loaders of a loop, as far as they are set up."""
+    return list(getattr(loop._combined_loader, "flattened", ()))
+
+
+def is_compiled_whole(module: Any) -> bool:
+    """Whether ``torch.compile`` was applied to a LightningModule, which Lightning unwraps again."""
+    return getattr(module, "_compiler_ctx", None) is not None

@@ -101,7 +101,8 @@ class RecentBatches:
             return
         held, self._held, self._holds = self._held, None, False
         if held is None:
-            assert self.fetched is not None
+            if self.fetched is None:
+                return
             held = BatchCopy.of(self.fetched())
         if self.trial is not None:
             # After the step of training itself: what fails there as well is no matter of being run outside it.

@@ -63,6 +63,13 @@ class Published(Average, Callback):
         self._publisher: Publisher | None = None
         self._module: LightningModule | None = None
 
+    @property
+    def _session(self) -> Publisher:
+        """The session of the fit that it is part of, or was last."""
+        if self._publisher is None:
+            raise RuntimeError(f"{self.title} has not been part of a fit yet.")
+        return self._publisher
+
     # ---- what there is
 
     def merged_weights(self) -> Weights | None:
@@ -126,9 +133,8 @@ class Published(Average, Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The last average of the list measures, saves and publishes for all of them."""
-        assert self._publisher is not None
-        if self._publisher.averages[-1] is self:
-            self._publisher.finish()
+        if self._session.averages[-1] is self:
+            self._session.finish()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """During a fit the save path is wrapped, which covers weights-only files too; this is for a save after it."""
@@ -175,11 +181,10 @@ class Published(Average, Callback):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The merged weights in place of the live ones for the length of a block; the live ones if there are none."""
-        assert self._publisher is not None
-        tensors = weights.like(self.merged() or self._publisher.raw(self), self.tensors)
+        tensors = weights.like(self.merged() or self._session.raw(self), self.tensors)
         # Copies of the buffers: a forward pass may write to them, and they are small.
         buffers = weights.copies({name: tensors[name] for name in self.buffer_names})
-        with self._publisher.swapped(self, {**tensors, **buffers}):
+        with self._session.swapped(self, {**tensors, **buffers}):
             yield
 
     def forget_statistics(self) -> None:
@@ -190,17 +195,13 @@ class Published(Average, Callback):
         """BatchNorm statistics of any weights in its place, on the kept batches; empty without such."""
         if self._recent is None or not self._recent.batches:
             return {}
-        assert self._publisher is not None
-        assert self._module is not None
-        with self._publisher.swapped(self, weights.like(candidate, self.tensors)):
-            return recalibrate(self._publisher.trainer, self._module, self.name, self._recent)
+        with self._session.swapped(self, weights.like(candidate, self.tensors)):
+            return recalibrate(self._session.trainer, self._session.module, self.name, self._recent)
 
     def _keep_recent_batches(self) -> None:
         """From here on batches are kept, if there are statistics to measure again."""
-        module = self._module
-        assert module is not None
-        assert self._publisher is not None
+        module = self._session.module
         if not calibration.batch_norm_layers(module):
             return
         self._recent = self._recent or RecentBatches()
-        prepare(self._publisher.trainer, module, self.title, self._recent)
+        prepare(self._session.trainer, module, self.title, self._recent)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_merge import weights
 from lightning_merge._isolation import untouched
 from lightning_merge.callbacks._lightning._eval_mode import extends_train, written_in_eval
+from lightning_merge.callbacks._lightning._internals import is_compiled_whole
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._user_step import muted
 from lightning_merge.callbacks._publication._average import Average
@@ -149,7 +150,7 @@ def _again_under_raw(publisher: Exchange, average: Average, module: nn.Module) -
     """Raw weights in place for something that ran under merged ones and runs again; it leaves no trace."""
     # To be able to put everything back one has to see each operation, and a compiled graph would not run then.
     compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in module.modules())
-    compiled = compiled or getattr(module, "_compiler_ctx", None) is not None
+    compiled = compiled or is_compiled_whole(module)
     with publisher.raw_in_place(average), isolate_rng(), nullcontext() if compiled else untouched(module):
         yield
 

@@ -9,6 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge.callbacks._lightning._internals import SAVE, checkpoint_connector, monitoring_savers
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._arrival import Arrival, storage
 from lightning_merge.callbacks._publication._average import Average
@@ -45,7 +46,7 @@ class Checkpoints:
     def wrap(self, patches: Patches) -> None:
         """Takes hold of the save and load paths."""
         trainer, module = self._publisher.trainer, self._publisher.module
-        patches.replace(trainer._checkpoint_connector, "dump_checkpoint", self._dump)
+        patches.replace(checkpoint_connector(trainer), "dump_checkpoint", self._dump)
         patches.replace(trainer.strategy, "lightning_module_state_dict", self._state_dict)
         patches.replace(trainer.strategy, "load_checkpoint", self._load_checkpoint)
         patches.replace(trainer.strategy, "load_model_state_dict", self._load_model)
@@ -53,9 +54,8 @@ class Checkpoints:
 
     def wrap_writers(self, patches: Patches) -> None:
         """Learns which ModelCheckpoint writes, so that its monitor chooses the set."""
-        for callback in self._publisher.trainer.callbacks:
-            if hasattr(callback, "monitor") and hasattr(callback, "_save_checkpoint"):
-                patches.replace(callback, "_save_checkpoint", self._writes(callback))
+        for callback in monitoring_savers(self._publisher.trainer):
+            patches.replace(callback, SAVE, self._writes(callback))
 
     def write_final(self, average: Average) -> str | None:
         """Writes ``<name>-final.ckpt`` beside the other checkpoints; ``None`` if checkpointing is off."""

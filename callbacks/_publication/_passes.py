@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -11,27 +9,23 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._eval_mode import forget_what_eval_mode_kept
+from lightning_merge.callbacks._lightning._metrics import (
+    logged_under,
+    unlogged,
+    validating,
+    validation_loop,
+    written_metrics,
+)
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._average import Average
 from lightning_merge.callbacks._publication._canary import Canary
 from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.callbacks._publication._ledger import RAW, Entry, Ledger
+from lightning_merge.callbacks._publication._pass import Pass, decides, is_number, some
 from lightning_merge.weights import Weights
 
 _PROBE = "probe/"
 """Prefix of what is measured only to be looked at."""
-
-
-@dataclass
-class Pass:
-    """One validation run: the weights it measures (``None``: raw) and the prefixes its metrics are logged under."""
-
-    average: Average | None
-    prefixes: list[str]
-
-    @property
-    def holds(self) -> str:
-        return RAW if self.average is None else self.average.name
 
 
 class Validation:
@@ -60,7 +54,7 @@ class Validation:
         averages = self._publisher.averages
         lines = [f"{average.title} averages {average.describe()}." for average in averages]
         lines += [
-            f"{average.title} leaves {len(names)} quantised, packed or integer parameters alone: {_some(names)}."
+            f"{average.title} leaves {len(names)} quantised, packed or integer parameters alone: {some(names)}."
             for average in averages
             if (names := average.left_alone)
         ]
@@ -76,9 +70,7 @@ class Validation:
             waiting = [a.title for a in self._publisher.averages if a.validate != "raw" and not a.ready]
             until = f", also in the place of {', '.join(waiting)} until it is ready" if waiting else ""
             if names := self._ledger.keys_of(pass_.holds):
-                rank_zero_info(
-                    f"Validation measures {title} as {_some(names)}{until if pass_.average is None else ''}."
-                )
+                rank_zero_info(f"Validation measures {title} as {some(names)}{until if pass_.average is None else ''}.")
 
     def measure_final(self, ready: list[Average]) -> None:
         """Measures the final sets that no validation has seen, where there is a validation loader."""
@@ -90,14 +82,11 @@ class Validation:
         if any(average.validate == "both" for average in self._publisher.averages):
             passes.insert(0, Pass(None, ["" if self.owner is None else f"{RAW}/"]))
         self._at_the_end = True
-        first_loop_iter = trainer._logger_connector._first_loop_iter
-        self._loop.restarting = False  # as after a training batch: it must not go on where a resumed file left it
         for pass_ in passes:
             if self._measured_at.get(pass_.holds) == self._version(pass_.average):
                 continue
-            trainer.validating = True
             try:
-                with self._muted():
+                with validating(trainer), self._muted():
                     self._run(pass_, self._loop.run.__wrapped__)
             except Exception as error:
                 if several() or pass_.average is None or pass_.average.validate != "raw":
@@ -106,9 +95,6 @@ class Validation:
                     f"{pass_.average.title}: its final weights could not be measured, since {type(error).__name__} was"
                     f" raised: {error}. They are published unmeasured; `final_validation=False` leaves the pass out."
                 )
-            finally:
-                trainer.training = True
-                trainer._logger_connector._first_loop_iter = first_loop_iter
 
     def forget(self, average: Average) -> None:
         """What was measured on an average is not about what will be published in its place."""
@@ -120,31 +106,21 @@ class Validation:
         Nothing is logged or remembered, and no callback sees it.
         """
         trainer = self._publisher.trainer
-        connector = trainer._logger_connector
-        names = ("_progress_bar_metrics", "_callback_metrics", "_logged_metrics", "_first_loop_iter")
-        kept = {name: copy(getattr(connector, name)) for name in names}
         remembered = self._ledger.copy(), dict(self._measured_at)
-        loggers, callbacks, at_the_end = trainer.loggers, trainer.callbacks, self._at_the_end
-        self._loop.restarting = False
-        self._at_the_end = trainer.validating = True
-        trainer.loggers, trainer.callbacks = [], []
+        at_the_end, self._at_the_end = self._at_the_end, True
         try:
-            with isolate_rng():
+            with unlogged(trainer), isolate_rng():
                 self._run(Pass(average, [_PROBE]), self._loop.run.__wrapped__, tensors)
-            found = connector._callback_metrics
-            # The ranks must decide alike, also where a metric is not synchronised.
-            return {
-                key.removeprefix(_PROBE): trainer.strategy.broadcast(float(value))
-                for key, value in found.items()
-                if key.startswith(_PROBE) and _is_number(value)
-            }
+                found = dict(self._metrics)
         finally:
-            trainer.training = True
-            trainer.loggers, trainer.callbacks = loggers, callbacks
             self._at_the_end = at_the_end
             self._ledger, self._measured_at = remembered
-            for name, value in kept.items():
-                setattr(connector, name, value)
+        # The ranks must decide alike, also where a metric is not synchronised.
+        return {
+            key.removeprefix(_PROBE): trainer.strategy.broadcast(float(value))
+            for key, value in found.items()
+            if key.startswith(_PROBE) and is_number(value)
+        }
 
     def set_of(self, monitor: str) -> str:
         """Name of the set that a monitored metric is measured on: raw for what is logged while training."""
@@ -218,14 +194,12 @@ class Validation:
         return {
             key.removeprefix(f"{holds}/"): float(metrics[key])
             for key in self._ledger.keys_of(holds)
-            if key in metrics and _is_number(metrics[key])
+            if key in metrics and is_number(metrics[key])
         }
 
     @property
     def _metrics(self) -> dict[str, Any]:
-        # What is in there, without making Lightning compute what it has not computed yet.
-        found: dict[str, Any] = self._publisher.trainer._logger_connector._callback_metrics
-        return found
+        return written_metrics(self._publisher.trainer)
 
     def _settle(self) -> list[str]:
         """Notes who measured what was written since the last look: the pass that is going on, or training."""
@@ -235,7 +209,7 @@ class Validation:
 
     @property
     def _loop(self) -> Any:
-        return self._publisher.trainer.fit_loop.epoch_loop.val_loop
+        return validation_loop(self._publisher.trainer)
 
     @property
     def owner(self) -> Average | None:
@@ -294,13 +268,6 @@ class Validation:
                 model.require_forward_param_sync = True
 
     def _run(self, pass_: Pass, original: Callable[[], Any], tensors: Weights | None = None) -> Any:
-        results = self._loop._results
-        log = results.log
-
-        def prefixed(fx: str, name: str, *args: Any, **kwargs: Any) -> None:
-            for prefix in pass_.prefixes:
-                log(fx, prefix + name, *args, **kwargs)
-
         self._settle()
         before = self._before = dict(self._metrics)
         with ExitStack() as stack:
@@ -314,14 +281,13 @@ class Validation:
                 forget_what_eval_mode_kept(self._publisher.module)
                 stack.callback(forget_what_eval_mode_kept, self._publisher.module)
             outer, self._current = self._current, pass_
-            results.log = prefixed
             try:
-                outputs = original()
+                with logged_under(self._publisher.trainer, pass_.prefixes):
+                    outputs = original()
                 self._prefix_the_rest(pass_, before)
                 self._settle()
             finally:
                 self._current = outer
-                del results.log
         self._measured_at[pass_.holds] = self._version(pass_.average)
         return outputs
 
@@ -342,26 +308,9 @@ class Validation:
         """An extra run: callbacks that decide or save by a metric do not see it, random numbers stay as they were."""
         trainer = self._publisher.trainer
         callbacks = trainer.callbacks
-        trainer.callbacks = [callback for callback in callbacks if not _decides(callback)]
+        trainer.callbacks = [callback for callback in callbacks if not decides(callback)]
         try:
             with isolate_rng():
                 yield
         finally:
             trainer.callbacks = callbacks
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError, RuntimeError):  # put there by hand: a string, or a tensor of several numbers
-        return False
-    return True
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(f"`{name}`" for name in names[:most]) + (", ..." if len(names) > most else "")
-
-
-def _decides(callback: Any) -> bool:
-    """Whether a callback saves or stops by a metric."""
-    return bool({"Checkpoint", "EarlyStopping"} & {cls.__name__ for cls in type(callback).__mro__})

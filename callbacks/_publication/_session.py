@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement, settings_of, several
+from lightning_merge.callbacks._lightning._metrics import is_restoring
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
 from lightning_merge.callbacks._publication._average import Average, Ending
@@ -102,7 +103,7 @@ class Publisher(Exchange):
             self.look()  # an average of what was unfrozen starts where it does
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.busy or self.trainer._checkpoint_connector._loaded_checkpoint:
+        if self.busy or is_restoring(self.trainer):
             return
         # Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
         found_inf = getattr(optimizer, "found_inf", None)

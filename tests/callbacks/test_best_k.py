@@ -88,5 +88,5 @@ def test_the_metric_must_say_which_score_is_better_and_be_logged(tmp_path: Path)
     with pytest.raises(ValueError, match="`k` must be at least 1"):
         BestK("val/loss", 0)
     run = trainer(tmp_path, [BestK("val/none", mode="min"), EMA(0.5)], max_epochs=1)
-    with pytest.raises(ValueError, match="`monitor` of BestK 'best_k' must be a metric that validation logs"):
+    with pytest.raises(ValueError, match="BestK 'best_k': `monitor` must be a metric that validation logs"):
         run.fit(of(ScoredParts)((1.0,)), steps(2), steps(1))

@@ -99,4 +99,4 @@ def test_groups_of_branches_are_shares_of_the_same_steps(tmp_path: Path) -> None
     dart = DART(2, every_n_steps=2, start=0.5, buffers="shared")
     growing = GradientAccumulationScheduler({0: 1})
     trainer(tmp_path, [dart, growing], max_epochs=2).fit(Walk(), steps(4))
-    assert dart._active_schedule.start == 4  # type: ignore[attr-defined]
+    assert dart._running._schedule.start == 4  # type: ignore[attr-defined]

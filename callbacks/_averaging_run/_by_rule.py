@@ -1,0 +1,199 @@
+"""What an average by a rule does: it takes weights in, follows the module, and resumes."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_merge import weights
+from lightning_merge.callbacks._accept_if_better import logged
+from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
+from lightning_merge.callbacks._averaging_run._remarks import mostly_the_start
+from lightning_merge.callbacks._averaging_run._state import AveragingState
+from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._publication._passes import Validation
+from lightning_merge.files._label import as_written
+from lightning_merge.schedules import Moment
+from lightning_merge.weights import Weights
+
+
+class MergingByRule(AverageByRule):
+    """An average that is told what happens in a fit."""
+
+    # ---- taking weights in
+
+    def wants(self, moment: Moment) -> bool:
+        """Whether the average starts or takes weights in at this moment."""
+        schedule = self._active_schedule
+        return schedule.due(moment) if self._state is not None else schedule.started(moment)
+
+    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+        """Starts the average if it has not started, and takes the live weights in if that is due.
+
+        Args:
+            moment: Now.
+            nonfinite: Names of live tensors that hold a NaN or an infinity.
+        """
+        if not self._start(nonfinite) or not self._active_schedule.due(moment):
+            return
+        if not self._update():
+            return
+        self._note_update(moment.step)
+
+    def _note_update(self, step: int) -> None:
+        weights.copy_(self._buffers, self._tensors.live_copied)
+        self.update_window = (self.update_window[0] if self.update_window else step, step)
+
+    def _update(self) -> bool:
+        """Hands the live weights to the rule; whether they were taken in."""
+        self._active_rule.update(self._kept, self._tensors.live)
+        return True
+
+    def _start(self, nonfinite: set[str]) -> bool:
+        """Whether there is an average, and weights fit for it."""
+        if culprits := nonfinite & self.captured.keys():
+            self._skip(min(culprits))
+            return False
+        if self._state is None:
+            self._state = self._active_rule.init(self._tensors.live)
+            self._buffers = weights.copies(self._tensors.live_copied)
+        return True
+
+    def _skip(self, culprit: str) -> None:
+        self.skipped_nonfinite += 1
+        if self.skipped_nonfinite == 1:
+            rank_zero_warn(
+                f"{self.title}: `{culprit}` holds a NaN or an infinity after applied step {self.steps}. Such weights"
+                " are never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
+                " learning rate or clip gradients."
+            )
+
+    def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
+        rule = self._active_rule
+        of_raw = rule.wants_score == "raw"
+        metrics = trainer.callback_metrics if of_raw else validation.metrics_of(self.name)
+        if of_raw and self.decides_by not in metrics:
+            raise ValueError(
+                f"{self.title}: `monitor` must be a metric that validation logs, got {self.decides_by!r}; it logs:"
+                f" {', '.join(sorted(metrics)) or 'none'}."
+            )
+        # The ranks must decide alike, also where the metric is not synchronised.
+        score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
+        if not validation.has_logged(str(self.decides_by), None if of_raw else self):
+            return
+        if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
+            self._skip(min(culprits))
+            return
+        updates = self.updates
+        rule.evaluate(self._kept, score if self.mode == "min" else -score, self._tensors.live)
+        if self.updates != updates and rule.merges_when_scored:
+            self._note_update(self.steps)
+        self.evaluations += of_raw
+        if self.stop_when_finished and rule.finished(self._kept):
+            trainer.should_stop = True
+
+    # ---- which tensors
+
+    def look_again(self) -> None:
+        change = self._tensors.follow(self._session, self.steps)
+        if self._state is None:
+            return
+        if change.gone or change.fresh:
+            self._active_rule.forget(self._state, [*change.gone, *change.fresh])
+        if change.fresh:
+            self._active_rule.extend(self._state, weights.local(change.fresh))
+        live = self._tensors.live_copied
+        fitting = {n: b for n, b in self._buffers.items() if n in live and b.shape == live[n].shape}
+        new = {name: tensor for name, tensor in live.items() if name not in fitting}
+        self._buffers = {**fitting, **weights.copies(new)}
+
+    def remarks(self) -> list[str]:
+        pulled = self.selection.pulled_along(self._session.inventory)
+        return [f"{self.title} merges `{n}` too: it is the same tensor as `{other}`." for n, other in pulled.items()]
+
+    def _look_up(self) -> None:
+        known: set[str] = set()
+        if self._state is not None:
+            with as_written(f"{self._session.checkpoints.path}: the state of the average `{self.name}`"):
+                known = set(self._active_rule.stored(self._state) or ())
+        self._tensors.start(self._session, known, self._buffers)
+        self.is_sharded = self._tensors.is_sharded
+
+    def _go_on(self) -> None:
+        """Brings a state from before to the model's devices."""
+        devices = {name: tensor.device for name, tensor in self.tensors.items()}
+        path = "an earlier fit" if self._publisher is None else self._publisher.checkpoints.path
+        with as_written(f"{path}: the state of the average `{self.name}`"):
+            self._state = self._active_rule.load(self._kept, devices)
+            self._buffers = weights.to_devices(self._buffers, devices)
+            average = self._active_rule.stored(self._kept)
+            moved = [name for name in average or () if name in self._tensors.copied]
+            if moved:
+                self._active_rule.forget(self._kept, moved)  # an earlier version averaged them
+                self._buffers |= weights.copies(
+                    {n: self._tensors.live_copied[n] for n in moved if n not in self._buffers}
+                )
+        if not self._resumed and self._publisher is not None:
+            self._publisher.continue_fit(self)
+
+    def _check_fit(self) -> None:
+        """Raises if a state from before belongs to another model; by now the module has made and tied what it has.
+
+        Raises:
+            ValueError: With the first name or shape that differs.
+        """
+        if self._state is None or (average := self._active_rule.stored(self._state)) is None:
+            return
+        if self._resumed and self._module is not None and not self._module.strict_loading:
+            self._complete(average)
+            average = self._active_rule.stored(self._state) or {}
+        kept = {name: tensor for name, tensor in average.items() if name not in self._tensors.copied}
+        if difference := weights.first_mismatch(self._tensors.live, kept):
+            raise ValueError(
+                f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
+                " model and the selection that it was started with."
+            )
+
+    def _complete(self, average: Weights) -> None:
+        """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""
+        live = self._tensors.live
+        fresh = {name: tensor for name, tensor in live.items() if name not in average}
+        gone = [name for name in average if name not in live]
+        if fresh or gone:
+            self._active_rule.forget(self._kept, gone)
+            self._active_rule.extend(self._kept, fresh)
+            rank_zero_info(
+                f"{self.title}: the file and the module differ, which `strict_loading=False` allows. New averages of:"
+                f" {', '.join(fresh) or 'none'}; dropped: {', '.join(gone) or 'none'}."
+            )
+
+    # ---- it is loaded, and ends
+
+    def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
+        """Takes over what ``save`` and ``label`` gave."""
+        if label["rule"] != repr(self.rule):
+            rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
+        found = AveragingState.of(saved)
+        self._state, self._buffers = found.state, found.buffers
+        self.evaluations, self.skipped_nonfinite = found.evaluations, found.skipped_nonfinite
+        self._calibrated_at, self._last_epoch = found.calibrated_at, found.last_epoch
+        if found.recent is not None:
+            self._recent = RecentBatches.restored(found.recent)
+        self.update_window = None if found.update_window is None else (found.update_window[0], found.update_window[1])
+        self.steps = label["steps"]
+        self._resumed = True
+        if self._tensors.averaged and self._state is not None:  # strategies that shard restore once the fit has started
+            self._look_up()
+            self._go_on()
+
+    def note_the_end(self) -> None:
+        """One line if nothing was merged, or if much of what was merged is the start."""
+        if self._state is not None and (sentence := self._active_rule.conclude(self._state)):
+            rank_zero_info(f"{self.title}: {sentence}")
+        if not self.ready:
+            rank_zero_info(
+                f"{self.title} merged nothing: {self.schedule!r} was not due in {self.steps} applied steps and"
+                f" {self._last_epoch} epochs. The raw weights are kept, as without the callback. Start earlier."
+            )
+        elif not self.rule.start_is_meant and (sentence := mostly_the_start(self.initial_share, self.steps)):
+            rank_zero_info(f"{self.title}: {sentence}")
