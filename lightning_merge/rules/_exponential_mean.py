@@ -31,7 +31,7 @@ class ExponentialMean(Rule):
             is given. Its half-life is ``log(0.5) / log(decay)`` steps: 693 for 0.999.
         half_life: Instead of ``decay``: the length of training after which the share of a weight has halved. A number
             of optimizer steps, ``"500 steps"``, ``"2 epochs"`` or ``"5%"`` of the run. Epochs and shares need
-            ``resolve`` before the first update. It is kept as the decay ``2 ** (-1 / steps)``.
+            ``resolve`` before the first update. ``decay`` is then ``2 ** (-1 / steps)``.
         steps_per_update: Optimizer steps that one update stands for; at least 1. Updating every 10 steps with 10 here
             averages over the same stretch of training as updating at every step.
         warmup: How the decay grows up to ``decay``: the name of the library whose schedule it is (``"timm"``,
@@ -109,7 +109,7 @@ class ExponentialMean(Rule):
         return state["average"] if state["updates"] else None
 
     def resolve(self, run: RunLength) -> "ExponentialMean":
-        if not isinstance(self.half_life, Duration):
+        if not isinstance(self.half_life, Duration) or self.decay is not None:
             return self
         return replace(self, half_life=Duration(self.half_life.steps(run)))
 
@@ -117,12 +117,12 @@ class ExponentialMean(Rule):
         return float(state["initial_share"])
 
     def _set_half_life(self, half_life: Duration) -> None:
-        """Keeps the half-life as a decay if it is known in steps, else as a duration for ``resolve``."""
-        if self.decay is not None:
+        """Keeps the half-life as it was given, and the decay that it is if it is known in steps."""
+        decay = 2.0 ** (-1.0 / half_life.value) if half_life.unit == "steps" else None
+        if self.decay is not None and self.decay != decay:
             raise ValueError(f"give `decay` or `half_life`, not both; got {self.decay} and {self.half_life!r}.")
-        known = half_life.unit == "steps"
-        object.__setattr__(self, "decay", 2.0 ** (-1.0 / half_life.value) if known else None)
-        object.__setattr__(self, "half_life", None if known else half_life)
+        object.__setattr__(self, "decay", decay)
+        object.__setattr__(self, "half_life", half_life)
 
     def _decay_of_update(self, update: int) -> float:
         if self.decay is None:
