@@ -51,7 +51,7 @@ class MergingByRule(AverageByRule):
 
     def _start(self, nonfinite: set[str]) -> bool:
         """Whether there is an average, and weights fit for it."""
-        if culprits := nonfinite & self.captured.keys():
+        if nonfinite and (culprits := nonfinite & self.captured.keys()):
             self._skip(min(culprits))
             return False
         if self._state is None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_merge import weights
@@ -120,9 +119,9 @@ class Publisher(Exchange):
         if not wanting:
             return
         self.look()
-        taken: dict[str, Tensor] = {}
-        for average, _ in wanting:
-            taken |= average.checked
+        taken = wanting[0][0].checked
+        for average, _ in wanting[1:]:
+            taken = {**taken, **average.checked}
         nonfinite = weights.nonfinite(taken)  # all share one look
         for average, moment in wanting:
             average.take_in(moment, nonfinite)

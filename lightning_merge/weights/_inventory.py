@@ -6,7 +6,7 @@ every run and file.
 
 from collections.abc import Mapping
 from itertools import chain
-from operator import is_, methodcaller
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,8 +58,7 @@ class Inventory:
 
     def refresh(self) -> bool:
         """Looks all tensors up again; whether something has changed."""
-        seen = self._now()
-        if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)) and not self._has_lazy:
+        if self._is_unchanged() and not self._has_lazy:
             return False
         self._walk()
         return True
@@ -86,22 +85,33 @@ class Inventory:
 
     def put_objects_back(self) -> None:
         """Makes names that were assigned anew since the last look lead to the tensors that they led to then."""
-        seen = self._now()
-        if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
-            return
-        for (entries, key), value in zip(self._entries, self._seen, strict=False):
-            if key not in entries or entries[key] is not value:
-                entries[key] = value
+        if not self._is_unchanged():
+            for entries, key, value in self._entries:
+                if key not in entries or entries[key] is not value:
+                    entries[key] = value
 
-    def _now(self) -> tuple[Any, ...]:
-        return tuple(chain.from_iterable(map(_values, self._dicts)))
+    def _is_unchanged(self) -> bool:
+        """Whether every name leads to the object that it led to at the last look; this is asked at every step."""
+        if any(self._empty):
+            return False
+        entries = self._views
+        if self._scripted:  # which make a new dict at each look
+            entries = [*entries, *(each.values() for each in self._scripted)]
+        return sum(map(len, entries)) == len(self._seen) and all(map(is_, chain.from_iterable(entries), self._seen))
 
     def _walk(self) -> None:
         owners = list(submodules(self._module))
         tensors = [entries for _, owner in owners for entries in (owner._parameters, owner._buffers)]
-        self._entries = [(entries, key) for entries in tensors for key in entries.keys()]  # noqa: SIM118 (of scripts)
-        self._dicts = [*tensors, *(owner._modules for _, owner in owners)]
-        self._seen = self._now()
+        self._entries: list[tuple[Any, str, Any]] = [
+            (entries, key, value) for entries in tensors for key, value in entries.items()
+        ]
+        everything = [*tensors, *(owner._modules for _, owner in owners)]
+        plain = [entries for entries in everything if isinstance(entries, dict)]
+        self._views = [entries.values() for entries in plain if entries]  # they follow their dict
+        self._empty = [entries for entries in plain if not entries]
+        self._scripted = [entries for entries in everything if not isinstance(entries, dict)]
+        scripted = (each.values() for each in self._scripted)
+        self._seen: list[Any] = list(chain.from_iterable(chain(self._views, scripted)))
         self._has_lazy = any(isinstance(value, UninitializedTensorMixin) for value in self._seen)
         self.version += 1
         places = sorted(places_of(owners), key=lambda place: _ORDER[place.kind])  # stable: in the order of the module
@@ -138,7 +148,6 @@ class Inventory:
             self.ties.setdefault(owner, []).append(place.tensor)
 
 
-_values = methodcaller("values")
 _ORDER: dict[Kind, int] = {"parameter": 0, "buffer": 1, "passing": 2, "attribute": 3}
 
 
