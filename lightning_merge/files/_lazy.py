@@ -27,8 +27,6 @@ from lightning_merge.weights import Weights
 WhichWeights: TypeAlias = Literal["raw", "published"]
 """Of a file with an average: the weights that training works on, or those that the file's score was measured on."""
 
-_open_files: "weakref.WeakSet[Checkpoint]" = weakref.WeakSet()
-
 
 class Checkpoint:
     """A file that ``lightning-merge inspect`` knows, whose tensors stay on disk until they are asked for.
@@ -138,11 +136,10 @@ class Checkpoint:
         with naming(self.path):
             file = self.path.open("rb", buffering=0)
         self._identity = _identity(file)
-        if len(_open_files) >= _most_open():
+        if file.fileno() >= _most_open():  # the lowest free number, so it counts what others have open too
             file.close()
             return
         self._file = file
-        _open_files.add(self)
         weakref.finalize(self, file.close)
 
     def _handle(self) -> tuple[int, IO[bytes] | None]:
@@ -246,7 +243,7 @@ def _sha256(path: Path) -> str:
 
 
 def _most_open() -> int:
-    """How many files stay open: half of what the process may have."""
+    """How many files the process has open when no more stay so: half of what it may have."""
     if sys.platform == "win32":
         return 256
     import resource

@@ -111,5 +111,4 @@ def _storage(tensor: Tensor) -> tuple[Any, ...]:
         return (id(tensor),)
     if holds_numbers({"": tensor}):
         return (tensor.data_ptr(), tensor.shape, tensor.stride())
-    storage: Any = tensor.untyped_storage()
-    return (storage._checkpoint_offset, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())

@@ -42,5 +42,9 @@ def memory_of(numbers: Tensor) -> memoryview:
 
 
 def place_of(tensor: Any) -> Place:
-    start = tensor.untyped_storage()._checkpoint_offset + tensor.storage_offset() * tensor.element_size()
+    """Where a tensor without numbers lies in the file it was read from; ``AttributeError`` if torch did not note it."""
+    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    if offset is None:
+        raise AttributeError("_checkpoint_offset")
+    start = offset + tensor.storage_offset() * tensor.element_size()
     return Place(int(start), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)

@@ -249,7 +249,9 @@ def test_what_the_system_refuses_is_not_called_damage(number: int, reason: str, 
     assert "cut short" not in str(found.value)
 
 
-def test_more_files_are_merged_than_may_be_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize("others", [0, 200])
+def test_more_files_are_merged_than_may_be_open(tmp_path: Path, others: int) -> None:
+    of_others = [open(os.devnull, "rb") for _ in range(others)]  # noqa: SIM115 - closed at the end
     for step in range(60):
         torch.save({"state_dict": {"w": torch.full((2,), float(step))}, "global_step": step}, tmp_path / f"{step}.ckpt")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -259,6 +261,8 @@ def test_more_files_are_merged_than_may_be_open(tmp_path: Path) -> None:
         merged = Trajectory.of_run(tmp_path).combine([1 / 60] * 60)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for file in of_others:
+            file.close()
     torch.testing.assert_close(merged["w"], torch.full((2,), 29.5))
 
 

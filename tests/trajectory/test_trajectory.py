@@ -302,9 +302,11 @@ def test_older_torch_tells_the_same_places(tmp_path, monkeypatch):
     new = Checkpoint(tmp_path / "file.ckpt")
 
     def read_before(path, location="cpu"):
+        content = read(path, location)
         if location == "meta":
-            raise AttributeError("_checkpoint_offset")
-        return read(path)
+            for tensor in content["state_dict"].values():  # of tied ones it is the same storage
+                vars(tensor.untyped_storage()).pop("_checkpoint_offset", None)
+        return content
 
     monkeypatch.setattr(_lazy, "read", read_before)
     old = Checkpoint(tmp_path / "file.ckpt")
