@@ -49,6 +49,7 @@ class Bank:
 
     Example:
         >>> import tempfile, torch
+        >>> from lightning_merge import combiners
         >>> bank = Bank(tempfile.mkdtemp(), combiners.Sum(scale=1.0), keep_vectors=True)
         >>> bank.add({"w": torch.tensor([1.0])}, task="cars")
         >>> bank.add({"w": torch.tensor([4.0])}, task="pets")

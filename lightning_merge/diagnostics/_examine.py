@@ -40,6 +40,7 @@ def examine(
         ValueError: If there is no candidate, if two are of different models, or if ``points`` is less than 1.
 
     Example:
+        >>> import torch
         >>> near = {"a": {"w": torch.tensor([1.0, 0.0])}, "b": {"w": torch.tensor([1.0, 0.1])}}
         >>> examine(near).verdict
         'merge'

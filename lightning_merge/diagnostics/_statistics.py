@@ -28,6 +28,7 @@ def statistics_shift(stored: Mapping[str, Tensor], measured: Mapping[str, Tensor
     ``sqrt(mean over channels of ((m - m') / s')^2 + log(s / s')^2)``, for means m and standard deviations s.
 
     Example:
+        >>> import torch
         >>> stored = {"bn.running_mean": torch.tensor([0.0]), "bn.running_var": torch.tensor([4.0])}
         >>> measured = {"bn.running_mean": torch.tensor([6.0]), "bn.running_var": torch.tensor([4.0])}
         >>> round(statistics_shift(stored, measured), 3)
