@@ -78,7 +78,8 @@ def test_weights_with_a_nan_are_not_kept_whatever_they_score(tmp_path: Path) -> 
                 self.w.data.fill_(torch.nan)
 
     best, module = BestK("val/loss", 2), Spoiled((3.0, 1.0))
-    trainer(tmp_path, [best], max_epochs=2).fit(module, steps(2), steps(1))
+    with pytest.warns(UserWarning, match="`w` holds a NaN or an infinity after applied step 4"):
+        trainer(tmp_path, [best], max_epochs=2).fit(module, steps(2), steps(1))
     assert (best.skipped_nonfinite, module.w.item()) == (1, 2.0)
 
 
