@@ -233,8 +233,7 @@ class Branching(Published):
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         """Refuses strategies that cannot exchange weights and a second set of branches."""
-        others = [each for each in trainer.callbacks if isinstance(each, Branching) and each is not self]
-        if others:
+        if others := [each for each in trainer.callbacks if isinstance(each, Branching) and each is not self]:
             raise ValueError(f"one Trainer trains one set of branches: remove {self.title} or {others[0].title}.")
         self._strategy = placement.strategy_of(self._settings, trainer)
         if self._strategy is not None and stage == "fit":
@@ -282,6 +281,11 @@ class Branching(Published):
     @property
     def watches_training(self) -> bool:
         return self.selection is None or self.selection.trainable
+
+    @property
+    def shared(self) -> Weights:
+        """Parameters that are frozen or not selected."""
+        return {} if self._fit is None else self._fit.shared_parameters
 
     def look_again(self) -> None:
         """Finds parameters that were replaced or unfrozen."""

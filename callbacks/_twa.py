@@ -180,6 +180,11 @@ class TWA(Published):
             f" from step {fit.plan.stage_start} to {fit.plan.end}; buffers: {self.selection.buffers}"
         )
 
+    @property
+    def shared(self) -> Weights:
+        """Parameters that are frozen or not selected."""
+        return {} if self._fit is None else self._fit.shared_parameters
+
     # ---- a fit begins
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -120,6 +120,12 @@ class Fit:
         return {name: b for name, b in self.publisher.inventory.buffers.items() if name not in branched}
 
     @property
+    def shared_parameters(self) -> Weights:
+        """The live parameters that there is one set of."""
+        branched, parameters = self.branches.live, self.publisher.inventory.parameters
+        return weights.local({name: p.detach() for name, p in parameters.items() if name not in branched})
+
+    @property
     def _trained_tensors(self) -> dict[str, Tensor]:
         """What is branched, and what all branches share and train: parameters that are not selected, say."""
         parameters = self.publisher.inventory.parameters

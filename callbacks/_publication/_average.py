@@ -135,6 +135,11 @@ class Average(ABC):
         """Names of selected parameters that cannot be merged, since they are quantised, packed or integers."""
         return []
 
+    @property
+    def shared(self) -> Weights:
+        """Parameters beside ``tensors`` of which there is one set, the same whether it is merged or raw."""
+        return {}
+
     def configuration(self) -> dict[str, Any]:
         """What has to be the same in every process, each under words that an error can use."""
         fields = {f"`{field}` of {self.title}": getattr(self, field) for field in ("validate", "optimizer", "monitor")}

@@ -80,7 +80,9 @@ class Published(Average, Callback):
         process holds.
         """
         merged = self.merged()
-        return merged if merged is None or self._publisher is None else self._publisher.under_every_name(merged)
+        if merged is None or self._publisher is None:
+            return merged
+        return self._publisher.under_every_name({**self.shared, **merged})
 
     def published_weights(self) -> Weights | None:
         """The merged weights, or what ``AcceptIfBetter`` chose in their place."""
@@ -98,7 +100,7 @@ class Published(Average, Callback):
         """
         if self._publisher is None:
             raise RuntimeError(f"{self.title} has not been part of a fit yet, so there are no raw weights.")
-        return self._publisher.under_every_name(self._publisher.raw(self))
+        return self._publisher.under_every_name({**self.shared, **self._publisher.raw(self)})
 
     @property
     def owns_plain_names(self) -> bool:

@@ -124,6 +124,12 @@ class Fit:
         self.live = live
         self.live_buffers = inventory.buffers
 
+    @property
+    def shared_parameters(self) -> Weights:
+        """The live parameters that are in no snapshot."""
+        parameters = self.publisher.inventory.parameters
+        return weights.local({name: p.detach() for name, p in parameters.items() if name not in self.live})
+
     def _changed(self, name: str) -> ValueError:
         return ValueError(
             f"{self._title} trains in the span of its snapshots, so the parameters that are trained must stay the same,"

@@ -77,6 +77,7 @@ class Shuffle(Policy):
             own = branches.weights(branch)
             pieces = torch.split(mixed[branch], [len(each) for each in places.values()])
             for (name, where), new in zip(places.items(), pieces, strict=True):
+                new = new if own[name].is_complex() else torch.real(new)  # numbers beside complex ones became such
                 own[name].put_(where.to(own[name].device), new.to(own[name]))
 
 

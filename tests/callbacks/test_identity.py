@@ -1,5 +1,6 @@
 """Which tensor, which key, which score: what every callback that publishes keeps to on modules that are not plain."""
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
@@ -119,6 +120,13 @@ REFUSED = {
 """What says at the start of a fit that it cannot be."""
 
 
+@pytest.fixture(autouse=True)
+def _torch_repeats_its_warnings() -> Iterator[None]:
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(False)
+
+
 def relation(module: nn.Module) -> set[tuple[str, str]]:
     """Pairs of names whose tensors share memory."""
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -182,3 +190,28 @@ def test_a_file_scores_what_was_recorded_under_the_modules_own_keys_and_ties_sta
     with torch.no_grad():
         found = torch.stack([plain.loss(batch) for batch in batches(2, size=8, seed=2)]).mean().item()
     assert found == pytest.approx(float(best.best_model_score), rel=1e-5)
+
+
+class FrozenBackbone(Awkward):
+    """A first layer that is not trained, and one of its weights under a second name."""
+
+    def __init__(self, tasks: bool = False) -> None:
+        super().__init__(tasks)
+        self.net[0].requires_grad_(False)
+        self.first = self.net[0]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+@pytest.mark.parametrize("method", sorted(TRIED.keys() - {"weight-merging"}))  # whose selection leaves parameters out
+def test_a_plain_module_takes_the_sets_whatever_is_frozen(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, callbacks = FrozenBackbone(tasks=method == "forkmerge"), TRIED[method]()
+    trainer(tmp_path, callbacks, max_epochs=3, limit_train_batches=3).fit(module, batches(3), batches(2))
+    for average in averages(callbacks):
+        for weights in (average.raw_weights(), average.merged_weights()):
+            FrozenBackbone().load_state_dict(weights)
+            assert torch.equal(weights["first.weight"], FrozenBackbone().net[0].weight)
