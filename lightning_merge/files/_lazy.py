@@ -167,6 +167,9 @@ class Checkpoint:
             return
         try:
             self._take(self._layout(content), weights)
+        except NotImplementedError:  # torch before 2.14 reads a sparse tensor, of which there is no storage
+            self._whole(weights)
+            return
         except AttributeError:
             with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
                 self._take(self._layout(read(self.path)), weights)
