@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -11,7 +11,7 @@ from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import restore_loader_position
-from lightning_merge.callbacks._publication._average import Average, Validate
+from lightning_merge.callbacks._publication._average import Average, AverageOptions, Validate
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.diagnostics import between
 from lightning_merge.shards import sharded_tensors
@@ -28,8 +28,7 @@ class Published(Average, Callback):
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose applied steps are counted; at least 0.
-        final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them.
-        final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on.
+        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
         steps: Applied optimizer steps counted so far.
@@ -49,13 +48,9 @@ class Published(Average, Callback):
         validate: Validate,
         name: str,
         optimizer: int,
-        *,
-        final_validation: bool = True,
-        final_checkpoint: bool = True,
+        **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(
-            validate, name, optimizer, final_validation=final_validation, final_checkpoint=final_checkpoint
-        )
+        super().__init__(validate, name, optimizer, **options)
         self._buffers: Weights = {}  # copies of the buffers that are published as they were at the last update
         self._calibrated_at: list[int] | None = None  # `version` when the statistics in `_buffers` were measured
         self._recent: RecentBatches | None = None
