@@ -186,7 +186,7 @@ class Combiner(ABC):
 
 def label(argument: str, task: int | str) -> int | str:
     """A task's label as Python has it: random masks follow from how it reads."""
-    return text(argument, task) if isinstance(task, str) else whole(argument, task)
+    return str.__str__(text(argument, task)) if isinstance(task, str) else whole(argument, task)
 
 
 def _labels(tasks: Any) -> Iterator[Any]:

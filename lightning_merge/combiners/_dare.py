@@ -85,9 +85,11 @@ class DARE(Combiner):
         for where in parts(vector, "model" if whole else self.locality, size=_PIECE):
             piece = {key: part(value, where) if isinstance(value, dict) else value for key, value in state.items()}
             yield piece, self._thinned(part(vector, where), task)
-            for key, value in piece.items():  # a combiner may have put another tensor in place of its own
+            for key, value in piece.items():  # a combiner may have put another tensor or number in place of its own
                 if isinstance(value, dict):
                     state[key].update(value)
+                else:
+                    state[key] = value
 
     def _merged(self, state: State) -> Weights | None:
         return self.combiner._merged(state)

@@ -40,8 +40,12 @@ class ExponentialAverage(Elementwise):
 
     def _step(self, out: Any, kept: Any, new: Any) -> None:
         step = new - kept
-        step *= self.alpha
-        library_of(out).add(kept, step, out=out)
+        if self.alpha < 0.5:
+            step *= self.alpha
+            library_of(out).add(kept, step, out=out)
+        else:  # from the nearer end: what is small beside the other one would be lost
+            step *= 1.0 - self.alpha
+            library_of(out).subtract(new, step, out=out)
 
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)

@@ -94,6 +94,7 @@ class OPCM(Combiner):
 
 
 def _norm(weights: Weights) -> float:
-    """Euclidean norm over all tensors, summed in float64."""
-    squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in weights.values() if t.numel()]
+    """Euclidean norm over all tensors, summed in float64 and by name: rounding follows the order of a sum."""
+    tensors = [weights[name] for name in sorted(weights)]
+    squares = [torch.linalg.vector_norm(t, dtype=torch.float64).square() for t in tensors if t.numel()]
     return float(torch.stack(squares).sum().sqrt()) if squares else 0.0

@@ -33,8 +33,8 @@ class TIES(Combiner):
         scale: In ``(0, 10]``, or shrinking with the number of tasks (``Sum``).
         scope: Whether entries are ranked within their ``"tensor"`` or over the whole vector (``"global"``, as in the
             official code). Global ranking holds a copy of the vector meanwhile.
-        topk_rule: ``"exact"`` keeps ``density * size`` rounded down, at least one, of equal ones those that come first;
-            ``"official_plus_one"`` keeps one more, and all that equal the last one.
+        topk_rule: ``"exact"`` keeps ``density * size`` rounded down, at least one, of equal ones those that come first,
+            tensors by name; ``"official_plus_one"`` keeps one more, and all that equal the last one.
         zero_sign: Where positive and negative values cancel, the result is zero (``"zero"``), or they count as
             ``"positive"`` (mergekit, PEFT), or as the majority of all other signs in the scope and without one as
             negative (``"official"``).
@@ -103,7 +103,7 @@ class TIES(Combiner):
         weight = self.weights.get(task, 1.0)
         if self.scope == "global":
             level = trim_level(list(vector.values()), self.density, self.topk_rule)
-            for name in vector:
+            for name in sorted(vector):  # the room for equal ones is given in an order that every source has
                 level = self._add(state, name, vector, weight, level)
         else:
             # Memory for the largest tensor that the threads share: of their own each would keep what it once had.

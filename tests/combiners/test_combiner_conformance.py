@@ -3,6 +3,7 @@
 import io
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -44,6 +45,8 @@ COMBINERS = [
     DARE(Average(), density=0.3, seed=-5, dare_rescale="l1"),
     DARE(TIES(density=0.5), density=0.5, dare_rescale=None),
     DARE(MagMax()),
+    DARE(OPCM()),
+    DARE(TIES(density=0.5, scope="global"), density=0.9),
     Breadcrumbs(),
     Breadcrumbs(density=0.5, outliers=0.0, scale=1.0),
     OPCM(),
@@ -121,6 +124,42 @@ def test_a_tensor_cut_into_parts_gives_what_it_gives_whole(combiner, monkeypatch
         monkeypatch.setattr(module, "_PIECE", 5)
     assert bits(combiner.combine(stream)) == expected
     assert bits(combiner.combine(iter(stream))) == expected
+
+
+@every_combiner
+def test_order_of_the_names_in_a_vector_changes_no_bit(combiner):
+    stream = vectors(4)
+    for vector in stream:  # equal magnitudes, which a rank has to choose among
+        for tensor in vector.values():
+            tensor.copy_(tensor.sign() * tensor.abs().ceil())
+    expected = bits(dict(sorted(combiner.combine(stream).items())))
+    turned = [dict(sorted(vector.items(), reverse=at % 2 == 0)) for at, vector in enumerate(stream)]
+    for found in (combiner.combine(turned), combiner.combine(iter(turned)), combiner.combine(turned[:1] + stream[1:])):
+        assert bits(dict(sorted(found.items()))) == expected
+
+
+@pytest.mark.parametrize("inner", [each for each in COMBINERS if not isinstance(each, DARE)], ids=repr)
+def test_dare_is_the_combiner_of_thinned_vectors(inner):
+    dare, stream = DARE(inner, density=0.6), vectors(12)
+    thinned = [dare._thinned(vector, task) for task, vector in enumerate(stream)]
+    expected = bits(inner.combine(thinned))
+    assert bits(dare.combine(stream)) == expected
+    assert bits(dare.combine(iter(stream))) == expected
+
+
+@pytest.mark.parametrize("combiner", [OPCM(), DARE(OPCM())], ids=repr)
+def test_long_streams_do_not_depend_on_the_precision(combiner):
+    single = combiner.combine([{"w": each["layer.weight"]} for each in vectors(60)])["w"]
+    double = combiner.combine([{"w": each["layer.weight"].double()} for each in vectors(60)])["w"]
+    assert float((single - double).norm() / double.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("label", [np.str_("cars"), type("Name", (str,), {})("cars")], ids=["NumPy", "subclass"])
+@pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3)], ids=["NumPy", "tensor"])
+def test_equal_labels_draw_equal_masks_whatever_their_type(label, number):
+    stream = vectors(2)
+    assert bits(DARE().combine(stream, [label, number])) == bits(DARE().combine(stream, ["cars", 3]))
+    assert bits(updated(DARE(), stream[:1], number)) == bits(updated(DARE(), stream[:1], 3))
 
 
 @pytest.mark.parametrize("combiner", [Sum(0.3), MagMax(), MagMax(magmax_tie="first")], ids=repr)

@@ -347,6 +347,13 @@ def test_small_tensors_keep_at_least_one_entry(size):
         assert combiner.combine([values])["w"].tolist() == [0.0] * (size - 1) + [float(size)]
 
 
+@pytest.mark.parametrize("combiner", [ExponentialAverage(alpha=1.0), SLERP(t=1.0)], ids=repr)
+@pytest.mark.parametrize("form", [list, iter], ids=["list", "stream"])
+def test_a_share_of_one_is_the_last_vector_whatever_came_before(combiner, form):
+    first, last = {"w": torch.tensor([1e8, -3.0, 0.1])}, {"w": torch.tensor([1.0, 1e-9, 0.7])}
+    assert torch.equal(combiner.combine(form([first, last]))["w"], last["w"])
+
+
 def test_slerp_reaches_both_ends():
     a, b = torch.tensor([1.0, 2.0]), torch.tensor([-2.0, 3.0])
     torch.testing.assert_close(slerp(a, b, 0.0), a)
