@@ -15,8 +15,9 @@ from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.callbacks._publication._session import Publisher
-from lightning_merge.callbacks._twa_run._fit import Counts, Fit, TWASaved
+from lightning_merge.callbacks._twa_run._fit import Fit
 from lightning_merge.callbacks._twa_run._plan import Plan, plan_of_given, plan_of_run
+from lightning_merge.callbacks._twa_run._saved import Counts, TWASaved
 from lightning_merge.optim import Subspace
 from lightning_merge.optim._subspace import Form, Store, check_settings
 from lightning_merge.schedules import Duration, Moment
