@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge._checks import function, instance, whole
 from lightning_merge.branches import Policy
-from lightning_merge.branches._base import MOST
 from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.branches._matrix import MOST
 from lightning_merge.callbacks._branch_run import _placement as placement
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._fit import Fit
