@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 import torch
 
-from lightning_merge.files._plain_data import PLAIN, call, builds_plain_data
+from lightning_merge.files._plain_data import PLAIN, builds_plain_data, call
 from lightning_merge.files._stand_ins import StandIn
 
 _REFUSED_MODULES = {"os", "posix", "nt", "sys", "subprocess"}
