@@ -314,7 +314,7 @@ class Branching(Published):
         """After every step if anchors follow the branches; they merge between turns, not right after a step."""
         return self._anchors is not None
 
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+    def take_in(self, moment: Moment, finding: weights.Finding) -> None:
         """Anchors follow; one that a diverged branch has spoiled begins anew with the next merge."""
         if self._anchors is not None:
             self._anchors.follow(self._running.branches)

@@ -264,11 +264,11 @@ class TWA(Published):
         plan = self._running.plan
         return not self.ready and (moment.step == plan.stage_start or plan.is_due(moment.step))
 
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+    def take_in(self, moment: Moment, finding: weights.Finding) -> None:
         """Copies the weights if that is due, and begins the second stage if it is time."""
         fit = self._running
         if fit.plan.is_due(moment.step):
-            fit.collect(nonfinite, self.steps)
+            fit.collect(finding.names(), self.steps)
         if moment.step == fit.plan.stage_start:
             self._begin()
 

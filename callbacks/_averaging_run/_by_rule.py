@@ -10,11 +10,12 @@ from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
 from lightning_merge.callbacks._averaging_run._remarks import mostly_the_start
 from lightning_merge.callbacks._averaging_run._state import AveragingState
+from lightning_merge.callbacks._averaging_run._undecided import Undecided, by_reference, has_room
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
 from lightning_merge.schedules import Moment
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Finding, Weights
 
 
 class MergingByRule(AverageByRule):
@@ -27,13 +28,26 @@ class MergingByRule(AverageByRule):
         schedule = self._active_schedule
         return schedule.due(moment) if self._state is not None else schedule.started(moment)
 
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+    def take_in(self, moment: Moment, finding: Finding) -> None:
         """Starts the average if it has not started, and takes the live weights in if that is due.
+
+        Where the device has not said yet whether the weights hold a NaN, they are taken in all the same, in a way that
+        can be taken back; ``decide`` does that.
 
         Args:
             moment: Now.
-            nonfinite: Names of live tensors that hold a NaN or an infinity.
+            finding: Which live tensors hold a NaN or an infinity.
         """
+        if finding.is_there or not self._active_rule.can_be_undone or not has_room(self.tensors):
+            self._take_in(moment, finding.names())
+            return
+        state, buffers = by_reference(self._state), by_reference(self._buffers)
+        before = Undecided(finding, set(self.captured), self.steps, state, buffers, self.update_window)
+        with weights.made_anew():
+            self._take_in(moment, set())
+        self._undecided = before
+
+    def _take_in(self, moment: Moment, nonfinite: set[str]) -> None:
         if not self._start(nonfinite) or not self._active_schedule.due(moment):
             return
         if not self._update():
@@ -52,21 +66,12 @@ class MergingByRule(AverageByRule):
     def _start(self, nonfinite: set[str]) -> bool:
         """Whether there is an average, and weights fit for it."""
         if nonfinite and (culprits := nonfinite & self.captured.keys()):
-            self._skip(min(culprits))
+            self._skip(min(culprits), self.steps)
             return False
         if self._state is None:
             self._state = self._active_rule.init(self._tensors.live)
             self._buffers = weights.copies(self._tensors.live_copied)
         return True
-
-    def _skip(self, culprit: str) -> None:
-        self.skipped_nonfinite += 1
-        if self.skipped_nonfinite == 1:
-            rank_zero_warn(
-                f"{self.title}: `{culprit}` holds a NaN or an infinity after applied step {self.steps}. Such weights"
-                " are never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
-                " learning rate or clip gradients."
-            )
 
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         rule = self._active_rule
@@ -82,7 +87,7 @@ class MergingByRule(AverageByRule):
         if not validation.has_logged(str(self.decides_by), None if of_raw else self):
             return
         if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
-            self._skip(min(culprits))
+            self._skip(min(culprits), self.steps)
             return
         updates = self.updates
         rule.evaluate(self._kept, score if self.mode == "min" else -score, self._tensors.live)
@@ -95,6 +100,7 @@ class MergingByRule(AverageByRule):
     # ---- which tensors
 
     def look_again(self) -> None:
+        self.decide()
         change = self._tensors.follow(self._session, self.steps)
         if self._state is None:
             return
