@@ -1,11 +1,13 @@
 """What an average by a rule does: it takes weights in, follows the module, and resumes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge import weights
+from lightning_merge._ranks import agreed
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
 from lightning_merge.callbacks._averaging_run._remarks import mostly_the_start
@@ -76,15 +78,8 @@ class MergingByRule(AverageByRule):
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         rule = self._active_rule
         of_raw = rule.wants_score == "raw"
-        metrics = trainer.callback_metrics if of_raw else validation.metrics_of(self.name)
-        if of_raw and self.decides_by not in metrics:
-            raise ValueError(
-                f"{self.title}: `monitor` must be a metric that validation logs, got {self.decides_by!r}; it logs:"
-                f" {', '.join(sorted(metrics)) or 'none'}."
-            )
-        # The ranks must decide alike, also where the metric is not synchronised.
-        score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
-        if not validation.has_logged(str(self.decides_by), None if of_raw else self):
+        score = self._told(trainer.callback_metrics if of_raw else validation.metrics_of(self.name), validation)
+        if score is None:
             return
         if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
             self._skip(min(culprits), self.steps)
@@ -96,6 +91,26 @@ class MergingByRule(AverageByRule):
         self.evaluations += of_raw
         if self.stop_when_finished and rule.finished(self._kept):
             trainer.should_stop = True
+
+    def _told(self, metrics: Mapping[str, Any], validation: Validation) -> float | None:
+        """The metric that the rule is told, in every process that of the first one that logs it; ``None`` if this
+        validation has left it out.
+
+        Raises:
+            ValueError: In every process, if none has logged it.
+        """
+        monitor, of_raw = str(self.decides_by), self._active_rule.wants_score == "raw"
+        known = agreed(dict.fromkeys(metrics))
+        if of_raw and monitor not in known:
+            raise ValueError(
+                f"{self.title}: `monitor` must be a metric that validation logs, got {monitor!r}; it logs:"
+                f" {', '.join(sorted(known)) or 'none'}."
+            )
+        is_new = monitor in metrics and validation.has_logged(monitor, None if of_raw else self)
+        own = {monitor: float(metrics[monitor])} if is_new else {}
+        if monitor not in known:
+            logged(self.title, monitor, known)
+        return validation.agreed(own).get(monitor)
 
     # ---- which tensors
 

@@ -9,7 +9,6 @@ from lightning_merge.weights._arithmetic import compensated_lerp_ as compensated
 from lightning_merge.weights._arithmetic import copy_ as copy_
 from lightning_merge.weights._arithmetic import lerp_ as lerp_
 from lightning_merge.weights._arithmetic import made_anew as made_anew
-from lightning_merge.weights._arithmetic import mean_over_ranks_ as mean_over_ranks_
 from lightning_merge.weights._arithmetic import scaled as scaled
 from lightning_merge.weights._arithmetic import zero_ as zero_
 from lightning_merge.weights._chunks import array as array
@@ -39,6 +38,8 @@ from lightning_merge.weights._names import submodules as submodules
 from lightning_merge.weights._nonfinite import Finding as Finding
 from lightning_merge.weights._nonfinite import find_nonfinite as find_nonfinite
 from lightning_merge.weights._nonfinite import nonfinite as nonfinite
+from lightning_merge.weights._over_ranks import mean_over_ranks_ as mean_over_ranks_
+from lightning_merge.weights._over_ranks import of_first_rank as of_first_rank
 from lightning_merge.weights._precision import average_dtype as average_dtype
 from lightning_merge.weights._precision import clone as clone
 from lightning_merge.weights._precision import copies as copies

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_merge.weights._names import Weights
@@ -86,20 +85,6 @@ def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[st
         before = value.clone()
         value.add_(step)
         carried.copy_(step.sub_(before.neg_().add_(value)))
-
-
-def mean_over_ranks_(weights: Weights) -> None:
-    """Replaces floating-point tensors by their mean over all ranks; one all-reduce, none on a single process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    # In one order everywhere: that of a set of names differs between processes.
-    floats = [weights[name] for name in sorted(weights) if weights[name].is_floating_point()]
-    if not floats:
-        return
-    flat = torch.cat([t.reshape(-1).float() for t in floats])
-    dist.all_reduce(flat)
-    parts = torch.split(flat.div_(dist.get_world_size()), [t.numel() for t in floats])
-    torch._foreach_copy_(floats, [part.view_as(t) for part, t in zip(parts, floats, strict=True)])
 
 
 def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list[str], list[Tensor], list[Tensor]]]:
