@@ -1,8 +1,9 @@
 """What a merge takes in, what it carries along, and what it refuses by name: one answer for all of the library.
 
 Merged is what ``weights.is_averaged``: plain floating-point and complex numbers. Carried along, as one model has it,
-are whole numbers and flags, of which no mean means anything. All else only looks like numbers: tensors of a class of
-their own, and 8-bit floats, whose scale is another tensor. That may stay as it is where it is the same everywhere.
+are counters: single whole numbers, and those of 64 bits. All else only looks like numbers: tensors of a class of their
+own, 8-bit floats, whose scale is another tensor, and shorter whole numbers and flags, which are quantised weights,
+packed codes or masks. That may stay as it is where it is the same everywhere.
 """
 
 import re
@@ -65,16 +66,38 @@ def refuse_without_values(argument: str, models: Sequence[Mapping[str, Tensor]])
                 raise ValueError(f"`{name}` of model {i} of `{argument}` {reason}.")
 
 
-def carried(name: str, tensors: Iterable[Tensor]) -> Tensor:
+def carried(name: str, tensors: Iterable[Tensor], differing: list[str] | None = None) -> Tensor:
     """A copy of the last of the tensors of one name, none of which is merged.
 
+    Args:
+        name: Theirs.
+        tensors: Of all models; two at a time are held.
+        differing: Gets the name if these are counters that differ, unless it is a single number that counts.
+
     Raises:
-        ValueError: If they are not whole numbers or flags, and differ.
+        ValueError: If they differ, and are no counters.
     """
-    found = list(tensors)
-    if (reason := why_not(found[-1])) and not all(_same(each, found[-1]) for each in found[:-1]):
+    last: Tensor | None = None
+    differs = False
+    for tensor in tensors:
+        differs = differs or (last is not None and not _same(last, tensor))
+        last = tensor
+    assert last is not None
+    if differs and not is_counter(last):
+        reason = why_not(last) or (
+            f"holds whole numbers or flags ({str(last.dtype).removeprefix('torch.')}), as quantised weights, packed"
+            " codes and masks do, of which there is no mean: convert it to floating point first, scale applied"
+        )
         raise ValueError(f"`{name}` {reason}. It may stay as it is only where it is the same in all models.")
-    return found[-1].clone()
+    if differs and differing is not None and not (last.numel() == 1 and last.dtype.itemsize == 8):
+        differing.append(name)
+    return last.clone()
+
+
+def is_counter(tensor: Tensor) -> bool:
+    """Whether it may be that of one model beside means of the others: a single whole number or flag, or of 64 bits."""
+    whole = not (tensor.is_floating_point() or tensor.is_complex()) and why_not(tensor) is None
+    return whole and (tensor.numel() <= 1 or tensor.dtype in (torch.int64, torch.uint64))
 
 
 def refuse_lora_factors(names: Iterable[str], count: int, tensor: Callable[[int, str], Tensor]) -> None:

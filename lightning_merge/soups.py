@@ -17,7 +17,7 @@ from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_a
 
 @torch.no_grad()
 def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> Weights:
-    """``sum of weights[i] * models[i]``, in float32 or wider; tensors of whole numbers are those of the last model.
+    """``sum of weights[i] * models[i]``, in float32 or wider; counters are those of the last model.
 
     With one model per reward and weights for what is preferred, this is a rewarded soup: no training per preference.
 
@@ -28,8 +28,9 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If there is no model, names or shapes differ, the weights are not one per model and together 1, a
-            tensor that counts holds a NaN or an infinity, or is one that no mean is defined for: 8-bit floats, tensors
-            of a class of its own, both factors of a LoRA layer.
+            tensor that counts holds a NaN or an infinity, or is one that no mean is defined for and differs: 8-bit
+            floats, quantised or packed whole numbers, masks, tensors of a class of its own, both factors of a LoRA
+            layer.
 
     Example:
         >>> soup([{"w": torch.tensor(1.0)}, {"w": torch.tensor(5.0)}], [0.75, 0.25])

@@ -30,7 +30,8 @@ def combine(options: argparse.Namespace) -> str:
     Raises:
         ValueError: If something does not fit; nothing is written then.
     """
-    from lightning_merge._commands._target import save
+    from lightning_merge._commands._kept import kept_of
+    from lightning_merge._commands._target import refuse_input, save
     from lightning_merge._mergeable import refuse_lora_factors
     from lightning_merge.trajectory import Trajectory
 
@@ -42,6 +43,9 @@ def combine(options: argparse.Namespace) -> str:
     else:
         trajectory = Trajectory.of_files(options.files, options.weights)
         refuse_lora_factors(trajectory[0].places, len(trajectory), lambda i, name: trajectory[i].tensor(name))
+    paths = [checkpoint.path for checkpoint in trajectory]
+    given = paths if options.command == "average" else options.files
+    refuse_input(options.out, [*paths, *given, getattr(options, "base", None), options.config, options.log])
     hashes = [checkpoint.sha256() for checkpoint in trajectory]
     bench = None if options.config is None else _bench(options.config)
     found: Found | None = None
@@ -58,7 +62,9 @@ def combine(options: argparse.Namespace) -> str:
         merged = combining.measured(bench, merged, options.seed)
     provenance = {
         "rule": options.rule,
-        "files": [os.fspath(checkpoint.path) for checkpoint in trajectory],
+        "weights": options.weights,
+        "files": [os.fspath(path) for path in paths],
+        "sets": [checkpoint.holds for checkpoint in trajectory],
         "sha256": hashes,
         "coefficients": coefficients,
         "score": None if found is None else found.score,
@@ -70,8 +76,9 @@ def combine(options: argparse.Namespace) -> str:
     }
     if bench is not None:
         bench.load(merged)  # as the line that is printed does
-    save({"state_dict": merged, "provenance": provenance}, options.out)
-    return _report(options, trajectory, merged, provenance)
+    kept, lost = kept_of(paths)
+    save({"state_dict": merged, **kept, "provenance": provenance}, options.out)
+    return _report(options, trajectory, merged, provenance, lost)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -114,25 +121,45 @@ def _bench(config: Path) -> Any:
     return Bench(config)
 
 
+def _which(options: argparse.Namespace, trajectory: "Trajectory") -> str:
+    """Which of the sets of each file was taken, where there are several."""
+    several = any(len(checkpoint.sets) > 1 for checkpoint in trajectory)
+    return f"; of each file the {options.weights} weights (`--weights`)" if several else ""
+
+
 def _report(
-    options: argparse.Namespace, trajectory: "Trajectory", merged: "Weights", provenance: dict[str, Any]
+    options: argparse.Namespace,
+    trajectory: "Trajectory",
+    merged: "Weights",
+    provenance: dict[str, Any],
+    lost: list[str],
 ) -> str:
     from lightning_merge._commands._target import loading
     from lightning_merge.files._sets import tensors
 
     size = sum(tensor.numel() for tensor in tensors(merged).values())
-    lines = [f"{options.out}: {options.rule} of {len(trajectory)} checkpoints, {size:,} numbers"]
+    lines = [
+        f"{options.out}: {options.rule} of {len(trajectory)} checkpoints, {size:,} numbers{_which(options, trajectory)}"
+    ]
     if provenance["coefficients"] is not None:
         width = max(len(str(checkpoint.path)) for checkpoint in trajectory)
         for checkpoint, coefficient in zip(trajectory, provenance["coefficients"], strict=True):
-            lines.append(f"  {checkpoint.path!s:{width}}  {coefficient:8.4f}")
+            of_set = f"  {checkpoint.holds}" if len(checkpoint.sets) > 1 else ""
+            lines.append(f"  {checkpoint.path!s:{width}}  {coefficient:8.4f}{of_set}")
     if provenance["score"] is not None:
         tied = f", {ties} others the same: the last is taken" if (ties := provenance["ties"]) else ""
         lines.append(
             f"  {options.monitor} = {provenance['score']:.6g} after {provenance['evaluations']} evaluations{tied}; the"
             " data it was chosen on flatter it, so test on other data"
         )
-    lines += [f"  left out, of the same step as another file: {path}" for path in trajectory.dropped]
+    lines += [f"  left out: {path}, {why}" for path, why in trajectory.left_out.items()]
+    if trajectory.differing:
+        lines.append(f"  counters that differ, those of the last file: {', '.join(trajectory.differing[:8])}")
+    if lost:
+        lines.append(
+            f"  left out, since it differs or is no plain data: {', '.join(lost[:8])}; of hyperparameters, hand what is"
+            " missing to `load_from_checkpoint`"
+        )
     if options.config is None and any(name.endswith("running_mean") for name in merged):
         lines.append("  BatchNorm statistics are averaged, which fits badly; `--config FILE` measures them again")
     how = loading(options.out, 'torch.load({path}, weights_only=True)["state_dict"]')

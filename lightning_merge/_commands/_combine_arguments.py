@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 AVERAGE_RULES = ("mean", "window", "linear", "ema", "wsm-linear", "wsm-1-sqrt", "greedy", "lcsc", "bayes")
+_SETS = ("raw", "published")
+_OF_SETS = "of files with an average: what training works on, or what the score was measured on"
 SOUP_RULES = ("uniform", "greedy", "diwa", "learned", "model-stock")
 
 
@@ -18,7 +20,7 @@ def add_average(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=_local, metavar="RUN", help="folder with the checkpoints of one run")
     parser.add_argument("--rule", choices=AVERAGE_RULES, default="mean", help="how they are merged (default mean)")
     parser.add_argument("--pattern", default="**/*.ckpt", help="which files (default **/*.ckpt)")
-    parser.add_argument("--weights", choices=("raw", "published"), default="raw", help="of files with an average")
+    parser.add_argument("--weights", choices=_SETS, default="raw", help=f"{_OF_SETS} (default raw)")
     parser.add_argument("--start", type=int, default=0, help="least step of a checkpoint")
     parser.add_argument("--end", type=int, help="largest step of a checkpoint")
     parser.add_argument("--last", type=int, help="only so many of the latest")
@@ -35,7 +37,7 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
         "files", type=_local, metavar="FILE", nargs="+", help="checkpoints of several runs of one model"
     )
     parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
-    parser.add_argument("--weights", choices=("raw", "published"), default="published", help="of files with an average")
+    parser.add_argument("--weights", choices=_SETS, default="published", help=f"{_OF_SETS} (default published)")
     parser.add_argument("--base", type=_local, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
     _add_common(parser)
 

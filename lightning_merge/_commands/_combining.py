@@ -84,6 +84,7 @@ def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, ha
 
 def model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
     """Tensor by tensor: nothing but one tensor of each file, and the result, is in memory."""
+    from lightning_merge._mergeable import carried
     from lightning_merge.combiners import ModelStock, add_vector, task_vector
     from lightning_merge.trajectory import Checkpoint, Trajectory
     from lightning_merge.weights import is_averaged
@@ -94,7 +95,7 @@ def model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
     for name in start.places:
         tensor = {name: start.tensor(name)}
         if not is_averaged(tensor[name]):
-            merged[name] = trajectory[-1].tensor(name)
+            merged[name] = carried(name, (checkpoint.tensor(name) for checkpoint in trajectory), trajectory.differing)
             continue
         vectors = [task_vector({name: checkpoint.tensor(name)}, tensor) for checkpoint in trajectory]
         merged[name] = add_vector(tensor, ModelStock().combine(vectors))[name]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lightning_merge._commands._target import literal, loading, refuse_target, save
+from lightning_merge._commands._target import literal, loading, refuse_input, refuse_target, save
 from lightning_merge.files import replacing
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._sets import bytes_of, contiguous, tensors
@@ -33,6 +33,7 @@ def export(
         OSError: If the system refuses to read or write.
     """
     refuse_target(target, "the output", SUFFIXES, force)
+    refuse_input(target, [source])
     file = open_file(source)
     chosen = file.default if name is None else name
     found = file.choose(name)

@@ -14,7 +14,7 @@ from lightning_merge.files._check import opened
 from lightning_merge.files._label import Label
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._read import is_plain, read
-from lightning_merge.files._sets import StoredSet, stored
+from lightning_merge.files._sets import StoredSet, sources_of, stored
 from lightning_merge.files._stand_ins import StandIn, stands_for
 from lightning_merge.files._write import is_remote
 
@@ -155,9 +155,10 @@ def _how_to_load(
 
 
 def _by_whom(content: Mapping[str, Any]) -> str:
-    about = content.get("provenance")
-    if isinstance(about, Mapping) and isinstance(about.get("files"), list):
-        return f"written by lightning-merge: {about.get('rule')} of {len(about['files'])} checkpoints"
+    if files := sources_of(content):
+        about = content["provenance"]
+        which = f", {weights} weights" if (weights := about.get("weights")) else ""
+        return f"written by lightning-merge: {about['rule']} of {len(files)} checkpoints{which}"
     return "written without lightning-merge"
 
 

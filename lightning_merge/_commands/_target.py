@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ def refuse_target(target: str | os.PathLike[str], what: str, suffixes: tuple[str
         raise ValueError(f"{target} exists already; --force replaces it.")
     if local is not None and not local.parent.is_dir():
         raise ValueError(f"there is no folder {local.parent} to write {local.name} to.")
+
+
+def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Raises if a command would write over one of the files that it reads, under whatever name.
+
+    Raises:
+        ValueError: Naming the input.
+    """
+    if is_remote(target) or not Path(target).exists():
+        return
+    for each in inputs:
+        if each is not None and not is_remote(each) and Path(each).exists() and Path(each).samefile(target):
+            name = "" if os.fspath(each) == os.fspath(target) else f" ({each})"
+            raise ValueError(
+                f"{target} is one of the inputs{name}, which would be lost: name another file, also with `--force`."
+            )
 
 
 def save(content: Any, target: str | os.PathLike[str]) -> None:

@@ -1,10 +1,12 @@
 """``lightning-merge verify``: whether the files of a run hold the weights that their scores were measured on."""
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from lightning_merge.files._label import Label
 from lightning_merge.files._read import read
+from lightning_merge.files._sets import sources_of
 from lightning_merge.files._stand_ins import stands_for
 
 
@@ -30,9 +32,12 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
     if tolerance < 0:
         raise ValueError(f"`--tolerance` must be at least 0, got {tolerance}.")
     labels: dict[Path, Label | None] = {}
+    merges: set[Path] = set()
     unread: dict[Path, dict[str, Any]] = {}  # weights of files that Lightning would not read: more than plain data
     for path in sorted(run.glob("**/*.ckpt")):
         labels[path] = Label.of(content := read(path), path)
+        if sources_of(content):
+            merges.add(path)
         if labels[path] is not None and stands_for(content) is not None:
             unread[path] = content["state_dict"]
     recorded = {path: label for path, label in labels.items() if label is not None and label.metrics}
@@ -47,6 +52,7 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
         shown = path.relative_to(run)
         if path not in recorded:
             why = "written without lightning-merge" if labels[path] is None else "its weights were not measured"
+            why = "merged by lightning-merge, and not measured" if path in merges else why
             lines.append(f"  skipped  {shown}: {why}")
             continue
         metrics, holds = recorded[path].metrics, recorded[path].holds
@@ -60,7 +66,10 @@ def verify(run: Path, tolerance: float) -> tuple[str, bool]:
 
 
 def _equal(recorded: float, measured: float | None, tolerance: float) -> bool:
-    return measured is not None and abs(recorded - measured) <= tolerance * max(abs(recorded), 1e-12)
+    if measured is None:
+        return False
+    same = recorded == measured or (recorded != recorded and measured != measured)  # infinities, NaN
+    return same or (isfinite(recorded) and abs(recorded - measured) <= tolerance * max(abs(recorded), 1e-12))
 
 
 def _show(value: float | None) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_merge._checks import instance, path, sequence
+from lightning_merge._mergeable import carried
 from lightning_merge.combiners._base import Combiner, label
 from lightning_merge.combiners._vectors import add_vector, task_vector
 from lightning_merge.files._layouts import open_set
@@ -30,11 +31,12 @@ def combine_files(
         tasks: A label for each; 0, 1, 2, ... if left out.
 
     Returns:
-        Weights under the names and in the dtypes of the base; integer tensors are the base's.
+        Weights under the names and in the dtypes of the base; counters are the base's.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If a file cannot be read, is of another model (the first difference is named), or holds a NaN.
+        ValueError: If a file cannot be read, is of another model (the first difference is named), or holds a NaN, or
+            whole numbers that are no counters (quantised weights, packed codes, masks) and not those of the base.
 
     Example:
         >>> import tempfile, torch
@@ -86,7 +88,10 @@ def _vector(file: str | Path, base: str | Path, names: list[str]) -> Weights:
     layout = _open(base)
     for group in _groups({name: layout[name] for name in names}):
         try:
-            vector |= task_vector(_read(file, group), _read(base, group))
+            own, start = _read(file, group), _read(base, group)
+            for name in [name for name in group if not own[name].is_floating_point() and not own[name].is_complex()]:
+                carried(name, (start[name], own[name]))
+            vector |= task_vector(own, start)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     return vector

@@ -18,7 +18,7 @@ from lightning_merge.files._layouts import open_file, sets_of
 from lightning_merge.files._places import Place, memory_of, place_of
 from lightning_merge.files._read import read
 from lightning_merge.files._safetensors import contiguous_stride, read_header
-from lightning_merge.files._sets import StoredSet, WeightFile, stored
+from lightning_merge.files._sets import StoredSet, WeightFile, sources_of, stored
 from lightning_merge.files._sharded import is_sharded_checkpoint
 from lightning_merge.files._sums import Sums
 from lightning_merge.files._write import is_remote
@@ -45,6 +45,9 @@ class Checkpoint:
         epoch: Likewise.
         places: Where each tensor is, by the name it has in a plain module.
         extra: What modules keep beside their tensors (``get_extra_state``).
+        holds: Name of the set that is read, as ``lightning-merge inspect`` gives it.
+        sets: Names of all sets in the file.
+        merged_from: How many files it was merged from by ``lightning-merge average`` or ``soup``; 0 of any other.
 
     Raises:
         ValueError: If there is no such file, it cannot be read, holds no weights, or would run code.
@@ -61,6 +64,9 @@ class Checkpoint:
         self.step: int | None = None
         self.epoch: int | None = None
         self.extra: dict[str, Any] = {}
+        self.holds = "weights"
+        self.sets: tuple[str, ...] = ("weights",)
+        self.merged_from = 0
         self.places: dict[str, Place] = {}
         self._memory: Weights = {}  # of a file that cannot be read tensor by tensor
         self._sums: Sums | None = None
@@ -186,10 +192,7 @@ class Checkpoint:
         return sets_of(content, self.path)
 
     def _take(self, file: WeightFile, weights: WhichWeights) -> None:
-        chosen = _choose(file, weights)
-        self.path = chosen.file or self.path
-        content = file.content if isinstance(file.content, dict) else {}
-        self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
+        chosen = self._chosen(file, weights)
         self.places = {name: place_of(tensor) for name, tensor in chosen.weights.items()}
         self.extra = dict(chosen.extra)
         if not self.places:
@@ -198,10 +201,21 @@ class Checkpoint:
                 " `lightning-merge inspect` says what is in it."
             )
 
+    def _chosen(self, file: WeightFile, weights: WhichWeights) -> StoredSet:
+        """The set to be read; what the file says of itself is noted."""
+        chosen = _choose(file, weights)
+        self.path = chosen.file or self.path
+        self.holds = next(name for name, found in file.sets.items() if found is chosen)
+        self.sets = tuple(file.sets)
+        content = file.content if isinstance(file.content, dict) else {}
+        self.step, self.epoch = _int(content.get("global_step")), _int(content.get("epoch"))
+        self.merged_from = len(sources_of(content))
+        return chosen
+
     def _whole(self, weights: WhichWeights) -> None:
         """Reads all of it into host memory."""
         file = open_file(self.path)
-        chosen = _choose(file, weights)
+        chosen = self._chosen(file, weights)
         for name, tensor in chosen.weights.items():
             if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
                 kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
@@ -209,8 +223,6 @@ class Checkpoint:
                     f"{self.path}: `{name}` is a {kind} tensor, which is not read in parts and has no mean."
                     " Save it as a plain one (`dequantize()`, `to_dense()`), or leave it out."
                 )
-        self.path = chosen.file or self.path
-        self.step, self.epoch = _int(file.content.get("global_step")), _int(file.content.get("epoch"))
         self.extra = dict(chosen.extra)
         self._memory = {name: tensor.contiguous() for name, tensor in chosen.weights.items()}
         for name, tensor in self._memory.items():

@@ -181,6 +181,13 @@ def match(first: WeightFile, left: Weights, second: WeightFile, right: Weights) 
             )
 
 
+def sources_of(content: Any) -> list[Any]:
+    """The files that ``lightning-merge average`` or ``soup`` merged into this one; none of any other file."""
+    about = content.get("provenance") if isinstance(content, Mapping) else None
+    files = about.get("files") if isinstance(about, Mapping) and "rule" in about else None
+    return files if isinstance(files, list) else []
+
+
 def holds_numbers(state: Mapping[str, Any]) -> bool:
     """Whether its tensors were read, not only where they are."""
     first = next(iter(tensors(state).values()), None)

@@ -1,8 +1,6 @@
 """The checkpoints of a run, or of several, as one sequence."""
 
-import math
 import os
-import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from lightning_merge._checks import instance, numbers, one_of, path, sequence, t
 from lightning_merge._mergeable import carried
 from lightning_merge.files._lazy import Checkpoint, WhichWeights
 from lightning_merge.files._places import Place, memory_of
+from lightning_merge.trajectory._run_files import run_files
 from lightning_merge.weights import Weights, array, average_dtype, first_mismatch, is_averaged, nonfinite
 
 _CHUNK = 2**17
@@ -38,7 +37,9 @@ class Trajectory(Sequence[Checkpoint]):
         checkpoints: At least one.
 
     Attributes:
-        dropped: Files of a run that were left out, since an earlier file has the same step.
+        left_out: Files of a run's folder that were left out, and why: of the same step as another one, the raw or
+            averaged twin of a pair, or merged out of others.
+        differing: Names of counters that differ among the files of the last ``combine``, which gave those of the last.
 
     Raises:
         ValueError: If there is none, or two are of different models; the first difference is named.
@@ -49,7 +50,8 @@ class Trajectory(Sequence[Checkpoint]):
             instance("checkpoints", each, Checkpoint, "checkpoints, each a `Checkpoint`")
             for each in sequence("checkpoints", checkpoints, "several checkpoints")
         ]
-        self.dropped: list[Path] = []
+        self.left_out: dict[Path, str] = {}
+        self.differing: list[str] = []
         if not self._checkpoints:
             raise ValueError("`checkpoints`: a trajectory needs at least one checkpoint, got none.")
         first = self._checkpoints[0]
@@ -79,30 +81,17 @@ class Trajectory(Sequence[Checkpoint]):
             last: Keep so many of the latest, at least 1; ``None``: all.
 
         Raises:
-            ValueError: If no file is left, a file cannot be read, or ``last`` is out of range.
+            ValueError: If no file is left, a file cannot be read, they are of several runs, or ``last`` is out of
+                range.
         """
         one_of("weights", weights, WhichWeights)
         text("pattern", pattern, "a pattern of file names")
         start, end = whole("start", start), None if end is None else whole("end", end)
         last = None if last is None else whole("last", last, 1)
         folder = Path(path("folder", folder))
-        paths = sorted(folder.glob(pattern), key=lambda file: _numbers(file.name)) if folder.is_dir() else []
-        found: dict[object, Checkpoint] = {}
-        dropped = []
-        for file in paths:
-            checkpoint = Checkpoint(file, weights)
-            if checkpoint.step is not None and not start <= checkpoint.step <= (math.inf if end is None else end):
-                continue
-            if found.setdefault(file if checkpoint.step is None else checkpoint.step, checkpoint) is not checkpoint:
-                dropped.append(file)
-        if not found:
-            raise ValueError(
-                f"no checkpoint in {folder} matches {pattern!r} at steps {start} to {end or 'the end'}. Let"
-                " ModelCheckpoint keep several: `every_n_train_steps=..., save_top_k=-1`."
-            )
-        ordered = sorted(found.values(), key=lambda each: -1 if each.step is None else each.step)
+        ordered, left_out = run_files(folder, pattern, weights, start, end)
         trajectory = cls(ordered if last is None else ordered[-last:])
-        trajectory.dropped = dropped
+        trajectory.left_out = left_out
         return trajectory
 
     @classmethod
@@ -130,14 +119,15 @@ class Trajectory(Sequence[Checkpoint]):
     def combine(self, coefficients: Sequence[float]) -> Weights:
         """``sum_i coefficients[i] * weights_i`` in float32 (or wider), then in the dtype of the first file.
 
-        Tied tensors stay tied. What cannot be averaged (integers, flags, 8-bit floats, what modules keep beside their
-        tensors) is that of the last checkpoint that takes part. Memory: the result, and a part of one tensor.
+        Tied tensors stay tied. Counters (whole numbers, single or of 64 bits) and what modules keep beside their
+        tensors are those of the last checkpoint that takes part; other whole numbers, flags and 8-bit floats must be
+        the same in all. Memory: the result, and a part of one tensor.
 
         Args:
             coefficients: One finite number per checkpoint; files with 0 are not read.
 
         Raises:
-            ValueError: If the number is wrong, or the result holds a NaN or an infinity.
+            ValueError: If the number is wrong, the result holds a NaN or an infinity, or what has no mean differs.
 
         Example:
             >>> import tempfile, torch
@@ -158,6 +148,7 @@ class Trajectory(Sequence[Checkpoint]):
         names: dict[tuple[Place, ...], str] = {}  # of tied tensors the first
         for name in self._checkpoints[0].places:
             names.setdefault(self._places(name, taking_part), name)
+        self.differing = []
         scratch = threading.local()  # new memory for every tensor would cost more than what is read into it
 
         def one(name: str) -> Tensor:
@@ -180,10 +171,8 @@ class Trajectory(Sequence[Checkpoint]):
     def _combine(self, name: str, taking_part: list[tuple[Checkpoint, float]], scratch: dict[str, _Buffer]) -> Tensor:
         at = self._checkpoints[0].places[name]
         averaged = [_is_averaged(checkpoint.places[name].dtype) for checkpoint, _ in taking_part]
-        if not any(averaged) and at.dtype.is_floating_point:  # 8 bits: its scale is another tensor
-            return carried(name, (checkpoint.tensor(name) for checkpoint, _ in taking_part))
         if not any(averaged):
-            return taking_part[-1][0].tensor(name)
+            return carried(name, (checkpoint.tensor(name) for checkpoint, _ in taking_part), self.differing)
         if not all(averaged):
             self._refuse_mixture(name, taking_part)
         merged = torch.empty(at.shape, dtype=at.dtype)
@@ -264,8 +253,3 @@ def _buffer(scratch: dict[str, _Buffer], use: str, dtype: torch.dtype) -> _Buffe
         numbers = torch.empty(_CHUNK, dtype=dtype)
         scratch[key] = _Buffer(numbers, array(numbers), memory_of(numbers))
     return scratch[key]
-
-
-def _numbers(name: str) -> list[tuple[int, str]]:
-    """A key by which ``step=9`` comes before ``step=10``."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

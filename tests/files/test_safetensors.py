@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from readers import combined, equal
 
+from lightning_merge.combiners import Sum, combine_files
 from lightning_merge.compat import read_weights
 from lightning_merge.files._safetensors import _DTYPES
 from lightning_merge.trajectory import Checkpoint, Trajectory
@@ -91,23 +92,43 @@ def test_bytes_that_do_not_lie_well_are_read_all_the_same(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.int8])
-def test_what_is_not_averaged_is_that_of_the_last_file(dtype: torch.dtype, tmp_path: Path) -> None:
-    packed = 1 if dtype.is_floating_point else None  # whose scale is elsewhere: it must be the same in all files
-    for k in (1, 2):
-        bits = torch.full((4,), packed or k, dtype=torch.uint8).view(torch.int8)
-        state = {"w": torch.full((4,), float(k)), "packed": bits}
-        if dtype.itemsize == 1:
-            state["packed"] = state["packed"].view(dtype)
-        else:
-            state["packed"] = torch.full((4,), k, dtype=torch.int32).to(dtype)
+def test_what_is_not_averaged_may_stay_where_it_is_the_same_and_is_refused_where_it_differs(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    packed = torch.full((4,), 3, dtype=torch.int32).to(dtype)
+    for k in (1, 2, 3):
+        held = packed if k < 3 else (packed.float() + 1).to(dtype)
+        state = {"w": torch.full((4,), float(k)), "packed": held}
         safetensors.torch.save_file(state, tmp_path / f"{k}.safetensors")
         torch.save({"state_dict": state, "global_step": k}, tmp_path / f"{k}.ckpt")
     for suffix in ("safetensors", "ckpt"):
-        files = [tmp_path / f"1.{suffix}", tmp_path / f"2.{suffix}"]
-        merged = combined("soup", files, tmp_path / "s.pt")
+        files = [tmp_path / f"{k}.{suffix}" for k in (1, 2, 3)]
+        merged = combined("soup", files[:2], tmp_path / "s.pt")
         assert merged["w"].tolist() == [1.5] * 4
         assert merged["packed"].dtype == dtype
-        assert torch.equal(merged["packed"].view(torch.uint8), Checkpoint(files[1]).tensor("packed").view(torch.uint8))
+        assert torch.equal(merged["packed"].view(torch.uint8), packed.view(torch.uint8))
+        base = [*files[:1], "--base", files[0], "--rule", "model-stock"]
+        for more in ([], base[1:]):
+            with pytest.raises(ValueError, match=r"`packed` .* only where it is the same in all models"):
+                combined("soup", files, tmp_path / "s.pt", *map(str, more))
+        with pytest.raises(ValueError, match="`packed` "):
+            combine_files(Sum(), files[0], files[1:])
+
+
+def test_counters_are_those_of_the_last_file_and_named_where_they_are_many(tmp_path: Path) -> None:
+    for k in (1, 2):
+        state = {
+            "w": torch.ones(2),
+            "batches": torch.tensor(k),
+            "seen": torch.tensor([k, 5]),
+            "same": torch.tensor([7, 8]),
+        }
+        torch.save({"state_dict": state}, tmp_path / f"{k}.pt")
+    trajectory = Trajectory.of_files([tmp_path / "1.pt", tmp_path / "2.pt"])
+    merged = trajectory.combine((0.5, 0.5))
+    assert merged["batches"].item() == 2
+    assert merged["seen"].tolist() == [2, 5]
+    assert trajectory.differing == ["seen"]
 
 
 def test_numbers_of_different_kinds_are_refused_by_name(tmp_path: Path) -> None:

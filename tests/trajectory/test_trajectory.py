@@ -62,7 +62,7 @@ def test_of_two_files_of_one_step_one_is_taken_and_the_other_is_named(tmp_path):
     (tmp_path / "last.ckpt").write_bytes((tmp_path / "step=2.ckpt").read_bytes())
     trajectory = Trajectory.of_run(tmp_path)
     assert len(trajectory) == 2
-    assert len(trajectory.dropped) == 1
+    assert list(trajectory.left_out.values()) == ["of the same step as last.ckpt"]
 
 
 def test_tensors_are_those_that_torch_loads(tmp_path):
