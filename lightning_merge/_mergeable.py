@@ -77,12 +77,11 @@ def carried(name: str, tensors: Iterable[Tensor], differing: list[str] | None = 
     Raises:
         ValueError: If they differ, and are no counters.
     """
-    last: Tensor | None = None
-    differs = False
-    for tensor in tensors:
-        differs = differs or (last is not None and not _same(last, tensor))
+    waiting = iter(tensors)
+    last, differs = next(waiting), False
+    for tensor in waiting:
+        differs = differs or not _same(last, tensor)
         last = tensor
-    assert last is not None
     if differs and not is_counter(last):
         reason = why_not(last) or (
             f"holds whole numbers or flags ({str(last.dtype).removeprefix('torch.')}), as quantised weights, packed"
