@@ -9,7 +9,7 @@ import torch
 
 from lightning_merge._checks import text, whole
 from lightning_merge._mergeable import named
-from lightning_merge.combiners._overflow import refuse_overflow, room_left
+from lightning_merge.combiners._overflow import has_room, refuse_overflow, room_left
 from lightning_merge.combiners._vectors import check_finite, check_vector
 from lightning_merge.weights import State, Weights, copies, copy_, part, parts, to_devices, zeros
 
@@ -61,9 +61,14 @@ class Combiner(ABC):
         """
         task = label("task", task)
         check_vector(vector, _tensors(state), task)
-        check_finite(vector, task)
-        if beyond := room_left(_tensors(state), vector):
-            self._make_room(state, beyond, task)
+        self._update(state, vector, task)
+
+    def _update(self, state: State, vector: Weights, task: int | str) -> None:
+        """``update`` with a vector of the right names and shapes."""
+        if not has_room(_tensors(state), vector):  # one read of one number, which is all it takes as a rule
+            check_finite(vector, task)
+            if beyond := room_left(_tensors(state), vector):
+                self._make_room(state, beyond, task)
         self._take(state, vector, task)
         state["updates"] += 1
 
@@ -166,11 +171,7 @@ class Combiner(ABC):
             target = part(merged, where)
             state = self.init(target)
             for task, vector in vectors:
-                check_finite(piece := part(vector, where), task)
-                if beyond := room_left(_tensors(state), piece):
-                    self._make_room(state, beyond, task)
-                self._take(state, piece, task)
-                state["updates"] += 1
+                self._update(state, part(vector, where), task)
             copy_(target, self._merged(state) or {})
         return refuse_overflow(merged)
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lightning_merge._checks import number, settle
 from lightning_merge.combiners._base import Combiner, Locality
+from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
 from lightning_merge.combiners._trim import count_of, ranked_between
-from lightning_merge.weights import State, Weights, add_, zero_, zeros
+from lightning_merge.weights import State, Weights, add_, on_host, stacked, unstacked, zero_, zeros
 
 
 @final
@@ -71,14 +72,31 @@ class Breadcrumbs(Combiner):
             self._add(state, vector, -1.0)
 
     def _add(self, state: State, vector: Weights, factor: float) -> None:
+        if not on_host(vector):
+            add_(state["sum"], self._masked_at_once(vector), factor)
+            return
         for name, tensor in vector.items():  # one at a time: the masked vector would be a further copy of the model
             add_({name: state["sum"][name]}, {name: self._masked(tensor)}, factor)
 
     def _merged(self, state: State) -> Weights | None:
         return scaled_result(state, "sum", self.scale)
 
+    def _ranks(self, size: int) -> tuple[int, int]:
+        """From which rank to before which one entries are kept."""
+        skip = count_of(self.outliers, size)
+        return skip, skip + max(1, count_of(self.density, size))
+
     @torch.no_grad()
     def _masked(self, tensor: Tensor) -> Tensor:
-        size = tensor.numel()
-        skip = count_of(self.outliers, size)
-        return tensor * ranked_between(tensor, skip, skip + max(1, count_of(self.density, size)))
+        return tensor * ranked_between(tensor, *self._ranks(tensor.numel()))
+
+    @torch.no_grad()
+    def _masked_at_once(self, vector: Weights) -> Weights:
+        groups = list(stacked(vector))
+        rows = [matrix for _, matrix in groups]
+        skipped, kept = zip(*(self._ranks(matrix.shape[1]) for matrix in rows), strict=True)
+        masks = largest([*rows, *rows], [*skipped, *kept])
+        masked: Weights = {}
+        for (names, matrix), out, within in zip(groups, masks, masks[len(rows) :], strict=False):
+            masked |= unstacked(matrix.mul_(within & ~out), names, vector)
+        return masked

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_merge._checks import number, one_of, seed, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._sum import Sum
-from lightning_merge.weights import State, Weights, average_dtype, part, parts
+from lightning_merge.weights import State, Weights, average_dtype, part, parts, rows, unstacked
 
 _PIECE = 2**22
 """Numbers that are thinned together: enough tensors for all threads."""
@@ -102,16 +102,20 @@ class DARE(Combiner):
 
     @torch.no_grad()
     def _thinned(self, vector: Weights, task: int | str) -> Weights:
-        return {name: self._thin(tensor, _kept(tensor, self, task, name)) for name, tensor in vector.items()}
+        thinned: Weights = {}
+        for names, matrix in rows(vector):
+            masks = [_kept(vector[name], self, task, name).view(1, matrix.shape[1]) for name in names]
+            wide = matrix.to(average_dtype(matrix))
+            thinned |= unstacked(self._thin(wide, _sent(masks, matrix.device)), names, vector)
+        return thinned
 
-    def _thin(self, tensor: Tensor, mask: Tensor) -> Tensor:
-        tensor = tensor.to(average_dtype(tensor))
-        thinned = tensor * mask
+    def _thin(self, wide: Tensor, mask: Tensor) -> Tensor:
+        thinned = wide * mask
         if self.dare_rescale == "inv_keep":
             return thinned.div_(self.density)
         if self.dare_rescale == "l1":
-            remaining = thinned.abs().sum()
-            return thinned.mul_(torch.where(remaining > 0, tensor.abs().sum() / remaining, 1.0))
+            remaining = thinned.abs().sum(1, keepdim=True)
+            return thinned.mul_(torch.where(remaining > 0, wide.abs().sum(1, keepdim=True) / remaining, 1.0))
         return thinned
 
 
@@ -119,4 +123,12 @@ def _kept(tensor: Tensor, dare: DARE, task: int | str, name: str) -> Tensor:
     """Which entries stay: drawn on the CPU, since each kind of device has random numbers of its own."""
     digest = sha256(repr((dare.seed, task, name)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    return (torch.rand(tensor.shape, generator=generator) < dare.density).to(tensor.device)
+    return torch.rand(tensor.shape, generator=generator) < dare.density
+
+
+def _sent(masks: list[Tensor], device: torch.device) -> Tensor:
+    """The masks as rows on a device, which nobody waits for."""
+    mask = masks[0] if len(masks) == 1 else torch.cat(masks)
+    if device.type == "cuda" and torch.cuda.is_available():
+        mask = mask.pin_memory()
+    return mask.to(device, non_blocking=True)

@@ -1,28 +1,18 @@
-"""Combiners that keep one number per parameter."""
+"""Combiners that choose or mix, number by number."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from math import isfinite
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from lightning_merge.combiners._base import Combiner
-from lightning_merge.combiners._overflow import narrowed, refuse_overflow, widened
-from lightning_merge.combiners._vectors import check_finite, check_vector
-from lightning_merge.weights import State, Weights, array, empty, in_threads, part, parts, scaled, zeros
-
-_PIECE = 2**18
-"""Numbers at a time: what is written stays in the cache of a core while every vector is read."""
+from lightning_merge.combiners._kept import Kept
+from lightning_merge.weights import Weights, array, in_threads, part, parts
 
 
-class Elementwise(Combiner):
+class Elementwise(Kept):
     """A fold per parameter over its value in each vector, and a factor at the end.
 
-    A rule says what one step does to a piece of the weights. Pieces are small enough to stay in the cache and are
-    shared out to the threads; they are arrays of NumPy on the CPU and tensors elsewhere.
+    On a CPU a rule says what one step does to a piece of the weights. Pieces are small enough to stay in the cache and
+    are shared out to the threads; they are arrays of NumPy, or tensors where NumPy has no such type.
     """
 
     @abstractmethod
@@ -30,99 +20,17 @@ class Elementwise(Combiner):
         """Writes to ``out`` what is kept once a further vector is taken in; ``out`` may be ``kept``."""
 
     def _merge(self, out: Any, values: Sequence[Any]) -> Any:
-        """The same to ``out`` of all vectors, at least two, at once, where any NaN must show; returns it."""
         kept = values[0]
         for new in values[1:]:
             self._step(out, kept, new)
             kept = out
         return out
 
-    @abstractmethod
-    def _factor(self, count: int) -> float:
-        """What the kept numbers are multiplied by after so many vectors."""
+    def _fold_in_pieces(self, kept: Weights, vector: Weights) -> None:
+        def fold(where: dict[str, slice]) -> None:
+            news = part(vector, where)
+            for name, tensor in part(kept, where).items():
+                old = array(tensor)
+                self._step(old, old, array(news[name].detach().to(tensor)))
 
-    def init(self, like: Weights) -> State:
-        return {"kept": zeros(like), "updates": 0}
-
-    @torch.no_grad()
-    def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        kept: Weights = state["kept"]
-        in_threads(lambda where: self._fold(part(kept, where), part(vector, where), state["updates"]), parts(kept))
-
-    def _fold(self, kept: Weights, vector: Weights, count: int) -> None:
-        for name, tensor in kept.items():
-            old, new = array(tensor), array(vector[name].to(tensor))
-            if count:
-                self._step(old, old, new)
-            else:
-                old[...] = new
-
-    def _merged(self, state: State) -> Weights | None:
-        if not state["updates"]:
-            return None
-        return narrowed(scaled(state["kept"], self._factor(state["updates"])), state)
-
-    def _make_room(self, state: State, names: list[str], task: int | str) -> None:
-        if rest := widened(state, "kept", names):
-            super()._make_room(state, rest, task)
-
-    def _combine_parts(self, vectors: list[tuple[int | str, Weights]]) -> Weights:
-        return combine_elementwise(vectors, self._merge, self._factor(len(vectors)))
-
-
-def combine_elementwise(
-    vectors: list[tuple[int | str, Weights]], merge: Callable[[Any, Sequence[Any]], Any], factor: float
-) -> Weights:
-    """``factor`` times what ``merge(out, values)`` gives for at least two values each, in pieces shared out to threads.
-
-    Between two operations on a piece a thread needs the interpreter, which the others wait for: all else is done for
-    many pieces at once.
-    """
-    for task, vector in vectors:
-        check_vector(vector, vectors[0][1], task)
-    merged = empty(vectors[0][1])
-
-    def combine(where: dict[str, slice]) -> None:
-        shares = [part(vector, where) for _, vector in vectors]
-        for name, tensor in part(merged, where).items():
-            shape = (-1,) if tensor.is_contiguous() else tensor.shape
-            out = array(tensor.view(shape))
-            values = [array(share[name].detach().reshape(shape).to(tensor)) for share in shares]
-            for start in range(0, len(out), _PIECE):
-                piece = slice(start, start + _PIECE)
-                own = [each[piece] for each in values]
-                if not _combine(out[piece], own, merge, factor):
-                    for share, (task, _) in zip(shares, vectors, strict=True):
-                        check_finite(share, task)
-                    _combine_widely(out[piece], own, merge, factor)
-                    refuse_overflow({name: torch.as_tensor(out[piece])})
-
-    in_threads(combine, parts(merged, size=8 * _PIECE))
-    return merged
-
-
-def _combine(out: Any, values: Sequence[Any], merge: Callable[[Any, Sequence[Any]], Any], factor: float) -> bool:
-    """Whether all is finite; what is too large for its type is not, but is no error of a vector either."""
-    with np.errstate(all="ignore"):
-        kept = merge(out, values) if len(values) > 1 else values[0]
-        if kept is not out or factor != 1:
-            library_of(out).multiply(kept, factor, out=out)
-        return isfinite(out.sum())
-
-
-def _combine_widely(out: Any, values: Sequence[Any], merge: Callable[[Any, Sequence[Any]], Any], factor: float) -> None:
-    """The same in float64: a sum may be too large for its type where what follows from it is not."""
-    if isinstance(out, Tensor):
-        wide = [value.double() for value in values]
-        kept = merge(torch.empty_like(wide[0]), wide) if len(wide) > 1 else wide[0]
-        out.copy_(kept * factor)
-        return
-    wide = [value.astype(np.float64) for value in values]
-    with np.errstate(all="ignore"):
-        kept = merge(np.empty_like(wide[0]), wide) if len(wide) > 1 else wide[0]
-        out[...] = kept * factor
-
-
-def library_of(values: Any) -> Any:
-    """NumPy or torch, whichever it is an array of: both have ``add(x, y, out=z)`` and ``multiply``."""
-    return torch if isinstance(values, Tensor) else np
+        in_threads(fold, parts(kept))

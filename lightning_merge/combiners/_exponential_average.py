@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Any, final
 
 from lightning_merge._checks import number, settle
-from lightning_merge.combiners._elementwise import Elementwise, library_of
+from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._pieces import library_of
 from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
+from lightning_merge.weights import Weights, lerp_
 
 
 @final
@@ -46,6 +48,9 @@ class ExponentialAverage(Elementwise):
         else:  # from the nearer end: what is small beside the other one would be lost
             step *= 1.0 - self.alpha
             library_of(out).subtract(new, step, out=out)
+
+    def _fold_all(self, kept: Weights, vector: Weights) -> None:
+        lerp_(kept, vector, self.alpha)
 
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_merge._checks import one_of, settle
-from lightning_merge.combiners._elementwise import Elementwise, library_of
+from lightning_merge.combiners._elementwise import Elementwise
+from lightning_merge.combiners._pieces import library_of
 from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
+from lightning_merge.weights import Weights, keep_larger_
 
 
 @final
@@ -62,6 +64,9 @@ class MagMax(Elementwise):
             tied = [new[ties] for new in values]
             out[ties] = super()._merge(library.empty_like(tied[0]), tied)
         return out
+
+    def _fold_all(self, kept: Weights, vector: Weights) -> None:
+        keep_larger_(kept, vector, equal=self.magmax_tie == "last")
 
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)

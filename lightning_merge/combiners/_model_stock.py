@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_merge._checks import one_of
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.weights import State, Weights, add_, clone, zeros
+from lightning_merge.combiners._kept import as_in
+from lightning_merge.weights import State, Weights, add_, clone, joined, rows, unstacked, worth_it, zeros
 
 
 @final
@@ -63,43 +64,48 @@ class ModelStock(Combiner):
         if self.needs_every_vector:
             state["vectors"].append(clone(vector))
             return
-        for name, total in state["directions"].items():
-            direction = _direction(vector[name].to(total))
-            total += direction
-            state["directed"][name] += direction.any()
+        for names, matrix in rows(as_in(state["directions"], vector)):
+            found = _directions(matrix)
+            add_({name: state["directions"][name] for name in names}, unstacked(found, names, vector))
+            directed = found.any(1).to(torch.int64)
+            add_({name: state["directed"][name] for name in names}, dict(zip(names, directed.unbind(), strict=True)), 1)
 
     @torch.no_grad()
     def _merged(self, state: State) -> Weights | None:
         count = state["updates"]
         if not count:
             return None
-        return {name: total * (self._share(state, name) / count) for name, total in state["sum"].items()}
+        merged: Weights = {}
+        for names, total in rows(state["sum"]):
+            merged |= unstacked(total * (self._shares(state, names) / count).to(total), names, state["sum"])
+        return {name: merged[name] for name in state["sum"]}
 
-    def _share(self, state: State, name: str) -> float:
-        """How far to go from the base to the mean."""
+    def _shares(self, state: State, names: list[str]) -> Tensor:
+        """How far to go from the base to the mean: a column with a number for each tensor."""
         count: int = state["updates"]
         if count == 1:
-            return 1.0
-        cosine = self._mean_angle(state, name) if self.needs_every_vector else self._mean_cosine(state, name)
-        if cosine <= 0:
-            return 0.0
-        return min(count * cosine / (1 + (count - 1) * cosine), 1.0)
+            return torch.ones(len(names), 1, dtype=torch.float64)
+        cosine = (self._mean_angles if self.needs_every_vector else self._mean_cosines)(state, names).clamp(min=0.0)
+        return (count * cosine / (1 + (count - 1) * cosine)).clamp(max=1.0)
 
-    def _mean_cosine(self, state: State, name: str) -> float:
+    def _mean_cosines(self, state: State, names: list[str]) -> Tensor:
         # The squared norm of a sum holds every pair twice, and each direction once with itself.
         count: int = state["updates"]
-        pairs = float(state["directions"][name].double().square().sum() - state["directed"][name])
-        return pairs / (count * (count - 1))
+        squares = joined(state["directions"], names).double().square().sum(1, keepdim=True)
+        return (squares - joined(state["directed"], names)) / (count * (count - 1))
 
-    def _mean_angle(self, state: State, name: str) -> float:
-        directions = [_direction(vector[name].double()) for vector in state["vectors"]]
-        cosines = torch.stack([(a * b).sum() for a, b in combinations(directions, 2)])
-        return float(cosines.clamp(-1, 1).arccos().mean().cos())
+    def _mean_angles(self, state: State, names: list[str]) -> Tensor:
+        directions = [_directions(joined(vector, names).double()) for vector in state["vectors"]]
+        cosines = torch.stack([(a * b).sum(1, keepdim=True) for a, b in combinations(directions, 2)])
+        return cosines.clamp(-1, 1).arccos().mean(0).cos()
 
 
-def _direction(tensor: Tensor) -> Tensor:
-    norm = tensor.norm()
-    if tensor.numel() and not 1e-15 < float(norm) < 1e15:  # squares of what is large or small leave float32
-        tensor = tensor / tensor.abs().max().clamp(min=torch.finfo(tensor.dtype).tiny)
-        norm = tensor.norm()
-    return torch.where(norm > 0, tensor / norm, 0.0)
+def _directions(matrix: Tensor) -> Tensor:
+    """Each row divided by its norm; a row of zeros as it is."""
+    size = matrix.norm(dim=1, keepdim=True)
+    extreme = (size <= 1e-15) | (size >= 1e15)
+    if matrix.shape[1] and worth_it(extreme):  # squares of what is large or small leave float32
+        largest = matrix.abs().amax(1, keepdim=True).clamp(min=torch.finfo(matrix.dtype).tiny)
+        matrix = torch.where(extreme, matrix / largest, matrix)
+        size = matrix.norm(dim=1, keepdim=True)
+    return torch.where(size > 0, matrix / size, 0.0)

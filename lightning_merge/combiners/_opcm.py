@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_merge._checks import number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.weights import State, Weights, zeros
+from lightning_merge.weights import State, Weights, largest, zeros
 
 
 @final
@@ -58,9 +58,10 @@ class OPCM(Combiner):
     @torch.no_grad()
     def _take(self, state: State, vector: Weights, task: int | str) -> None:
         merged: Weights = state["merged"]
+        sizes = largest({name: kept for name, kept in merged.items() if kept.ndim == 2})
         for name, kept in merged.items():
             new = vector[name].to(kept)
-            if kept.ndim == 2 and kept.any():  # zeros have no directions to protect
+            if sizes.get(name):  # zeros have no directions to protect
                 new = self._project(new, kept)
             kept.mul_(state["factor"]).add_(new)
         state["norms"] += _norm(vector)
@@ -74,20 +75,19 @@ class OPCM(Combiner):
         u, values, vt = torch.linalg.svd(merged, full_matrices=False)
         inside = u.T @ new @ vt.T
         protected = torch.eye(len(values), dtype=torch.bool, device=inside.device)
-        rank = self._rank(values)
-        protected[:rank, :rank] = True
-        projected: Tensor = new - u @ (inside * protected) @ vt
+        leading = torch.arange(len(values), device=inside.device) < self._rank(values)
+        projected: Tensor = new - u @ (inside * (protected | (leading[:, None] & leading))) @ vt
         return projected
 
-    def _rank(self, values: Tensor) -> int:
-        total = float(values.sum())
+    def _rank(self, values: Tensor) -> Tensor:
+        total = values.sum()
         if self.opcm_rank == "compat":
             exceeds = values.cumsum(0) / total > self.alpha
-            return int(exceeds.int().argmax())
+            return exceeds.int().argmax()
         if self.alpha == 1.0:
-            return len(values)
+            return torch.full_like(total, len(values))
         before = values.cumsum(0) - values
-        return int((before < self.alpha * total).sum())
+        return (before < (self.alpha * total.double()).to(values.dtype)).sum()
 
     def _merged(self, state: State) -> Weights | None:
         return state["merged"] if state["updates"] else None

@@ -13,10 +13,13 @@ _MANY = 2.0**24
 """Vectors whose sum cannot be too large if each is this many times smaller than the largest number of its type."""
 
 
+def has_room(kept: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> bool:
+    """Whether a cheap bound proves a vector to be finite, and its sums with what is kept not to be too large."""
+    return all_below(vector, min(map(_limit, kept.values()), default=math.inf) / _MANY)
+
+
 def room_left(kept: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> list[str]:
     """Names of tensors whose sums with a vector could be too large for the type they are kept in."""
-    if all_below(vector, min(map(_limit, kept.values()), default=math.inf) / _MANY):
-        return []
     sizes = {name: size for name, size in largest(vector).items() if size > _limit(kept[name]) / _MANY}
     before = largest({name: kept[name] for name in sizes})
     return [name for name, size in sizes.items() if before[name] + size > _limit(kept[name])]

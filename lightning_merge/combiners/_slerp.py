@@ -1,6 +1,5 @@
 """Spherical interpolation."""
 
-import math
 from dataclasses import dataclass
 from typing import final
 
@@ -10,8 +9,20 @@ from torch import Tensor
 from lightning_merge._checks import instance, number, settle
 from lightning_merge._mergeable import why_not
 from lightning_merge.combiners._base import Combiner, Locality
+from lightning_merge.combiners._kept import as_in
 from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
-from lightning_merge.weights import State, Weights, average_dtype, copy_, is_averaged, zeros
+from lightning_merge.weights import (
+    State,
+    Weights,
+    average_dtype,
+    copy_,
+    is_averaged,
+    joined,
+    rows,
+    unstacked,
+    worth_it,
+    zeros,
+)
 
 _STRAIGHT = 0.9995
 
@@ -60,8 +71,10 @@ class SLERP(Combiner):
         if not state["updates"]:
             copy_(merged, vector)
             return
-        for name, tensor in merged.items():
-            tensor.copy_(slerp(tensor, vector[name].to(tensor), self.t))
+        new = as_in(merged, vector)
+        for names, matrix in rows(merged):
+            between = _between(matrix, joined(new, names), self.t)
+            copy_({name: merged[name] for name in names}, unstacked(between, names, merged))
 
     def _merged(self, state: State) -> Weights | None:
         return scaled_result(state, "merged", self.scale)
@@ -85,23 +98,38 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     if a.shape != b.shape:
         raise ValueError(f"`b` must have the shape of `a`, {tuple(a.shape)}, got {tuple(b.shape)}.")
     t = number("t", t)
-    if not a.numel():
+    return _between(a.reshape(1, a.numel()), b.reshape(1, a.numel()), t).view(a.shape)
+
+
+def _between(a: Tensor, b: Tensor, t: float) -> Tensor:
+    """``slerp`` of each row."""
+    if not a.shape[1]:
         return a + b
-    cosine = _cosine(a, b)
-    if abs(cosine) > _STRAIGHT:
-        straight = torch.lerp(a, b, t)
-        return straight if bool(straight.isfinite().all()) else a * (1.0 - t) + b * t
-    angle = torch.tensor(cosine, dtype=torch.float64).arccos()
-    first, second = ((angle * share).sin() / angle.sin() for share in (1 - t, t))
-    return a * float(first) + b * float(second)
+    cosine = _cosines(a, b)
+    straight = cosine.abs() > _STRAIGHT
+    found = a
+    if worth_it(~straight):
+        # MPS has no float64.
+        angle = cosine.to(torch.float32 if a.device.type == "mps" else torch.float64).arccos()
+        first, second = ((angle * share).sin() / angle.sin() for share in (1 - t, t))
+        found = a * first.to(a.dtype) + b * second.to(b.dtype)
+    if worth_it(straight):
+        line = torch.lerp(a, b, t)
+        overflows = ~line.isfinite().all(1, keepdim=True)
+        if worth_it(overflows):
+            line = torch.where(overflows, a * (1.0 - t) + b * t, line)
+        found = torch.where(straight, line, found)
+    return found
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
-    """Of the angle between them; 1 if one of them is zero."""
-    lengths = a.norm(), b.norm()
-    if not all(1e-15 < float(length) < 1e15 for length in lengths):
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Of the angles between the rows, as a column; 1 if one of two is zero."""
+    lengths = [x.norm(dim=1, keepdim=True) for x in (a, b)]
+    cosine = (a * b).sum(1, keepdim=True) / (lengths[0] * lengths[1])
+    extreme = torch.stack([(length <= 1e-15) | (length >= 1e15) for length in lengths]).any(0)
+    if worth_it(extreme):
         # Brought to a largest magnitude of 1: squares of what is large or small leave their type.
-        a, b = (x.to(average_dtype(x)) / x.abs().max().to(average_dtype(x)) for x in (a, b))
-        lengths = a.norm(), b.norm()
-    cosine = float((a * b).sum() / (lengths[0] * lengths[1]))
-    return 1.0 if math.isnan(cosine) else cosine
+        a, b = (x.to(average_dtype(x)) / x.abs().amax(1, keepdim=True).to(average_dtype(x)) for x in (a, b))
+        tamed = (a * b).sum(1, keepdim=True) / (a.norm(dim=1, keepdim=True) * b.norm(dim=1, keepdim=True))
+        cosine = torch.where(extreme, tamed, cosine)
+    return torch.where(cosine.isnan(), 1.0, cosine)

@@ -11,11 +11,33 @@ from torch import Tensor
 
 from lightning_merge._checks import flag, instance, number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
+from lightning_merge.combiners._election import Divisor, ZeroSign, additions, elected, signs
+from lightning_merge.combiners._kept import as_in
+from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
-from lightning_merge.combiners._trim import TopK, reaching, trim_level
-from lightning_merge.weights import State, Weights, array, average_dtype, in_threads, part, parts
+from lightning_merge.combiners._trim import TopK, reaching, trim_count, trim_level
+from lightning_merge.weights import (
+    State,
+    Weights,
+    add_,
+    array,
+    average_dtype,
+    in_threads,
+    joined,
+    on_host,
+    part,
+    parts,
+    rows,
+    side_by_side,
+    stacked,
+    unstacked,
+)
+from lightning_merge.weights import largest as largest_of
 
 _MOST_IN_A_BYTE = 255
+
+_REST = ("negative", "positives", "negatives", "votes")
+"""What is kept beside the sum of positive values; the last three not always."""
 
 
 @final
@@ -58,8 +80,8 @@ class TIES(Combiner):
     scale: Scale = 1.0
     scope: Literal["tensor", "global"] = "tensor"
     topk_rule: TopK = "exact"
-    zero_sign: Literal["zero", "official", "positive"] = "zero"
-    divisor: Literal["count", "weight_sum"] | None = "count"
+    zero_sign: ZeroSign = "zero"
+    divisor: Divisor = "count"
     weights: Mapping[int | str, float] = field(default_factory=dict)
     weighted_sign: bool = True
 
@@ -101,7 +123,9 @@ class TIES(Combiner):
             for key in ("positives", "negatives"):
                 state[key] = {name: counts.int() for name, counts in state[key].items()}
         weight = self.weights.get(task, 1.0)
-        if self.scope == "global":
+        if not on_host(vector):
+            self._take_at_once(state, vector, weight)
+        elif self.scope == "global":
             level = trim_level(list(vector.values()), self.density, self.topk_rule)
             for name in sorted(vector):  # the room for equal ones is given in an order that every source has
                 level = self._add(state, name, vector, weight, level)
@@ -126,23 +150,44 @@ class TIES(Combiner):
     ) -> tuple[float, int]:
         """Takes in what reaches the level of one tensor; returns it with the room that is left for equal ones."""
         threshold, room = level
-        sums = {key: group[name] for key, group in state.items() if isinstance(group, dict)}
+        sums = _sums(state, name)
         source = {**sums, "new": vector[name]}
         for where in parts({"": sums["positive"]}):
             piece = {key: part({"": tensor}, where)[""] for key, tensor in source.items()}
             new = array(piece.pop("new").to(piece["positive"]).reshape(-1))
             into = {key: array(tensor.view(-1)) for key, tensor in piece.items()}
             mask, room = reaching(new, threshold, room)
-            _accumulate(into, new * mask, weight, counted=self.divisor == "count")
+            for key, addend in additions(new * mask, weight, self.divisor == "count", into):
+                into[key] += addend
         return threshold, room
+
+    def _take_at_once(self, state: State, vector: Weights, weight: float) -> None:
+        """``_take`` where operations on all tensors at once are what is fast."""
+        vector = as_in(state["positive"], vector)
+        groups = [side_by_side(vector)] if self.scope == "global" else list(stacked(vector))
+        counts = [trim_count(self._ranked(vector, matrix), self.density, self.topk_rule) for _, matrix in groups]
+        masks = largest([matrix for _, matrix in groups], counts, exact=self.topk_rule == "exact")
+        for (names, matrix), mask in zip(groups, masks, strict=True):
+            for key, addend in additions(matrix.mul_(mask), weight, self.divisor == "count", state):
+                sums = {name: state[key][name] for name in names}
+                add_(sums, unstacked(addend.to(next(iter(sums.values())).dtype), names, vector))
+
+    def _ranked(self, vector: Weights, matrix: Tensor) -> int:
+        """How many numbers are ranked in a row: tensors of zeros among others do not count."""
+        if self.scope == "tensor" or self.topk_rule != "exact":
+            return matrix.shape[1]
+        return sum(vector[name].numel() for name, size in largest_of(vector).items() if size)
 
     @torch.no_grad()
     def _merged(self, state: State) -> Weights | None:
-        return dict(self._entries(state)) if state["updates"] else None
+        if not state["updates"]:
+            return None
+        merged = dict(self._entries(state))
+        return {name: merged[name] for name in state["positive"]}
 
     @torch.no_grad()
     def _last_result(self, state: State) -> Weights | None:
-        merged: Weights = {}
+        merged = dict(state["positive"])  # their order
         for name, tensor in self._entries(state):
             merged[name] = tensor
             for group in state.values():
@@ -153,30 +198,18 @@ class TIES(Combiner):
     def _entries(self, state: State) -> Iterator[tuple[str, Tensor]]:
         majority = None
         if self.zero_sign == "official" and self.scope == "global":
-            majority = torch.stack([self._signs(state, name).sum() for name in state["positive"]]).sum().sign()
+            majority = torch.stack([signs(_sums(state, name)).sum() for name in state["positive"]]).sum().sign()
         factor = scale_of(self.scale, state["updates"])
-        for name in list(state["positive"]):
-            yield name, self._merged_one(state, name, majority).mul_(factor)
+        like: Weights = dict(state["positive"])
+        for names, positive in rows(like):
+            kept = {"positive": positive, **{key: joined(state[key], names) for key in state if key in _REST}}
+            merged = elected(kept, self.zero_sign, self.divisor, majority).mul_(factor)
+            yield from unstacked(merged, names, like).items()
 
-    def _signs(self, state: State, name: str) -> Tensor:
-        votes: Tensor = (
-            state["positive"][name] + state["negative"][name] if self.weighted_sign else state["votes"][name]
-        )
-        return votes.sign()
 
-    def _merged_one(self, state: State, name: str, majority: Tensor | None) -> Tensor:
-        positive, negative = state["positive"][name], state["negative"][name]
-        if self.divisor is not None:
-            tiny = 1 if self.divisor == "count" else torch.finfo(torch.float32).tiny
-            positive = positive / state["positives"][name].clamp(min=tiny)
-            negative = negative / state["negatives"][name].clamp(min=tiny)
-        signs = self._signs(state, name)
-        if self.zero_sign == "positive":
-            return torch.where(signs >= 0, positive, negative)
-        if self.zero_sign == "official":
-            signs = torch.where(signs == 0, signs.sum().sign() if majority is None else majority, signs)
-            return torch.where(signs > 0, positive, negative)
-        return torch.where(signs > 0, positive, torch.where(signs < 0, negative, 0.0))
+def _sums(state: State, name: str) -> Weights:
+    """What is kept of one tensor, by key."""
+    return {key: group[name] for key, group in state.items() if isinstance(group, dict)}
 
 
 def _checked_weights(weights: Mapping[int | str, float]) -> Mapping[int | str, float]:
@@ -188,17 +221,3 @@ def _checked_weights(weights: Mapping[int | str, float]) -> Mapping[int | str, f
         except (TypeError, ValueError) as error:
             raise type(error)(f"{str(error).removesuffix('.')} for task {task}.") from None
     return checked
-
-
-def _accumulate(into: dict[str, Any], kept: Any, weight: float, counted: bool) -> None:
-    """Adds the kept entries to each sum of the state that there is; arrays of NumPy or tensors."""
-    positive, negative = kept > 0, kept < 0
-    if "positives" in into:
-        into["positives"] += positive if counted else positive * weight
-        into["negatives"] += negative if counted else negative * weight
-    if "votes" in into:
-        into["votes"] += kept
-    if weight != 1:
-        kept = kept * weight
-    into["positive"] += kept.clip(0, None)
-    into["negative"] += kept.clip(None, 0)

@@ -24,6 +24,13 @@ def count_of(share: float, size: int) -> int:
     return int(share * size + 1e-9)
 
 
+def trim_count(size: int, density: float, topk_rule: TopK) -> int:
+    """How many of so many entries are kept, without others that equal the last one."""
+    if topk_rule == "exact":
+        return min(max(1, count_of(density, size)), size)
+    return min(int(density * size) + 1, size)
+
+
 def kth_largest(tensors: Sequence[Tensor], k: int, scratch: Any = None) -> tuple[float, int]:
     """The k-th largest magnitude of all the tensors together, and how many of the k largest are equal to it.
 
@@ -66,9 +73,8 @@ def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK, scrat
     size = sum(tensor.numel() for tensor in ranked)
     if not ranked:
         return 0.0, 0
-    if exact:
-        return kth_largest(ranked, max(1, count_of(density, size)), scratch)
-    return kth_largest(ranked, min(int(density * size) + 1, size), scratch)[0], size
+    level, room = kth_largest(ranked, trim_count(size, density, topk_rule), scratch)
+    return level, room if exact else size
 
 
 def reaching(values: Any, level: float, room: int) -> tuple[Any, int]:

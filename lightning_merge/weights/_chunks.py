@@ -1,6 +1,6 @@
 """Sets of weights cut into parts that stay in the cache, joined into one tensor, seen as NumPy arrays."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,8 +12,22 @@ from lightning_merge.weights._names import Weights
 from lightning_merge.weights._precision import average_dtype
 
 
+def on_host(weights: Mapping[str, Tensor]) -> bool:
+    """How weights are walked: in pieces that stay in a cache, as ``parts`` cuts them, if some are on the CPU.
+
+    On any other device each operation takes all tensors at once: what costs there is to launch one, and to wait for it.
+    """
+    return any(_is_host(tensor) for tensor in weights.values())
+
+
+def _is_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def parts(weights: Mapping[str, Tensor], locality: str = "element", size: int = 2**17) -> Iterator[dict[str, slice]]:
     """Divides the weights into parts of about ``size`` numbers that stay in the cache while several operations run.
+
+    Weights of which none is on the CPU are one part (``on_host``).
 
     Args:
         weights: Any.
@@ -33,7 +47,7 @@ def parts(weights: Mapping[str, Tensor], locality: str = "element", size: int = 
 
 
 def _parts(weights: Mapping[str, Tensor], locality: str, size: int) -> Iterator[dict[str, slice]]:
-    if locality == "model":
+    if locality == "model" or (weights and not on_host(weights)):
         yield {name: slice(None) for name in weights}
         return
     collected: dict[str, slice] = {}
@@ -90,8 +104,59 @@ def array(tensor: Tensor) -> Any:
     On a CPU, NumPy compares and selects up to ten times as fast as torch, and without the lock of the interpreter, so
     several threads can. Much is written the same for either: ``abs(x)``, ``x += y``, ``x > y``, ``x.clip(0, None)``.
     """
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" and tensor.dtype != torch.bfloat16
+    plain = type(tensor) in (Tensor, nn.Parameter) and _is_host(tensor) and tensor.dtype != torch.bfloat16
     return tensor.detach().numpy() if plain else tensor
+
+
+def rows(weights: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and numbers of tensors as rows of a matrix, for what is done to each tensor; one group after the other.
+
+    On a CPU each tensor is a group, and not copied if it is contiguous. On other devices all of one size and dtype are
+    one (``stacked``): a model has few sizes, so that an operation is launched a few times for hundreds of tensors.
+    """
+    if not on_host(weights):
+        yield from stacked(weights)
+        return
+    for name in weights:
+        yield [name], joined(weights, [name])
+
+
+def stacked(weights: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and numbers of the tensors of one size, dtype and device as rows of a new matrix; each such group in turn.
+
+    Example:
+        >>> list(stacked({"a": torch.ones(1, 2), "b": torch.ones(3), "c": torch.zeros(2)}))
+        [(['a', 'c'], tensor([[1., 1.],
+                [0., 0.]])), (['b'], tensor([[1., 1., 1.]]))]
+    """
+    groups: dict[tuple[int, torch.dtype, torch.device], list[str]] = {}
+    for name, tensor in weights.items():
+        groups.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(name)
+    for names in groups.values():
+        yield names, torch.stack([weights[name].detach().reshape(-1) for name in names])
+
+
+def joined(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+    """Tensors of one size as the rows of a matrix, to be read; a single one is not copied if it is contiguous."""
+    flat = [weights[name].detach().reshape(1, weights[name].numel()) for name in names]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def worth_it(mask: Tensor) -> bool:
+    """Whether any is set, where a look costs nothing; on other devices it is not looked at, and the answer is yes."""
+    return not _is_host(mask) or bool(mask.any())
+
+
+def side_by_side(weights: Mapping[str, Tensor]) -> tuple[list[str], Tensor]:
+    """The names in order, and the numbers of all tensors one after the other in the only row of a new matrix."""
+    names = sorted(weights)
+    return names, torch.cat([weights[name].detach().reshape(1, weights[name].numel()) for name in names], dim=1)
+
+
+def unstacked(rows: Tensor, names: Sequence[str], reference: Mapping[str, Tensor]) -> Weights:
+    """What ``stacked`` and ``side_by_side`` made, as tensors in the shapes of ``reference``; they share its memory."""
+    pieces = torch.split(rows.reshape(-1), [reference[name].numel() for name in names])
+    return {name: piece.view(reference[name].shape) for name, piece in zip(names, pieces, strict=True)}
 
 
 def in_threads(function: Callable[[Any], object], items: Iterable[Any]) -> None:
