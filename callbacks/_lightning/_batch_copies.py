@@ -3,7 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,20 +11,24 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_merge.callbacks._lightning._to_host import ToHost
+
 
 @dataclass
 class BatchCopy:
     """A copy of a batch in host memory.
 
     Attributes:
-        batch: The copy.
+        batch: The copy; to be read after ``way.wait()``.
         size: Bytes of the tensors and arrays in it, those in objects too.
         on_host: Which of its tensors, in the order they are met, were in host memory beside others that were not.
+        way: How it gets into host memory.
     """
 
     batch: Any
     size: int
     on_host: list[bool]
+    way: ToHost = field(default_factory=ToHost)
 
     @classmethod
     def of(cls, batch: Any) -> "BatchCopy":
@@ -35,19 +39,22 @@ class BatchCopy:
         """
         devices: list[torch.device] = []
         size = 0
+        way = ToHost()
 
         def to_host(tensor: Tensor) -> Tensor:
             nonlocal size
             devices.append(tensor.device)
             size += tensor.numel() * tensor.element_size()
-            return _another(tensor, torch.device("cpu"))
+            return _marked_as(tensor, way.copy(tensor))
 
         copied, arrays = _copied(batch, to_host)
+        way.sent()
         on_host = [device.type == "cpu" for device in devices]
-        return cls(copied, size + arrays, [] if all(on_host) else on_host)
+        return cls(copied, size + arrays, [] if all(on_host) else on_host, way)
 
     def on(self, device: torch.device) -> Any:
         """A copy of the copy, on this device; what the step was given in host memory is given there again."""
+        self.way.wait()
         left = iter(self.on_host)
         target = {True: torch.device("cpu"), False: device}
         return _copied(self.batch, lambda tensor: _another(tensor, target[next(left, False)]))[0]
@@ -104,7 +111,10 @@ def _walk(value: Any, convert: Callable[[Tensor], Tensor], memo: dict[int, Any])
 
 
 def _another(tensor: Tensor, device: torch.device) -> Tensor:
-    new = tensor.detach().to(device, copy=True)
+    return _marked_as(tensor, tensor.detach().to(device, copy=True))
+
+
+def _marked_as(tensor: Tensor, new: Tensor) -> Tensor:
     # A loss that takes gradients of its inputs finds them marked.
     return new.requires_grad_() if tensor.requires_grad else new
 

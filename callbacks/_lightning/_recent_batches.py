@@ -23,6 +23,7 @@ class RecentBatches:
         bytes: Most memory they may take. The newest batch is always kept, whatever its size.
 
     Attributes:
+        is_needed: Whether there is anything to measure, as far as one can tell before a batch is trained on.
         trial: Called with the first batch that was trained on, once, to find out whether it can be used at all.
         way: How the module's step runs on them outside training, once that is known.
         in_eval: Names of the submodules that training leaves in eval mode, once these are known.
@@ -32,6 +33,7 @@ class RecentBatches:
     def __init__(self, kept: Iterable[Any] = (), *, batches: int = 32, bytes: int = 256 * 2**20) -> None:
         self._kept: deque[BatchCopy] = deque(map(BatchCopy.of, kept), maxlen=batches)
         self.bytes = bytes
+        self.is_needed: Callable[[], bool] = lambda: True
         self.trial: Callable[[BatchCopy], None] | None = None
         self.way: Any = None
         self.in_eval: frozenset[str] | None = None
@@ -55,6 +57,8 @@ class RecentBatches:
     @property
     def batches(self) -> list[Any]:
         """The batches, oldest first; whoever may write to one takes a copy of it from ``on``."""
+        for kept in self._kept:
+            kept.way.wait()
         return [kept.batch for kept in self._kept]
 
     def on(self, device: torch.device, most: int | None = None) -> list[Callable[[], Any]]:
@@ -65,7 +69,7 @@ class RecentBatches:
 
     def saved(self) -> Any:
         """What a checkpoint holds of them: plain data that ``torch.load(weights_only=True)`` reads, or nothing."""
-        strange = next((kept.batch for kept in self._kept if not is_plain(kept.batch)), None)
+        strange = next((batch for batch in self.batches if not is_plain(batch)), None)
         if strange is not None:
             if not self._said:
                 self._said = True
@@ -89,7 +93,7 @@ class RecentBatches:
         Raises:
             ValueError: If it holds something that cannot be copied.
         """
-        if only_to_try and self.trial is None:
+        if (only_to_try and self.trial is None) or not self.is_needed():
             return
         self._only_to_try = only_to_try
         self._holds = self.fetched is not None or batch is not None

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections import namedtuple
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import NetParts, batches, of, read, trainer, validation
+from tiny import Net, NetParts, batches, of, read, trainer, validation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_merge.callbacks import LAWA, SWA, TWA, Anchor, Lookaround
 from lightning_merge.callbacks._lightning._batch_copies import BatchCopy, is_plain
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
+from lightning_merge.callbacks._lightning._to_host import ToHost
+from lightning_merge.selections import Selection
 
 Pair = namedtuple("Pair", "x y")
 
@@ -114,6 +118,62 @@ def test_a_copy_is_marked_for_gradients_and_carries_what_hangs_on_its_tensors() 
     assert copied.lengths[0] is not x.lengths[0]
 
 
+def test_copies_from_a_device_arrive_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done on the device is recorded, in its order, with nothing of a device."""
+    done: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            done.append("the side waits for the batch")
+
+        def record_event(self) -> Any:
+            done.append("recorded")
+            return self
+
+        def synchronize(self) -> None:
+            done.append("arrived")
+
+    class OnDevice:
+        """A tensor on a device, as far as it is asked."""
+
+        device = torch.device("cuda", 0)
+        layout = torch.strided
+
+        def __init__(self) -> None:
+            self.numbers = torch.ones(2)
+
+        def detach(self) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            done.append("cloned")
+            return self
+
+        def record_stream(self, stream: Any) -> None:
+            done.append("the clone lives until then")
+
+        def to(self, device: str, *, non_blocking: bool) -> Tensor:
+            assert (device, non_blocking) == ("cpu", True)
+            done.append("sent")
+            return self.numbers
+
+    stream = Stream()
+    monkeypatch.setattr("lightning_merge.callbacks._lightning._to_host.Tensor", OnDevice)
+    monkeypatch.setattr("lightning_merge.callbacks._lightning._to_host._stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    way = ToHost()
+    copied: Any = way.copy(OnDevice())
+    way.sent()
+    assert copied.tolist() == [1, 1]
+    way_there = ["cloned", "the side waits for the batch", "sent", "the clone lives until then", "recorded"]
+    assert done == way_there
+    recent = RecentBatches()
+    recent._kept.append(BatchCopy(copied, 8, [], way))
+    recent.batches, recent.batches  # noqa: B018 (reading waits, once)
+    assert done == [*way_there, "arrived"]
+
+
 def test_a_batch_that_cannot_be_copied_is_refused_with_its_class() -> None:
     with pytest.raises(ValueError, match=r"a batch \(dict\) cannot be copied: .*generator.*__deepcopy__"):
         RecentBatches().hold({"x": torch.ones(2), "rest": (number for number in range(3))})
@@ -125,6 +185,55 @@ def test_objects_count_towards_the_limit_of_bytes() -> None:
         recent.hold(Graph(torch.zeros(size)))
         recent.keep()
     assert len(recent.batches) == 2
+
+
+class FrozenNorm(Net):
+    """Its BatchNorm is frozen, for good or in its first epochs."""
+
+    def __init__(self, until: int = 99) -> None:
+        super().__init__(norm=True)
+        self.until = until
+        self.net[1].eval()
+
+    def on_train_epoch_start(self) -> None:
+        self.net[1].train(self.current_epoch >= self.until)
+
+
+NEEDED: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]] = {
+    # an average, a module, and how many of 3 * 4 batches are kept
+    "measured from the start": (lambda: LAWA(k=2), lambda: Net(norm=True), 12),
+    "before the window: one is tried": (lambda: SWA(start_epoch=9), lambda: Net(norm=True), 1),
+    "in the window: one is tried, then all": (lambda: SWA(start_epoch=3), lambda: Net(norm=True), 1 + 4),
+    "no statistics": (lambda: SWA(start_epoch=0), lambda: Net(), 0),
+    "frozen statistics": (lambda: SWA(start_epoch=0), FrozenNorm, 0),
+    "frozen statistics of branches": (lambda: Lookaround(2, every_n_steps=2), FrozenNorm, 0),
+    "buffers averaged": (lambda: SWA(0, selection=Selection(buffers="average")), lambda: Net(norm=True), 0),
+}
+
+
+@pytest.mark.parametrize("case", NEEDED)
+def test_batches_are_copied_only_where_statistics_will_be_measured_on_them(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average, module, expected = NEEDED[case]
+    copied: list[int] = []
+    make = BatchCopy.of
+
+    def of(batch: Any) -> BatchCopy:
+        copied.append((copy := make(batch)).size)
+        return copy
+
+    monkeypatch.setattr(BatchCopy, "of", of)
+    trainer(tmp_path, [average()], max_epochs=3).fit(module(), batches(4, size=4), validation())
+    assert sum(copied) == expected * 4 * (4 + 1) * 4
+
+
+def test_batches_are_kept_once_statistics_are_no_longer_frozen(tmp_path: Path) -> None:
+    average = LAWA(k=1)
+    module = FrozenNorm(until=2)
+    module.net[1].train()  # found when the fit starts
+    trainer(tmp_path, [average], max_epochs=3).fit(module, batches(4), validation())
+    assert len(average._recent.batches) == 4
 
 
 class GraphsParts(NetParts):
