@@ -36,7 +36,7 @@ from lightning_merge.combiners import ExponentialAverage
 from lightning_merge.continual import PRESETS, Split
 from lightning_merge.recipes import Classifier, SmallResNet, TaskData, WarmupCosine, jointly, split_by_class
 from lightning_merge.recipes.streams._run import run_stream
-from lightning_merge.recipes.vision._images import _Images
+from lightning_merge.recipes.vision._pixels import Images
 from lightning_merge.selections import Selection
 
 COLOURS = (0.48, 0.46, 0.41), (0.26, 0.25, 0.27)
@@ -119,10 +119,10 @@ class Pixels(pl.LightningDataModule):
         train = torch.cat([each[: setting.images] for each in by_class])
         held = torch.cat([each[setting.images : setting.images + setting.val_images] for each in by_class])
         self.batch = setting.batch
-        self.training = _Images(images["train"][train], images["train labels"][train], *COLOURS, padding=4)
+        self.training = Images(images["train"][train], images["train labels"][train], *COLOURS, padding=4)
         self.parts = {
-            "val": _Images(images["train"][held], images["train labels"][held], *COLOURS, padding=0),
-            "test": _Images(images["test"][shown], images["test labels"][shown], *COLOURS, padding=0),
+            "val": Images(images["train"][held], images["train labels"][held], *COLOURS, padding=0),
+            "test": Images(images["test"][shown], images["test labels"][shown], *COLOURS, padding=0),
         }
         self.measured = "test"
 

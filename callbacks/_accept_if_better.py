@@ -11,7 +11,7 @@ from lightning_merge import weights
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import numbers, one_of
 from lightning_merge._choice import Mode, best, mode_by_name, mode_of
-from lightning_merge._ranks import gathered
+from lightning_merge._ranks import agreed, gathered
 from lightning_merge.callbacks._publication._average import Average
 from lightning_merge.callbacks._publication._session import Judge, Publisher
 from lightning_merge.diagnostics import between
@@ -132,10 +132,12 @@ def refuse_other_mode(mode: str | None) -> None:
 
 def refuse_unlogged(owner: str, monitor: str, trainer: Any) -> None:
     """A metric that is not there after a validation will not be there at the end."""
+    if trainer.sanity_checking:
+        return
+    metrics = agreed(dict.fromkeys(trainer.callback_metrics))  # where one process logs less, all go on
     # An average may own the plain names in a later pass of the same validation.
-    known = any(key == monitor or key.endswith(f"/{monitor}") for key in trainer.callback_metrics)
-    if not trainer.sanity_checking and not known:
-        raise _unlogged(owner, monitor, trainer.callback_metrics)
+    if not any(key == monitor or key.endswith(f"/{monitor}") for key in metrics):
+        raise _unlogged(owner, monitor, metrics)
 
 
 def logged(owner: str, monitor: str | None, metrics: Mapping[str, Any]) -> float:

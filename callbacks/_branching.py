@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge._checks import function, instance, whole
 from lightning_merge.branches import Policy
-from lightning_merge.branches._base import MOST
 from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.branches._matrix import MOST
 from lightning_merge.callbacks._branch_run import _placement as placement
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._fit import Fit
@@ -314,7 +314,7 @@ class Branching(Published):
         """After every step if anchors follow the branches; they merge between turns, not right after a step."""
         return self._anchors is not None
 
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+    def take_in(self, moment: Moment, finding: weights.Finding) -> None:
         """Anchors follow; one that a diverged branch has spoiled begins anew with the next merge."""
         if self._anchors is not None:
             self._anchors.follow(self._running.branches)

@@ -15,8 +15,9 @@ from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.callbacks._publication._session import Publisher
-from lightning_merge.callbacks._twa_run._fit import Counts, Fit, TWASaved
+from lightning_merge.callbacks._twa_run._fit import Fit
 from lightning_merge.callbacks._twa_run._plan import Plan, plan_of_given, plan_of_run
+from lightning_merge.callbacks._twa_run._saved import Counts, TWASaved
 from lightning_merge.optim import Subspace
 from lightning_merge.optim._subspace import Form, Store, check_settings
 from lightning_merge.schedules import Duration, Moment
@@ -263,11 +264,11 @@ class TWA(Published):
         plan = self._running.plan
         return not self.ready and (moment.step == plan.stage_start or plan.is_due(moment.step))
 
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+    def take_in(self, moment: Moment, finding: weights.Finding) -> None:
         """Copies the weights if that is due, and begins the second stage if it is time."""
         fit = self._running
         if fit.plan.is_due(moment.step):
-            fit.collect(nonfinite, self.steps)
+            fit.collect(finding.names(), self.steps)
         if moment.step == fit.plan.stage_start:
             self._begin()
 

@@ -133,6 +133,8 @@ class WeightMerging(MergingByRule):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""
+        if self._undecided is not None and self._undecided.finding.is_there:
+            self.decide()  # which lets go of what it keeps of before
         by_the_end = Moment(self.steps, trainer.current_epoch + 1, epoch_end=True)
         if self._recent is not None:
             self._recent.hold(batch, only_to_try=not self._active_schedule.started(by_the_end))
@@ -165,7 +167,7 @@ class WeightMerging(MergingByRule):
             moment = Moment(self.steps, completed, epoch_end=True)
             if self.wants(moment):
                 self._session.look()
-                self.take_in(moment, weights.nonfinite(self.checked))
+                self.take_in(moment, weights.find_nonfinite(self.checked))
             if self.steps == 0 and completed == 1:
                 rank_zero_warn(
                     f"{self.title}: optimizer {self.optimizer} applied no step in the first epoch, so nothing can be"

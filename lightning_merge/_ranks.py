@@ -21,6 +21,18 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def agreed(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Named values that all processes go on with: of each name that of the first process that has it.
+
+    They are paired by name, and no process waits for one that has fewer of them or has them in another order. All must
+    call this.
+    """
+    together: dict[str, Any] = {}
+    for each in gathered(dict(found)):
+        together = {**each, **together}
+    return together
+
+
 def settings_of(thing: Any) -> dict[str, str]:
     """The arguments that something was made with, where it keeps them under their names and they can be compared."""
     names = [name for name in signature(type(thing)).parameters if hasattr(thing, name)]

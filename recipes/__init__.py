@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from lightning_merge.recipes.preference._data import Preferences
     from lightning_merge.recipes.preference._dpo import DPO, PreferenceAccuracy, RewardMargin
     from lightning_merge.recipes.preference._language_model import LanguageModel
-    from lightning_merge.recipes.preference._rloo import RLOO, RewardModel
+    from lightning_merge.recipes.preference._reward_model import RewardModel
+    from lightning_merge.recipes.preference._rloo import RLOO
     from lightning_merge.recipes.report._run_report import RunReport
     from lightning_merge.recipes.streams._tasks import TaskData, jointly, split_by_class, split_by_domain
     from lightning_merge.recipes.vision._augmentations import Augmented
     from lightning_merge.recipes.vision._auxiliary import AuxiliaryClassifier
+    from lightning_merge.recipes.vision._cifar import CIFAR
     from lightning_merge.recipes.vision._classifier import Classifier
     from lightning_merge.recipes.vision._digits import Digits, SmallConvNet
-    from lightning_merge.recipes.vision._images import CIFAR, ImageNet
+    from lightning_merge.recipes.vision._imagenet import ImageNet
     from lightning_merge.recipes.vision._resnet import SmallResNet
 
 __all__ = [
@@ -52,18 +54,18 @@ __all__ = [
 _HOMES = {
     "Augmented": "vision._augmentations",
     "AuxiliaryClassifier": "vision._auxiliary",
-    "CIFAR": "vision._images",
+    "CIFAR": "vision._cifar",
     "CPUThreads": "_threads",
     "Classifier": "vision._classifier",
     "DPO": "preference._dpo",
     "Digits": "vision._digits",
-    "ImageNet": "vision._images",
+    "ImageNet": "vision._imagenet",
     "LanguageModel": "preference._language_model",
     "PreferenceAccuracy": "preference._dpo",
     "Preferences": "preference._data",
     "RLOO": "preference._rloo",
     "RewardMargin": "preference._dpo",
-    "RewardModel": "preference._rloo",
+    "RewardModel": "preference._reward_model",
     "RunReport": "report._run_report",
     "SmallConvNet": "vision._digits",
     "SmallResNet": "vision._resnet",

@@ -3,6 +3,7 @@
 from typing import Any, Unpack
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
@@ -10,6 +11,7 @@ from lightning_merge._choice import Mode
 from lightning_merge.callbacks._averaging_run._remarks import adopted
 from lightning_merge.callbacks._averaging_run._state import AveragingState
 from lightning_merge.callbacks._averaging_run._tensors import Tensors
+from lightning_merge.callbacks._averaging_run._undecided import Decided, Undecided
 from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.rules import Rule
@@ -33,6 +35,13 @@ class AverageByRule(Published):
         stop_when_finished: Stop training once nothing more can change what the rule merges.
         options: See ``AverageOptions``.
     """
+
+    # What an update changes, and whoever reads it wants decided.
+    _state: Decided[State | None] = Decided()
+    _buffers: Decided[Weights] = Decided()
+    update_window: Decided[tuple[int, int] | None] = Decided()
+    skipped_nonfinite: Decided[int] = Decided()
+    _undecided: Undecided | None = None
 
     def __init__(
         self,
@@ -61,9 +70,26 @@ class AverageByRule(Published):
 
         self._active_rule = rule
         self._active_schedule = schedule
-        self._state: State | None = None
+        self._state = None
         self._last_epoch = 0  # epochs completed when an epoch end was last handled
         self._tensors = Tensors(self.title, selection)
+
+    def decide(self) -> None:
+        """Reads whether the weights of the last update were fit for it, and takes it back if they were not."""
+        undecided, self._undecided = self._undecided, None
+        if undecided is None or not (culprits := undecided.finding.names() & undecided.names):
+            return
+        self._state, self._buffers, self.update_window = undecided.state, undecided.buffers, undecided.window
+        self._skip(min(culprits), undecided.step)
+
+    def _skip(self, culprit: str, step: int) -> None:
+        self.skipped_nonfinite += 1
+        if self.skipped_nonfinite == 1:
+            rank_zero_warn(
+                f"{self.title}: `{culprit}` holds a NaN or an infinity after applied step {step}. Such weights"
+                " are never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
+                " learning rate or clip gradients."
+            )
 
     @property
     def _kept(self) -> State:

@@ -1,20 +1,23 @@
 """What an average by a rule does: it takes weights in, follows the module, and resumes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge import weights
+from lightning_merge._ranks import agreed
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
 from lightning_merge.callbacks._averaging_run._remarks import mostly_the_start
 from lightning_merge.callbacks._averaging_run._state import AveragingState
+from lightning_merge.callbacks._averaging_run._undecided import Undecided, by_reference, has_room
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
 from lightning_merge.schedules import Moment
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Finding, Weights
 
 
 class MergingByRule(AverageByRule):
@@ -27,13 +30,26 @@ class MergingByRule(AverageByRule):
         schedule = self._active_schedule
         return schedule.due(moment) if self._state is not None else schedule.started(moment)
 
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
+    def take_in(self, moment: Moment, finding: Finding) -> None:
         """Starts the average if it has not started, and takes the live weights in if that is due.
+
+        Where the device has not said yet whether the weights hold a NaN, they are taken in all the same, in a way that
+        can be taken back; ``decide`` does that.
 
         Args:
             moment: Now.
-            nonfinite: Names of live tensors that hold a NaN or an infinity.
+            finding: Which live tensors hold a NaN or an infinity.
         """
+        if finding.is_there or not self._active_rule.can_be_undone or not has_room(self.tensors):
+            self._take_in(moment, finding.names())
+            return
+        state, buffers = by_reference(self._state), by_reference(self._buffers)
+        before = Undecided(finding, set(self.captured), self.steps, state, buffers, self.update_window)
+        with weights.made_anew():
+            self._take_in(moment, set())
+        self._undecided = before
+
+    def _take_in(self, moment: Moment, nonfinite: set[str]) -> None:
         if not self._start(nonfinite) or not self._active_schedule.due(moment):
             return
         if not self._update():
@@ -52,37 +68,21 @@ class MergingByRule(AverageByRule):
     def _start(self, nonfinite: set[str]) -> bool:
         """Whether there is an average, and weights fit for it."""
         if nonfinite and (culprits := nonfinite & self.captured.keys()):
-            self._skip(min(culprits))
+            self._skip(min(culprits), self.steps)
             return False
         if self._state is None:
             self._state = self._active_rule.init(self._tensors.live)
             self._buffers = weights.copies(self._tensors.live_copied)
         return True
 
-    def _skip(self, culprit: str) -> None:
-        self.skipped_nonfinite += 1
-        if self.skipped_nonfinite == 1:
-            rank_zero_warn(
-                f"{self.title}: `{culprit}` holds a NaN or an infinity after applied step {self.steps}. Such weights"
-                " are never merged; the last good average is kept, and `skipped_nonfinite` counts how often. Lower the"
-                " learning rate or clip gradients."
-            )
-
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         rule = self._active_rule
         of_raw = rule.wants_score == "raw"
-        metrics = trainer.callback_metrics if of_raw else validation.metrics_of(self.name)
-        if of_raw and self.decides_by not in metrics:
-            raise ValueError(
-                f"{self.title}: `monitor` must be a metric that validation logs, got {self.decides_by!r}; it logs:"
-                f" {', '.join(sorted(metrics)) or 'none'}."
-            )
-        # The ranks must decide alike, also where the metric is not synchronised.
-        score = trainer.strategy.broadcast(logged(self.title, self.decides_by, metrics))
-        if not validation.has_logged(str(self.decides_by), None if of_raw else self):
+        score = self._told(trainer.callback_metrics if of_raw else validation.metrics_of(self.name), validation)
+        if score is None:
             return
         if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
-            self._skip(min(culprits))
+            self._skip(min(culprits), self.steps)
             return
         updates = self.updates
         rule.evaluate(self._kept, score if self.mode == "min" else -score, self._tensors.live)
@@ -92,9 +92,30 @@ class MergingByRule(AverageByRule):
         if self.stop_when_finished and rule.finished(self._kept):
             trainer.should_stop = True
 
+    def _told(self, metrics: Mapping[str, Any], validation: Validation) -> float | None:
+        """The metric that the rule is told, in every process that of the first one that logs it; ``None`` if this
+        validation has left it out.
+
+        Raises:
+            ValueError: In every process, if none has logged it.
+        """
+        monitor, of_raw = str(self.decides_by), self._active_rule.wants_score == "raw"
+        known = agreed(dict.fromkeys(metrics))
+        if of_raw and monitor not in known:
+            raise ValueError(
+                f"{self.title}: `monitor` must be a metric that validation logs, got {monitor!r}; it logs:"
+                f" {', '.join(sorted(known)) or 'none'}."
+            )
+        is_new = monitor in metrics and validation.has_logged(monitor, None if of_raw else self)
+        own = {monitor: float(metrics[monitor])} if is_new else {}
+        if monitor not in known:
+            logged(self.title, monitor, known)
+        return validation.agreed(own).get(monitor)
+
     # ---- which tensors
 
     def look_again(self) -> None:
+        self.decide()
         change = self._tensors.follow(self._session, self.steps)
         if self._state is None:
             return

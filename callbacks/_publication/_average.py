@@ -13,7 +13,7 @@ from lightning_merge._ranks import gathered, settings_of
 from lightning_merge.inventory import named_tensors
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import reshard
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Finding, Weights
 
 Validate = Literal["merged", "raw", "both"]
 
@@ -187,8 +187,8 @@ class Average(ABC):
         """Whether it starts or takes the live weights in right after this optimizer step."""
 
     @abstractmethod
-    def take_in(self, moment: Moment, nonfinite: set[str]) -> None:
-        """Takes the live weights in, of which those in ``nonfinite`` hold a NaN or an infinity."""
+    def take_in(self, moment: Moment, finding: Finding) -> None:
+        """Takes the live weights in; ``finding`` knows which of them hold a NaN or an infinity, or will."""
 
     @abstractmethod
     def label(self) -> dict[str, Any]:

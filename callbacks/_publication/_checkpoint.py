@@ -9,6 +9,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._ranks import gathered
 from lightning_merge.callbacks._lightning._internals import SAVE, checkpoint_connector, monitoring_savers
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._publication._arrival import Arrival, storage
@@ -96,6 +97,8 @@ class Checkpoints:
         if self._writer is None and running is not None:
             return running.average  # other code that saves while a set is measured means that set
         name = publisher.primary.name if self._monitor is None else self._validation.set_of(self._monitor)
+        if not publisher.interrupted:
+            (name, *_) = gathered(name)  # the first process writes the file, and may log what others do not
         return next((average for average in publisher.averages if average.name == name and average.ready), None)
 
     def _dump(self, original: Callable[..., dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Exchange:
         # So are buffers: a DDP forward broadcasts into them, and they are small.
         buffers = weights.copies({name: published[name] for name in average.buffer_names if name in published})
         if not self.interrupted:
-            weights.mean_over_ranks_(buffers)
+            weights.mean_over_ranks_(buffers, average.captured)
         return {**published, **buffers}
 
     @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_merge._ranks import several
+from lightning_merge._ranks import gathered, several
 from lightning_merge.callbacks._lightning._eval_mode import forget_what_eval_mode_kept
 from lightning_merge.callbacks._lightning._metrics import (
     logged_under,
@@ -17,6 +17,7 @@ from lightning_merge.callbacks._lightning._metrics import (
     written_metrics,
 )
 from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._publication._agreement import Agreement
 from lightning_merge.callbacks._publication._average import Average
 from lightning_merge.callbacks._publication._canary import Canary
 from lightning_merge.callbacks._publication._exchange import Exchange
@@ -41,6 +42,7 @@ class Validation:
         self._current: Pass | None = None
         self._at_the_end = False  # whether what is measured now is only measured, after everything was decided
         self._ledger = Ledger()
+        self.agreed = Agreement()
         self._measured_at: dict[str, tuple[int, int]] = {}  # set -> its version when it was last measured
         self._said: set[str] = set()  # sets whose metrics have been named
         self._before: dict[str, Any] = {}  # the metrics when the pass that is going on began
@@ -116,11 +118,13 @@ class Validation:
             self._at_the_end = at_the_end
             self._ledger, self._measured_at = remembered
         # The ranks must decide alike, also where a metric is not synchronised.
-        return {
-            key.removeprefix(_PROBE): trainer.strategy.broadcast(float(value))
-            for key, value in found.items()
-            if key.startswith(_PROBE) and is_number(value)
-        }
+        return self.agreed(
+            {
+                key.removeprefix(_PROBE): float(value)
+                for key, value in found.items()
+                if key.startswith(_PROBE) and is_number(value)
+            }
+        )
 
     def set_of(self, monitor: str) -> str:
         """Name of the set that a monitored metric is measured on: raw for what is logged while training."""
@@ -169,7 +173,7 @@ class Validation:
     def knows(self, monitor: str) -> bool:
         """Whether any validation of this fit has logged a metric, of whatever set."""
         holds = (RAW, *(average.name for average in self._publisher.averages))
-        return any(monitor in self.metrics_of(each) for each in holds)
+        return any(gathered(any(monitor in self.metrics_of(each) for each in holds)))
 
     def say_left_out(self, monitor: str) -> None:
         """Says, once per fit, that a validation has not logged a metric that others did."""

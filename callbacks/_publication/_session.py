@@ -122,9 +122,9 @@ class Publisher(Exchange):
         taken = wanting[0][0].checked
         for average, _ in wanting[1:]:
             taken = {**taken, **average.checked}
-        nonfinite = weights.nonfinite(taken)  # all share one look
+        finding = weights.find_nonfinite(taken)  # all share one look
         for average, moment in wanting:
-            average.take_in(moment, nonfinite)
+            average.take_in(moment, finding)
 
     def accept(self, average: Average, share: float) -> None:
         """Publishes, in the place of an average, the point at this share of the way to it from the raw weights."""

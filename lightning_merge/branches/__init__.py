@@ -19,10 +19,11 @@ same in both placements; what it must remember it puts into ``state``, which is 
 """
 
 from lightning_merge.branches._average import Average
-from lightning_merge.branches._base import Branches, Matrix, uniform
+from lightning_merge.branches._base import Branches
 from lightning_merge.branches._best_mix import BestMix
 from lightning_merge.branches._combine import Combine
 from lightning_merge.branches._in_turn import InTurn
+from lightning_merge.branches._matrix import Matrix, uniform
 from lightning_merge.branches._nova import Nova
 from lightning_merge.branches._one_per_rank import OnePerRank, Placement
 from lightning_merge.branches._outer_step import OuterStep

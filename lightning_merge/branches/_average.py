@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from lightning_merge.branches._base import Branches, uniform
+from lightning_merge.branches._base import Branches
+from lightning_merge.branches._matrix import uniform
 from lightning_merge.branches._policy import Policy
 from lightning_merge.weights import State
 

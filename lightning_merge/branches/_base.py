@@ -2,26 +2,21 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_merge import weights
-from lightning_merge._checks import instance, numbers, one_of, sequence, whole
+from lightning_merge._checks import instance, one_of, sequence, whole
 from lightning_merge.branches import _optimizer_states as optimizer_states
 from lightning_merge.branches._buffers import mix_buffers_
+from lightning_merge.branches._matrix import MOST, Matrix, unit
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Inventory, State, Weights
 
-Matrix: TypeAlias = Sequence[Sequence[float]]
-"""A row per new branch, a column per old one."""
-
 Buffers = Literal["shared", "average"]
-
-MOST = 10_000
-"""Branches: more than any machine holds copies of a model."""
 
 
 class Branches(ABC):
@@ -160,7 +155,7 @@ class Branches(ABC):
         """Branches go on from the mean of the others, with optimizers as they were at the start."""
         others = [branch not in branches for branch in range(self.count)]
         row = [healthy / sum(others) for healthy in others]
-        self.mix([_unit(j, self.count) if others[j] else row for j in range(self.count)])
+        self.mix([unit(j, self.count) if others[j] else row for j in range(self.count)])
         self.reset_optimizers(branches)
 
     # ---- optimizers
@@ -229,36 +224,3 @@ class Branches(ABC):
         names = self._live_parameters.keys()
         mix_buffers_([{name: t for name, t in each.items() if name not in names} for each in sets], matrix)
         weights.mix_([{name: each[name] for name in names} for each in sets], matrix)
-
-
-def uniform(count: int) -> list[list[float]]:
-    """The matrix that makes every branch the mean of all.
-
-    Raises:
-        TypeError: If ``count`` is not a whole number.
-        ValueError: If it is less than 1, or more than there can be.
-    """
-    count = whole("count", count, 1, MOST)
-    return [[1 / count] * count for _ in range(count)]
-
-
-def check_matrix(matrix: Matrix, count: int) -> None:
-    """Raises a ``ValueError`` unless there is a row of shares for each branch."""
-    matrix = sequence("matrix", matrix, "rows of shares")
-    if len(matrix) != count:
-        raise ValueError(f"`matrix` must have a row for each of the {count} branches, got {len(matrix)}.")
-    for row in matrix:
-        check_shares(row, count)
-
-
-def check_shares(shares: Sequence[float], count: int) -> None:
-    """Raises a ``ValueError`` unless there is a share of at least 0 for each branch and they sum to 1."""
-    found = numbers("shares", shares)
-    if len(found) != count or min(found) < 0 or abs(sum(found) - 1) > 1e-6:
-        raise ValueError(
-            f"shares must be {count} numbers of at least 0 that sum to 1, one for each branch, got {list(found)}."
-        )
-
-
-def _unit(j: int, count: int) -> list[float]:
-    return [float(i == j) for i in range(count)]

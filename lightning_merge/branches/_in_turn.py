@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 from lightning_merge import weights
 from lightning_merge._checks import one_of, whole
 from lightning_merge.branches import _optimizer_states as optimizer_states
-from lightning_merge.branches._base import Branches, Buffers, Matrix, check_matrix, check_shares
+from lightning_merge.branches._base import Branches, Buffers
 from lightning_merge.branches._buffers import pooled
+from lightning_merge.branches._matrix import Matrix, check_matrix, check_shares
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
 

@@ -63,7 +63,14 @@ class AccuracyMatrix(Metric):
         for name, index in (("after", after), ("task", task)):
             if not 0 <= whole(name, index) < self.tasks:
                 raise ValueError(f"`{name}` must be in [0, {self.tasks}), got {index}.")
+        for name, given in (("predictions", predictions), ("labels", labels)):
+            instance(name, given, Tensor, "a tensor")
         classes = predictions.argmax(dim=1) if predictions.dim() == 2 else predictions
+        if classes.dim() != 1 or classes.shape != labels.shape:
+            raise ValueError(
+                "`predictions` must be of shape (N,) or (N, C) and `labels` of shape (N,), got"
+                f" {tuple(predictions.shape)} and {tuple(labels.shape)}."
+            )
         self.right[after, task] += (classes == labels).sum()
         self.samples[after, task] += labels.numel()
 
@@ -72,8 +79,9 @@ class AccuracyMatrix(Metric):
         return torch.where(self.samples > 0, self.right / self.samples, torch.nan)
 
     def sizes(self) -> Tensor:
-        """Test samples of each task, of shape (tasks,)."""
-        return self.samples.amax(dim=0)
+        """Test samples of each task, of shape (tasks,); of all processes."""
+        with self.sync_context(should_sync=not self._is_synced):
+            return self.samples.amax(dim=0)
 
 
 class OfMatrix(Metric, ABC):
@@ -101,7 +109,9 @@ class OfMatrix(Metric, ABC):
 
     def compute(self) -> Tensor:
         """The figure; NaN if it is not defined yet."""
-        matrix = self.matrix.flatten()[: self.matrix.shape[-1] ** 2].view(self.matrix.shape[-1], -1)  # of one process
+        if not (tasks := self.matrix.shape[-1]):  # there is no matrix yet
+            return self.matrix.new_tensor(torch.nan)
+        matrix = self.matrix.flatten()[: tasks**2].view(tasks, -1)  # of one process
         trained = _trained(matrix)
         return self._figure(matrix[:trained, :trained]) if trained else matrix.new_tensor(torch.nan)
 
@@ -116,10 +126,11 @@ class FinalAverage(OfMatrix):
 
     Args:
         average: ``"macro"`` or ``"micro"``.
-        sizes: For ``"micro"``, and only for it: test samples per task, of shape (tasks,).
+        sizes: For ``"micro"``, and only for it: test samples per task, of shape (tasks,); tasks to come may be in it.
 
     Raises:
-        ValueError: If ``average`` is neither, or ``sizes`` does not go with it.
+        ValueError: If ``average`` is neither, ``sizes`` does not go with it or is no row of counts, or later if it has
+            fewer entries than tasks were trained.
 
     Example:
         >>> metric = FinalAverage()
@@ -127,13 +138,15 @@ class FinalAverage(OfMatrix):
         tensor(0.7500)
     """
 
+    sizes: Tensor | None
+
     def __init__(self, average: Average = "macro", sizes: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         _check_average(average, sizes)
-        self.sizes = sizes
+        self.register_buffer("sizes", sizes, persistent=False)  # moved and cloned with the metric
 
     def _figure(self, matrix: Tensor) -> Tensor:
-        return _mean_of_row(matrix, len(matrix) - 1, self.sizes)
+        return _mean_of_row(matrix, len(matrix) - 1, _of_tasks("sizes", self.sizes, matrix))
 
 
 @final
@@ -142,19 +155,23 @@ class AverageIncremental(OfMatrix):
 
     Args:
         average: ``"macro"`` or ``"micro"``, of each ``A_i``.
-        sizes: For ``"micro"``, and only for it: test samples per task, of shape (tasks,).
+        sizes: For ``"micro"``, and only for it: test samples per task, of shape (tasks,); tasks to come may be in it.
 
     Raises:
-        ValueError: If ``average`` is neither, or ``sizes`` does not go with it.
+        ValueError: If ``average`` is neither, ``sizes`` does not go with it or is no row of counts, or later if it has
+            fewer entries than tasks were trained.
     """
+
+    sizes: Tensor | None
 
     def __init__(self, average: Average = "macro", sizes: Tensor | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         _check_average(average, sizes)
-        self.sizes = sizes
+        self.register_buffer("sizes", sizes, persistent=False)  # moved and cloned with the metric
 
     def _figure(self, matrix: Tensor) -> Tensor:
-        return torch.stack([_mean_of_row(matrix, i, self.sizes) for i in range(len(matrix))]).mean()
+        sizes = _of_tasks("sizes", self.sizes, matrix)
+        return torch.stack([_mean_of_row(matrix, i, sizes) for i in range(len(matrix))]).mean()
 
 
 @final
@@ -176,18 +193,25 @@ class ForwardTransfer(OfMatrix):
     NaN unless the matrix has the entries above its diagonal.
 
     Args:
-        baseline: ``b``: accuracy of the untrained base on each task, of shape (tasks,).
+        baseline: ``b``: accuracy of the untrained base on each task, of shape (tasks,); tasks to come may be in it.
+
+    Raises:
+        ValueError: If ``baseline`` is no row of numbers, or later if it has fewer entries than tasks were trained.
 
     References:
         Lopez-Paz and Ranzato, 2017, equation 4.
     """
 
+    baseline: Tensor
+
     def __init__(self, baseline: Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.baseline = instance("baseline", baseline, Tensor, "a tensor of one accuracy per task")
+        instance("baseline", baseline, Tensor, "a tensor of one accuracy per task")
+        self.register_buffer("baseline", _row("baseline", baseline, "accuracy of the base"), persistent=False)
 
     def _figure(self, matrix: Tensor) -> Tensor:
-        return (matrix.diagonal(1) - self.baseline[1 : len(matrix)].to(matrix)).mean()
+        baseline: Tensor = _of_tasks("baseline", self.baseline, matrix)[1:]
+        return (matrix.diagonal(1) - baseline.to(matrix)).mean()
 
 
 @final
@@ -221,6 +245,7 @@ class Forgetting(OfMatrix):
         else:
             rows = matrix if self.convention == "max_all" else matrix[:-1]
             best = rows[:, :-1].nan_to_num(nan=-torch.inf).amax(dim=0)  # entries that were not measured are no best
+            best = best.masked_fill(best.isneginf(), torch.nan)  # and a task without any has none
         return (best - matrix[-1, :-1]).mean()
 
 
@@ -280,10 +305,27 @@ def _mean_of_row(matrix: Tensor, row: int, sizes: Tensor | None) -> Tensor:
     return (seen * weights).sum() / weights.sum()
 
 
+def _row(name: str, given: Tensor, one: str) -> Tensor:
+    if given.dim() != 1:
+        raise ValueError(f"`{name}` must hold one {one} per task, of shape (tasks,), got shape {tuple(given.shape)}.")
+    return given
+
+
+def _of_tasks(name: str, given: Tensor | None, matrix: Tensor) -> Any:
+    """The entries of the tasks trained so far."""
+    if given is not None and len(given) < len(matrix):
+        raise ValueError(
+            f"`{name}` must have an entry for each of the {len(matrix)} tasks trained so far, got {len(given)}."
+        )
+    return None if given is None else given[: len(matrix)]
+
+
 def _check_average(average: str, sizes: Tensor | None) -> None:
     one_of("average", average, Average)
     if sizes is not None:
-        instance("sizes", sizes, Tensor, "a tensor of the test samples per task")
+        _row("sizes", instance("sizes", sizes, Tensor, "a tensor of the test samples per task"), "number of samples")
+        if sizes.is_complex() or not bool((sizes >= 0).all()) or bool(sizes.isinf().any()):
+            raise ValueError(f"`sizes` must be at least 0 and finite, got {sizes.tolist()}.")
     if (average == "micro") != (sizes is not None):
         need = "needs the test samples per task" if average == "micro" else "weighs all tasks alike"
         raise ValueError(f"`sizes` must be given for `average='micro'` only: {average!r} {need}, got {sizes}.")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from lightning_merge.files import _stand_ins
+from lightning_merge.files import _unpickler
 from lightning_merge.files._check import check_sums, is_of_the_system, is_zip, naming, opened
 from lightning_merge.files._sharded import is_sharded_checkpoint, read_folder
 from lightning_merge.files._stand_ins import StandIn
@@ -101,7 +101,7 @@ def _load(path: str | os.PathLike[str], location: Location) -> Any:
         if not _is_zip(path) or os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0") != "0":
             raise
     # Not a way around `weights_only`: torch then takes the unpickler that it is given, and this one runs nothing.
-    return _torch_load(path, location, weights_only=False, pickle_module=_stand_ins)
+    return _torch_load(path, location, weights_only=False, pickle_module=_unpickler)
 
 
 def _torch_load(path: str | os.PathLike[str], location: Location, **how: Any) -> Any:

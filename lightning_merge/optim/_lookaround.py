@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from lightning_merge import weights
 from lightning_merge._checks import one_of, whole
 from lightning_merge.branches import Average, InTurn
-from lightning_merge.branches._base import MOST
 from lightning_merge.branches._in_turn import Inactive
+from lightning_merge.branches._matrix import MOST
 
 
 @final

@@ -96,6 +96,15 @@ class Rule(ABC):
         return False
 
     @property
+    def can_be_undone(self) -> bool:
+        """Whether ``update`` writes to tensors of its state by the functions of ``lightning_merge.weights`` alone.
+
+        It can then be called before it is known whether the weights hold a NaN, and undone if they do; otherwise the
+        device is waited for at each update. It must do nothing outside of the state either, as writing a file.
+        """
+        return False
+
+    @property
     def works_on_shards(self) -> bool:
         """Whether it may be handed parts of tensors, in each process its own."""
         return True

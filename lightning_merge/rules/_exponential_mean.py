@@ -88,6 +88,10 @@ class ExponentialMean(Rule):
         elif self.warmup is not None:
             instance("warmup", self.warmup, DecayWarmup, f"{known}, a warm-up of `lightning_merge.rules`, or None")
 
+    @property
+    def can_be_undone(self) -> bool:
+        return True
+
     def init(self, weights: Weights) -> State:
         state: State = {"average": clone(weights), "updates": 0, "initial_share": 1.0}
         if self.compensated:

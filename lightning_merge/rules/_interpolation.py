@@ -52,6 +52,10 @@ class Interpolation(Rule):
     def works_on_shards(self) -> bool:
         return self.anchor is None  # a file holds whole tensors
 
+    @property
+    def can_be_undone(self) -> bool:
+        return True
+
     def init(self, weights: Weights) -> State:
         anchor = weights if self.anchor is None else self._read(weights, self.anchor)
         return {"anchor": clone(anchor), "merged": clone(anchor), "updates": 0}

@@ -31,6 +31,10 @@ class Mean(Rule):
 
     callback: ClassVar[str] = "SWA"
 
+    @property
+    def can_be_undone(self) -> bool:
+        return True
+
     def init(self, weights: Weights) -> State:
         return {"mean": clone(weights), "updates": 0}
 

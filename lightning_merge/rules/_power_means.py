@@ -73,6 +73,10 @@ class PowerMeans(Rule):
     def keeps_files(self) -> bool:
         return self.directory is not None
 
+    @property
+    def can_be_undone(self) -> bool:
+        return self.directory is None
+
     def init(self, weights: Weights) -> State:
         return {"averages": [clone(weights) for _ in self.sigmas], "updates": 0, "kept": []}
 

@@ -40,6 +40,10 @@ class SelectedMean(Rule):
     wants_score: ClassVar[Literal["raw", "own"] | None] = "own"
     callback: ClassVar[str] = "SMA"
 
+    @property
+    def can_be_undone(self) -> bool:
+        return True
+
     def init(self, weights: Weights) -> State:
         return {
             "mean": clone(weights),

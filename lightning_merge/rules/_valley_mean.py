@@ -84,6 +84,10 @@ class ValleyMean(Rule):
         settle(self, tolerance=number("tolerance", self.tolerance, "[0, inf)", "a finite number of at least 0"))
         one_of("preset", self.preset, tuple(_PRESETS), f"one of {', '.join(map(repr, _PRESETS))}")
 
+    @property
+    def can_be_undone(self) -> bool:
+        return True
+
     def init(self, weights: Weights) -> State:
         return {
             "updates": 0,

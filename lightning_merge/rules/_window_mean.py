@@ -76,6 +76,10 @@ class WindowMean(Rule):
     def keeps_files(self) -> bool:
         return self.store == "disk"
 
+    @property
+    def can_be_undone(self) -> bool:
+        return self.store == "device"
+
     def init(self, weights: Weights) -> State:
         check_room(self._place, weights, self.k + 1)
         return {"snapshots": [], "checkpointed": [], "updates": 0}

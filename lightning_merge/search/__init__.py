@@ -2,12 +2,14 @@
 
 from lightning_merge.search._bayesian import Bayesian
 from lightning_merge.search._evolutionary import Evolutionary
+from lightning_merge.search._found import Evaluation, Found
 from lightning_merge.search._gradient import Gradient
 from lightning_merge.search._greedy import Greedy
 from lightning_merge.search._grid import Grid
 from lightning_merge.search._line import Line
 from lightning_merge.search._method import Answer, Method, Proposals
-from lightning_merge.search._search import Evaluation, Found, Score, search
+from lightning_merge.search._run import Score
+from lightning_merge.search._search import search
 from lightning_merge.search._spaces import Coefficients, Free, Negative, Simplex, Space
 
 __all__ = [

@@ -8,7 +8,7 @@ from lightning_merge.weights._arithmetic import add_ as add_
 from lightning_merge.weights._arithmetic import compensated_lerp_ as compensated_lerp_
 from lightning_merge.weights._arithmetic import copy_ as copy_
 from lightning_merge.weights._arithmetic import lerp_ as lerp_
-from lightning_merge.weights._arithmetic import mean_over_ranks_ as mean_over_ranks_
+from lightning_merge.weights._arithmetic import made_anew as made_anew
 from lightning_merge.weights._arithmetic import scale_ as scale_
 from lightning_merge.weights._arithmetic import scaled as scaled
 from lightning_merge.weights._arithmetic import zero_ as zero_
@@ -44,6 +44,11 @@ from lightning_merge.weights._names import canonical as canonical
 from lightning_merge.weights._names import first_mismatch as first_mismatch
 from lightning_merge.weights._names import is_metric as is_metric
 from lightning_merge.weights._names import submodules as submodules
+from lightning_merge.weights._nonfinite import Finding as Finding
+from lightning_merge.weights._nonfinite import find_nonfinite as find_nonfinite
+from lightning_merge.weights._nonfinite import nonfinite as nonfinite
+from lightning_merge.weights._over_ranks import mean_over_ranks_ as mean_over_ranks_
+from lightning_merge.weights._over_ranks import of_first_rank as of_first_rank
 from lightning_merge.weights._precision import average_dtype as average_dtype
 from lightning_merge.weights._precision import clone as clone
 from lightning_merge.weights._precision import copies as copies
@@ -61,4 +66,3 @@ from lightning_merge.weights._shards import reshard as reshard
 from lightning_merge.weights._shards import sharded_tensors as sharded_tensors
 from lightning_merge.weights._sizes import all_below as all_below
 from lightning_merge.weights._sizes import largest as largest
-from lightning_merge.weights._sizes import nonfinite as nonfinite

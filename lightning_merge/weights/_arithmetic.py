@@ -1,12 +1,28 @@
 """Arithmetic on all tensors of a set at once, in place, so that the rules read like their formulas."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_merge.weights._names import Weights
+
+_anew: ContextVar[bool] = ContextVar("_anew", default=False)
+
+
+@contextmanager
+def made_anew() -> Iterator[None]:
+    """Inside, ``lerp_``, ``compensated_lerp_`` and ``copy_`` put new tensors into ``target``, with the same numbers.
+
+    So whoever has kept the tensors that were there can go back to them.
+    """
+    token = _anew.set(True)
+    try:
+        yield
+    finally:
+        _anew.reset(token)
 
 
 @torch.no_grad()
@@ -15,13 +31,18 @@ def lerp_(target: Weights, source: Mapping[str, Tensor], weight: float) -> None:
     if weight == 1:
         copy_(target, source)  # nothing of the target remains, not even a NaN
         return
-    for targets, sources in _pairs(target, source):
-        torch._foreach_lerp_(targets, sources, weight)
+    for names, targets, sources in _pairs(target, source):
+        if _anew.get():
+            target |= zip(names, torch._foreach_lerp(targets, sources, weight), strict=True)
+        else:
+            torch._foreach_lerp_(targets, sources, weight)
 
 
 @torch.no_grad()
 def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     """``target <- source``, in place; dtypes and devices may differ."""
+    if _anew.get() and isinstance(target, dict):
+        target |= {name: torch.empty_like(tensor) for name, tensor in target.items()}
     if target:  # torch refuses empty lists
         torch._foreach_copy_(list(target.values()), [source[name] for name in target])
 
@@ -37,7 +58,7 @@ def zero_(weights: Weights) -> None:
 def add_(target: Weights, source: Mapping[str, Tensor], factor: float = 1.0) -> None:
     """``target <- target + factor * source``, in place and in the target's precision."""
     alpha = 1 if factor == 1 else factor  # integers take no other
-    for targets, sources in _pairs(target, source):
+    for _, targets, sources in _pairs(target, source):
         torch._foreach_add_(targets, sources, alpha=alpha)
 
 
@@ -59,6 +80,9 @@ def scaled(weights: Weights, factor: float) -> Weights:
 @torch.no_grad()
 def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[str, Tensor], weight: float) -> None:
     """``lerp_`` that keeps in ``compensation`` what rounding loses, so steps below the resolution add up (Kahan)."""
+    if _anew.get():
+        for kept in (target, compensation):
+            kept |= {name: tensor.clone() for name, tensor in kept.items()}
     for name, value in target.items():
         carried = compensation[name]
         if weight == 1:
@@ -71,29 +95,19 @@ def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[st
         carried.copy_(step.sub_(before.neg_().add_(value)))
 
 
-def mean_over_ranks_(weights: Weights) -> None:
-    """Replaces floating-point tensors by their mean over all ranks; one all-reduce, none on a single process."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    # In one order everywhere: that of a set of names differs between processes.
-    floats = [weights[name] for name in sorted(weights) if weights[name].is_floating_point()]
-    if not floats:
-        return
-    flat = torch.cat([t.reshape(-1).float() for t in floats])
-    dist.all_reduce(flat)
-    parts = torch.split(flat.div_(dist.get_world_size()), [t.numel() for t in floats])
-    torch._foreach_copy_(floats, [part.view_as(t) for part, t in zip(parts, floats, strict=True)])
-
-
-def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list[str], list[Tensor], list[Tensor]]]:
     """Tensors of one dtype and device in one group; those that need a conversion one by one, to hold one at a time."""
-    groups: dict[tuple[torch.dtype, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+    groups: dict[tuple[torch.dtype, torch.device], tuple[list[str], list[Tensor], list[Tensor]]] = {}
+    converted: list[str] = []
     for name, value in target.items():
         other = source[name]
         if other.dtype != value.dtype or other.device != value.device:
-            yield [value], [other.to(value)]
+            converted.append(name)
         else:
-            targets, sources = groups.setdefault((value.dtype, value.device), ([], []))
+            names, targets, sources = groups.setdefault((value.dtype, value.device), ([], [], []))
+            names.append(name)
             targets.append(value)
             sources.append(other)
+    for name in converted:
+        yield [name], [target[name]], [source[name].to(target[name])]
     yield from groups.values()

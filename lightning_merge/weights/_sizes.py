@@ -1,29 +1,18 @@
-"""How large the numbers of a set are, and whether they are numbers."""
+"""How large the numbers of a set are."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_merge.weights._precision import average_dtype, is_averaged
-
-
-@torch.no_grad()
-def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
-    averaged = {name: t for name, t in weights.items() if is_averaged(t) and t.numel()}
-    # One number per tensor and one synchronisation per dtype and device: a norm of finite numbers can only overflow to
-    # infinity, so a finite norm proves the tensor finite and the exact test runs on the rare rest.
-    if all(bool(torch.stack(norms).isfinite().all()) for norms in _norms(list(averaged.values()))):
-        return set()
-    return {name for name, t in averaged.items() if not bool(t.isfinite().all())}
+from lightning_merge.weights._precision import average_dtype
 
 
 @torch.no_grad()
 def all_below(weights: Mapping[str, Tensor], limit: float) -> bool:
     """Whether a cheap bound proves all magnitudes of real numbers to be below a limit of at least 1."""
     tensors = [t for t in weights.values() if t.numel()]
-    return all(bool((torch.stack(norms) < limit).all()) for norms in _norms(tensors))  # or squares, which are larger
+    return all(bool((torch.stack(norms) < limit).all()) for norms in norms_of(tensors))  # or squares, which are larger
 
 
 @torch.no_grad()
@@ -40,7 +29,7 @@ def largest(weights: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def _norms(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+def norms_of(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """A norm of each tensor, in lists of one dtype and device."""
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:

@@ -10,13 +10,13 @@ from torch.nn.functional import logsigmoid
 from torchmetrics import MeanMetric, Metric
 
 from lightning_merge.recipes.preference._causal_lm import causal_lm
-from lightning_merge.recipes.preference._data import Batch
 from lightning_merge.recipes.preference._language_model import (
     LanguageModel,
     answer_log_probabilities,
     load_start,
     next_token_loss,
 )
+from lightning_merge.recipes.preference._tokens import Batch
 
 
 class PreferenceAccuracy(Metric):

@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_merge.files._read import read
 from lightning_merge.recipes.preference._causal_lm import causal_lm
-from lightning_merge.recipes.preference._data import IGNORED, Batch
+from lightning_merge.recipes.preference._tokens import IGNORED, Batch
 
 
 class LanguageModel(LightningModule):

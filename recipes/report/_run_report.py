@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from rich.console import Console
-from rich.table import Table
 
 from lightning_merge._checks import monitor, names
 from lightning_merge.callbacks import Doctor, ForkMerge, Published
 from lightning_merge.files._read import read
 from lightning_merge.recipes.report import _page
-from lightning_merge.recipes.report._page import COLOURS, GREY
+from lightning_merge.recipes.report._curves import curve, curves_figure
 from lightning_merge.recipes.report._path import WeightPath
 from lightning_merge.recipes.report._shares import shares_figure
+from lightning_merge.recipes.report._table import rows_of, sentence, table
 
 
 class RunReport(Callback):
@@ -87,19 +84,19 @@ class RunReport(Callback):
         final |= {average.name: average.final_metrics for average in averages if average.final_metrics}
 
         files = _files(trainer, averages)
-        sentences = [_sentence(self.accuracy, average, final, _images(trainer)) for average in averages]
-        rows = _rows(self.metrics, averages, final, files, folder)
+        sentences = [sentence(self.accuracy, average, final, _images(trainer)) for average in averages]
+        rows = rows_of(self.metrics, averages, final, files, folder)
         console = Console()
-        console.print(_table(self.metrics, rows))
-        for sentence in sentences:
-            console.print(sentence, soft_wrap=True)
+        console.print(table(self.metrics, rows))
+        for line in sentences:
+            console.print(line, soft_wrap=True)
         console.print(f"Run folder: {folder}", soft_wrap=True)
-        curves = {name: _curve(points, self.accuracy) for name, points in self.measured.items()}
+        curves = {name: curve(points, self.accuracy) for name, points in self.measured.items()}
         if any(curves.values()) and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set outside the class
             path = folder / "curves.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             windows = {average.name: average.update_window for average in averages}
-            _figure(curves, windows, self.accuracy, trainer.global_step).savefig(path)
+            curves_figure(curves, windows, self.accuracy, trainer.global_step).savefig(path)
             console.print(f"Figure:     {path}", soft_wrap=True)
             report = folder / "report.html"
             curves_drawn = (self.accuracy, _page.picture(path, "curves"))
@@ -143,10 +140,6 @@ def _end_progress_bar(trainer: Trainer, module: LightningModule) -> None:
         trainer.progress_bar_callback.teardown(trainer, module, "fit")
 
 
-def _curve(points: dict[int, dict[str, float]], metric: str) -> list[tuple[int, float]]:
-    return [(step, values[metric]) for step, values in sorted(points.items()) if metric in values]
-
-
 def _images(trainer: Trainer) -> int | None:
     """Number of validation images, if there is one loader with a length and all of it is run."""
     dataset = getattr(trainer.val_dataloaders, "dataset", None)
@@ -169,94 +162,3 @@ def _files(trainer: Trainer, averages: list[Published]) -> dict[str, str]:
                     if content["global_step"] == trainer.global_step and (label["holds"] == "raw" or "raw" in label):
                         files["raw"] = path if label["holds"] == "raw" else f"{path} (to go on training)"
     return files
-
-
-def _rows(
-    metrics: tuple[str, ...],
-    averages: list[Published],
-    final: dict[str, dict[str, float]],
-    files: dict[str, str],
-    folder: Path,
-) -> list[list[str]]:
-    rows = []
-    for name in ("raw", *(average.name for average in averages)):
-        values = [f"{final[name][m]:.4f}" if m in final.get(name, {}) else "not measured" for m in metrics]
-        rows.append([name, *values, files.get(name, "none").replace(f"{folder}/", "")])
-    return rows
-
-
-def _table(metrics: tuple[str, ...], rows: list[list[str]]) -> Table:
-    table = Table(title="Weights at the end of the run", title_justify="left")
-    for heading in ("weights", *metrics, "file, in the run folder"):
-        table.add_column(heading, justify="right" if heading in metrics else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _sentence(accuracy: str, average: Published, final: dict[str, dict[str, float]], images: int | None) -> str:
-    """Compares raw and merged accuracy in one sentence, with the standard error."""
-    if not average.ready:
-        return f"{average.name} merged nothing in this run."
-    merged, raw = (final.get(name, {}).get(accuracy) for name in (average.name, "raw"))
-    if merged is None:
-        return f"{average.name} was not measured: there was no validation."
-    if raw is None:
-        return (
-            f"{average.name} {merged:.2%} {accuracy}. The raw weights were not measured at the end:"
-            f" `validate: both` on {average.name} measures them."
-        )
-    text = f"{average.name} {merged:.2%} against raw {raw:.2%} {accuracy}: {100 * (merged - raw):+.2f} points"
-    if images:
-        error = (raw * (1 - raw) / images) ** 0.5
-        text += f", {round((merged - raw) * images):+d} of {images} images"
-        text += f" (standard error of each: {100 * error:.2f})"
-    return text + "."
-
-
-def _figure(
-    curves: dict[str, list[tuple[int, float]]],
-    windows: dict[str, tuple[int, int] | None],
-    accuracy: str,
-    steps: int,
-) -> Figure:
-    """Plots the accuracy of each set over optimizer steps, and the updates of each average."""
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    colours = {"raw": GREY} | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(windows)}
-    for name, points in curves.items():
-        if points:
-            x, y = zip(*points, strict=True)
-            marker = "o" if len(points) == 1 else None
-            axes.plot(x, y, color=colours[name], label=name, marker=marker, linewidth=1.2 if name == "raw" else 2)
-            axes.annotate(
-                f"{y[-1]:.1%}",
-                (x[-1], y[-1]),
-                xytext=(5, 0),
-                textcoords="offset points",
-                verticalalignment="center",
-                color=colours[name],
-                annotation_clip=False,
-            )
-    for name, window in windows.items():
-        if window:
-            label = f"{name} takes weights in (steps {window[0]} to {window[1]})"
-            axes.axvspan(*window, color=colours[name], alpha=0.12, linewidth=0, label=label)
-    axes.set_xlim(0, steps)
-    axes.set_ylim(*_limits([[value for _, value in points] for points in curves.values() if points]))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    axes.set_xlabel("optimizer steps")
-    axes.set_ylabel(accuracy)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0)
-    return figure
-
-
-def _limits(curves: list[list[float]]) -> tuple[float, float]:
-    """Axis limits that show the late differences: the lowest fifth of the values may be cut off, the last ones not."""
-    values = sorted(value for curve in curves for value in curve)
-    low = min(values[len(values) // 5], *(curve[-1] for curve in curves))
-    margin = max(0.1 * (values[-1] - low), 0.002)
-    return low - margin, min(1 + margin / 4, values[-1] + margin)

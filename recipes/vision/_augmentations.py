@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge._checks import function, one_of, whole
-from lightning_merge.recipes.vision._images import COLOURS
+from lightning_merge.recipes.vision._pixels import COLOURS
 
 
 class Augmented:

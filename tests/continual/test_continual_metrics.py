@@ -81,6 +81,40 @@ def test_what_is_not_defined_is_nan_rather_than_zero() -> None:
     assert math.isnan(FinalAverage()(torch.full((2, 2), math.nan)).item())
 
 
+HOLES = {
+    "nothing": [[math.nan] * 3] * 3,
+    "the last row alone": [[math.nan] * 3, [math.nan] * 3, [70, 75, 95]],
+    "one task never before the last": [[90, math.nan, math.nan], [math.nan] * 3, [70, 75, 95]],
+    "one task": [[90, math.nan, math.nan], [math.nan] * 3, [math.nan] * 3],
+}
+
+
+@pytest.mark.parametrize("rows", HOLES.values(), ids=HOLES.keys())
+def test_a_matrix_with_holes_gives_a_number_or_nan_and_no_infinity(rows: list[list[float]]) -> None:
+    for name, value in continual_metrics(torch.zeros(3))(matrix(rows)).items():
+        assert not value.isinf(), name
+    for convention in ("chaudhry", "initial"):
+        assert math.isnan(Forgetting(convention)(matrix(rows)).item())  # type: ignore[arg-type]
+
+
+def test_figures_are_nan_before_a_matrix_and_after_a_reset() -> None:
+    figures = continual_metrics(torch.zeros(3))
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert all(math.isnan(value.item()) for value in figures.compute().values())
+    figures(matrix(FULL)[:3, :3])
+    figures.reset()
+    with pytest.warns(UserWarning, match="before the ``update``"):
+        assert all(math.isnan(value.item()) for value in figures.clone().compute().values())
+
+
+def test_what_is_given_per_task_moves_and_is_cloned_with_the_metric_and_may_be_longer() -> None:
+    for metric, name in ((FinalAverage("micro", SIZES), "sizes"), (ForwardTransfer(SIZES), "baseline")):
+        assert getattr(metric.clone().to("meta"), name).is_meta
+        assert not getattr(metric, name).is_meta
+        assert name not in metric.state_dict()
+        assert not metric(matrix(FULL)[:2, :2]).isnan()
+
+
 def test_matrix_counts_over_batches_from_classes_or_logits() -> None:
     metric = AccuracyMatrix(tasks=2)
     metric.update(torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]), after=1, task=0)
@@ -113,6 +147,23 @@ def test_collection_has_every_figure_and_forward_transfer_with_a_baseline() -> N
         (lambda: FinalAverage("median"), r"`average` must be 'macro' or 'micro', got 'median'"),
         (lambda: FinalAverage("micro"), r"`sizes` must be given for `average='micro'` only"),
         (lambda: AverageIncremental("macro", SIZES), r"`sizes` must be given"),
+        (
+            lambda: FinalAverage("micro", SIZES[:3])(matrix(FULL)),
+            r"`sizes` must have an entry for each of the 4.*got 3",
+        ),
+        (lambda: AverageIncremental("micro", SIZES[:1])(matrix(FULL)), r"`sizes` must have an entry.*got 1"),
+        (lambda: FinalAverage("micro", torch.ones(2, 2)), r"`sizes` must hold one .*got shape \(2, 2\)"),
+        (lambda: FinalAverage("micro", torch.tensor([1, -1])), r"`sizes` must be at least 0 and finite, got \[1, -1"),
+        (lambda: ForwardTransfer(torch.tensor(0.1)), r"`baseline` must hold one .*got shape \(\)"),
+        (lambda: ForwardTransfer(ONE)(matrix(FULL)), r"`baseline` must have an entry for each of the 4.*got 1"),
+        (
+            lambda: AccuracyMatrix(2).update(torch.zeros(3, 1, 1), torch.zeros(3), after=0, task=0),
+            r"`predictions` must be of shape \(N,\) or \(N, C\)",
+        ),
+        (
+            lambda: AccuracyMatrix(2).update(torch.zeros(1), torch.zeros(3), after=0, task=0),
+            r"`labels` of shape \(N,\)",
+        ),
         (lambda: Forgetting("mean"), r"`convention` must be 'chaudhry'"),
         (lambda: FinalAverage()(torch.zeros(2, 3)), r"`matrix` must be of shape \(tasks, tasks\), got \(2, 3\)"),
     ],

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_merge._commands._export import export
 from lightning_merge._commands._inspect import describe
 from lightning_merge.compat import read_weights
-from lightning_merge.files import _stand_ins, check, read
+from lightning_merge.files import _unpickler, check, read
 from lightning_merge.files._layouts import open_file
 from lightning_merge.optim import OnDARE
 from lightning_merge.rules import Interpolation
@@ -157,7 +157,7 @@ def test_what_would_run_is_refused_or_stands_still(value: Any, tmp_path: Path, m
 def test_what_is_shared_with_the_process_gets_no_attributes(name: str) -> None:
     text = b"\x80\x02c" + name.encode() + b"\nN}X\x01\x00\x00\x00xK\x01s\x86b."  # BUILD with attributes in slots
     with pytest.raises(pickle.UnpicklingError):
-        _stand_ins.load(io.BytesIO(text))
+        _unpickler.load(io.BytesIO(text))
 
 
 def test_the_cure_for_a_file_that_is_refused_keeps_all_of_its_sets(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torchvision.datasets import CIFAR10
 from lightning_merge.cli import main
 from lightning_merge.recipes import CIFAR, Classifier, ImageNet, SmallResNet, WarmupCosine
 from lightning_merge.recipes._catalog import recipes
-from lightning_merge.recipes.vision._images import in_turn
+from lightning_merge.recipes.vision._cifar import in_turn
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data"
 METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround", "twa", "aswa", "forkmerge"}

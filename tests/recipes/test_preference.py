@@ -18,8 +18,9 @@ from lightning_merge.cli import main
 from lightning_merge.recipes import DPO, RLOO, LanguageModel, Preferences, RewardModel
 from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes.preference._causal_lm import Bytes
-from lightning_merge.recipes.preference._data import IGNORED, Pair, PairTokens, collate, read_pairs
+from lightning_merge.recipes.preference._files import Pair, read_pairs
 from lightning_merge.recipes.preference._language_model import answer_log_probabilities
+from lightning_merge.recipes.preference._tokens import IGNORED, PairTokens, collate
 
 CONFIG = {
     "model_type": "gpt2",

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning_merge.callbacks import EMA, SWA, Doctor, ForkMerge
 from lightning_merge.files._read import read
 from lightning_merge.recipes import AuxiliaryClassifier, Classifier, Digits, RunReport, SmallConvNet
+from lightning_merge.recipes.report._curves import curves_figure, limits
 from lightning_merge.recipes.report._page import page
 from lightning_merge.recipes.report._path import WeightPath
-from lightning_merge.recipes.report._run_report import _figure, _limits
 from lightning_merge.recipes.report._shares import shares_figure
 
 
@@ -166,7 +166,7 @@ def test_a_resumed_run_shows_its_whole_curves(tmp_path: Path) -> None:
 
 def test_figure_shows_both_curves_and_the_averaging_window() -> None:
     curves = {"raw": [(2, 0.5), (4, 0.7), (6, 0.6)], "swa": [(4, 0.7), (6, 0.8)]}
-    axes = _figure(curves, {"swa": (4, 6)}, "val/acc", 6).axes[0]
+    axes = curves_figure(curves, {"swa": (4, 6)}, "val/acc", 6).axes[0]
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}  # type: ignore[union-attr]
     assert drawn == {name: [list(point) for point in points] for name, points in curves.items()}
     (window,) = axes.patches
@@ -179,10 +179,10 @@ def test_figure_shows_both_curves_and_the_averaging_window() -> None:
 
 def test_range_of_the_figure_leaves_early_values_out_and_last_ones_in() -> None:
     late = [0.1, 0.2] + [0.97, 0.98, 0.99] * 4
-    low, high = _limits([late])
+    low, high = limits([late])
     assert 0.9 < low < 0.97
     assert 0.99 < high <= 1.01
-    low, _ = _limits([[*late, 0.9]])
+    low, _ = limits([[*late, 0.9]])
     assert low < 0.9
 
 

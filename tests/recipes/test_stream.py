@@ -15,8 +15,8 @@ from lightning_merge.cli import main
 from lightning_merge.continual import Bank
 from lightning_merge.recipes import Classifier, Digits
 from lightning_merge.recipes._catalog import recipes
-from lightning_merge.recipes.streams._command import Stream
 from lightning_merge.recipes.streams._run import matrix_of
+from lightning_merge.recipes.streams._stream import Stream
 
 STREAMS = [name for name in recipes() if name.startswith("continual/")]
 QUICK = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=3", "--trainer.limit_test_batches=1"]
