@@ -32,13 +32,17 @@ NOTHING = {
 class Counts(TorchDispatchMode):
     """Operations on a device, and reads of it that the host waits for, from here to the end of the ``with`` block.
 
+    Args:
+        cpu: Whether to take the CPU for the device: counts what is done to all tensors.
+
     Attributes:
         launches: Names of operations that launch a kernel; a ``_foreach_`` operation is one.
         reads: Names of operations whose answer the host needs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cpu: bool = False) -> None:
         super().__init__()
+        self.cpu = cpu
         self.launches: list[str] = []
         self.reads: list[str] = []
 
@@ -54,14 +58,14 @@ class Counts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = func.overloadpacket.__name__, kwargs or {}
-        there = _touches_a_device(args) or _touches_a_device(kwargs)
+        there = self.cpu or _touches_a_device((args, kwargs))
         indexed = name in ("index", "index_put_") and any(t is not None and t.dtype == torch.bool for t in args[1])
         if there and (name in READS or indexed):
             self.reads.append(name)
-            if name == "_local_scalar_dense":
+            if name == "_local_scalar_dense" and not self.cpu:
                 return _answer(args[0])
         result = func(*args, **kwargs)
-        if name in ("_to_copy", "copy_") and there and result.device.type == "cpu":
+        if name in ("_to_copy", "copy_") and there and result.device.type == "cpu" and not self.cpu:
             self.reads.append(name)
         elif (there or _touches_a_device(result)) and name not in NOTHING and not func.is_view:
             self.launches.append(name)

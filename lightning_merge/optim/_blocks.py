@@ -7,7 +7,7 @@ The numbers of a tensor are counted in the order of its shape and cut into block
 import math
 from collections.abc import Iterator
 from hashlib import blake2b
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -40,6 +40,14 @@ def blocks(start: int, stop: int, piece: int = BLOCK) -> Iterator[tuple[int, int
 
 
 @final
+class Generators(dict[torch.device, torch.Generator]):
+    """A generator per device, made when it is first asked for."""
+
+    def __missing__(self, device: torch.device) -> torch.Generator:
+        return self.setdefault(device, torch.Generator(device))
+
+
+@final
 class Draw:
     """The random numbers of one tensor at one step.
 
@@ -49,12 +57,21 @@ class Draw:
         name: The tensor's name.
         numel: Elements of the whole tensor, of which a shard holds some.
         device: Where to draw. The same device type draws the same numbers.
+        generator: To draw with, on this device; it is seeded anew before every use. By default one of its own.
     """
 
-    def __init__(self, seed: int, step: int, name: str, numel: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        name: str,
+        numel: int,
+        device: torch.device,
+        generator: torch.Generator | None = None,
+    ) -> None:
         self.key = f"{seed}/{step}/{name}"
         self.numel = numel
-        self.generator = torch.Generator(device)
+        self.generator = torch.Generator(device) if generator is None else generator
         self._drawn: tuple[int, Tensor] | None = None  # the numbers of the block that was asked for last
 
     def keep(self, density: float, block: int, start: int, stop: int, dtype: torch.dtype = torch.bool) -> Tensor:
@@ -63,10 +80,22 @@ class Draw:
             generator, length = self._block(block)
             words = torch.empty(-(-length // 4), dtype=torch.int64, device=generator.device)
             self._drawn = (block, words.random_(-(2**63), None, generator=generator).view(torch.int16))
-        threshold = min(round(density * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+        threshold = level_of(density)
         # Written as numbers at once: converting flags afterwards takes four times as long.
         kept = torch.empty(stop - start, dtype=dtype, device=self._drawn[1].device)
         return torch.lt(self._drawn[1][start:stop], threshold, out=kept)
+
+    def words(self, start: int, stop: int) -> Tensor:
+        """The 16 random bits of elements ``start`` to ``stop`` of the tensor, of which ``keep`` compares those of a
+        block."""
+        if start == stop:
+            return torch.empty(0, dtype=torch.int16, device=self.generator.device)
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        end = min(last * BLOCK, self.numel)
+        words = torch.empty(-(-(end - first * BLOCK) // 4), dtype=torch.int64, device=self.generator.device)
+        for block, part in zip(range(first, last), torch.split(words, BLOCK // 4), strict=True):
+            part.random_(-(2**63), None, generator=self._block(block)[0])
+        return words.view(torch.int16)[start - first * BLOCK : stop - first * BLOCK]
 
     def kept(self, density: float, start: int, stop: int) -> Tensor:
         """Indices, counted from ``start``, of the kept elements among ``start`` to ``stop`` of the tensor; sorted."""
@@ -75,11 +104,12 @@ class Draw:
 
     def sample(self, size: int) -> Tensor:
         """One random index of the tensor out of each of ``size`` equal parts; sorted."""
-        stride = self.numel / size
+        return spread_out(self.uniform(size), self.numel)
+
+    def uniform(self, size: int) -> Tensor:
+        """Numbers in [0, 1), for ``sample``."""
         generator = self._seeded("sample")
-        within = torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64)
-        parts = torch.arange(size, device=generator.device, dtype=torch.float64)
-        return within.add_(parts).mul_(stride).long().clamp_(max=self.numel - 1)
+        return torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64)
 
     def _kept(self, density: float, block: int, start: int, stop: int) -> Tensor:
         """In a block, by the gaps between kept elements, which are geometrically distributed."""
@@ -104,6 +134,19 @@ class Draw:
     def _seeded(self, part: str) -> torch.Generator:
         digest = blake2b(f"{self.key}/{part}".encode(), digest_size=8).digest()
         return self.generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def level_of(density: Any) -> Any:
+    """Below which of the 2**16 values of a word an element is kept; of a number, or of a tensor of them in float64."""
+    if isinstance(density, Tensor):
+        return (density * _LEVELS).round().clamp(max=_LEVELS - 1) - _LEVELS // 2
+    return min(round(density * _LEVELS), _LEVELS - 1) - _LEVELS // 2
+
+
+def spread_out(within: Tensor, numel: int) -> Tensor:
+    """Indices of a tensor of so many elements: in each of equal parts, how far into it; in the last dimension."""
+    parts = torch.arange(within.shape[-1], device=within.device, dtype=within.dtype)
+    return within.add_(parts).mul_(numel / within.shape[-1]).long().clamp_(max=numel - 1)
 
 
 def ranges(numel: int) -> Iterator[slice]:

@@ -9,10 +9,9 @@ from torch import Tensor
 from lightning_merge.optim._blocks import Draw
 from lightning_merge.weights._held import Part
 
-_KEPT_IN_SAMPLE = 4096  # the kept share of a sample with so many kept is within 5 % of the tensor's at three sigma
+KEPT_IN_SAMPLE = 4096  # the kept share of a sample with so many kept is within 5 % of the tensor's at three sigma
 
-
-_NOTABLE_TIES = 0.01
+NOTABLE_TIES = 0.01
 
 
 @final
@@ -49,7 +48,7 @@ def find_cut(values: Tensor, whole: Part, draw: Draw, density: float) -> Cut:
     """
     if not whole.numel:
         return Cut(0.0, 1.0, values.new_empty(0, dtype=torch.int64))
-    size = int(_KEPT_IN_SAMPLE / density)
+    size = int(KEPT_IN_SAMPLE / density)
     exact = whole.numel <= size
     if exact:
         size = whole.numel
@@ -68,4 +67,4 @@ def find_cut(values: Tensor, whole: Part, draw: Draw, density: float) -> Cut:
     if exact:
         tied = (seen == threshold).nonzero().view(-1)[:wanted] - whole.start
         return Cut(float(threshold), 1.0, tied[(tied >= 0) & (tied < whole.stop - whole.start)])
-    return Cut(float(threshold), wanted / equal if equal > _NOTABLE_TIES * keep + 1 else 1.0, None)
+    return Cut(float(threshold), wanted / equal if equal > NOTABLE_TIES * keep + 1 else 1.0, None)

@@ -12,6 +12,7 @@ from lightning_merge.optim._blocks import PIECE, Draw, blocks, within
 from lightning_merge.optim._online import OnlineMerging
 from lightning_merge.optim._rounding import add_
 from lightning_merge.optim._settings import AlphaSchedule, Form, OnlineSettings, Rescale
+from lightning_merge.optim._side import Side
 from lightning_merge.optim._task_vector import Source
 from lightning_merge.optim._turn import Turn
 from lightning_merge.weights._held import Part
@@ -52,8 +53,8 @@ class OnDARE(OnlineMerging):
             that the optimizer was given.
         tau_dtype: How the difference is stored; by default in float32, or wider if the parameter is.
         tau: What ``tau_state()`` of an earlier optimizer gave, instead of ``reference`` and ``pretrained``.
-        chunk_size: Elements per call of ``base_optimizer``, at least a whole tensor; ``None``: one call on everything,
-            for one that couples tensors.
+        chunk_size: Elements per call of ``base_optimizer``, at least a whole tensor; sixteen times as many off the CPU,
+            where launches are what costs. ``None``: one call on everything, for one that couples tensors.
 
     Raises:
         ValueError: If an argument is out of range, ``reference`` and ``pretrained`` do not fit the parameters or do
@@ -125,6 +126,24 @@ class OnDARE(OnlineMerging):
         if self.form == "official":
             return kept.div_(self.density).clamp_(-1.0, 1.0), index
         return kept.mul_(self._scale(_magnitude(dense), _magnitude(kept), whole)), index
+
+    def _merge_rows(self, side: Side) -> Tensor:
+        update = side.after.sub_(side.before)
+        if self.is_dense(side.part):
+            update.mul_(side.update)
+        elif self.rescale == "l1":
+            full = _magnitudes(update)
+            left = _magnitudes(update.mul_(side.kept(self.density)))
+            update.mul_(self._l1_rows(full, left + self._epsilon(side.part), side.part).to(update.dtype))
+            if self.form == "official":
+                update.clamp_(-1.0, 1.0)
+            update.mul_(side.update)
+        else:
+            update.mul_(side.kept(self.density).mul_(side.update * self._scale(None, None, side.part)))
+        if side.reference:
+            update.add_(side.tau, alpha=side.reference)
+        add_(update, side.before, side)
+        return update
 
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
         if not self.is_dense(turn.part) and self.density < _INDICES_BELOW and self.rescale != "l1" and not turn.decay:
@@ -200,11 +219,16 @@ class OnDARE(OnlineMerging):
             return 1.0 / self.density
         assert full is not None
         assert kept is not None
-        if self.form == "official" and whole.start == 0:  # once over all parts
-            # The published code divides by the sum of what it kept, over density, plus Adam's epsilon.
-            kept = kept + 1e-8 * self.density
-        return self._l1(torch.stack([full, kept]), whole)
+        return self._l1(torch.stack([full, kept + self._epsilon(whole)]), whole)
+
+    def _epsilon(self, whole: Part) -> float:
+        # The published code divides by the sum of what it kept, over density, plus Adam's epsilon: once over all parts.
+        return 1e-8 * self.density if self.form == "official" and whole.start == 0 else 0.0
 
 
 def _magnitude(tensor: Tensor) -> Tensor:
     return tensor.abs().sum(dtype=torch.float64)
+
+
+def _magnitudes(matrix: Tensor) -> Tensor:
+    return matrix.abs().sum(1, dtype=torch.float64)

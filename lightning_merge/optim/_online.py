@@ -11,17 +11,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_merge._checks import instance
-from lightning_merge._mergeable import why_not
-from lightning_merge.optim._blocks import Draw
+from lightning_merge.optim._blocks import Draw, Generators
 from lightning_merge.optim._parameter_names import names_of
+from lightning_merge.optim._refused import check_optimizer, refuse_unmergeable
 from lightning_merge.optim._rounding import dither_of
 from lightning_merge.optim._settings import OnlineSettings
+from lightning_merge.optim._side import Side
 from lightning_merge.optim._task_vector import Source, Stored, held_part, loaded, magnitude, named, tensors_of
 from lightning_merge.optim._turn import Turn
 from lightning_merge.optim._wrapped import Group, Share, Wrapped
+from lightning_merge.weights import copy_, on_host, unstacked
 from lightning_merge.weights._held import Part, held_of, part_held
 from lightning_merge.weights._precision import work_dtype
 
@@ -48,7 +50,9 @@ class OnlineMerging(Optimizer):
         tau: Mapping[str, Mapping[str, Any]] | None,
         settings: OnlineSettings,
     ) -> None:
-        _check_optimizer(base_optimizer, settings.chunk_size)
+        if isinstance(base_optimizer, OnlineMerging):
+            raise ValueError(f"`base_optimizer` merges already, got {type(base_optimizer).__name__}.")
+        check_optimizer(base_optimizer, settings.chunk_size)
         if module is not None:
             instance("module", module, nn.Module, "a module")
         if tau is not None:
@@ -103,23 +107,11 @@ class OnlineMerging(Optimizer):
             or not parameter.is_floating_point()
             or any(fnmatchcase(self._names[parameter], pattern) for pattern in exempt)
         }
-        self._refuse_unmergeable(exempt)
+        refuse_unmergeable(self.param_groups, self._names, exempt)
         merged = {self._names[p]: p for g in self.param_groups for p in g["params"] if p not in self._exempt}
         if not merged:
             raise ValueError(f"`exempt` {tuple(exempt)} and groups with `merge: False` leave no parameter to merge.")
         return merged
-
-    def _refuse_unmergeable(self, exempt: Sequence[str]) -> None:
-        """What trains and cannot be merged has to be left out in so many words."""
-        for group in self.param_groups:
-            for parameter in group["params"] if group["merge"] else ():
-                name = self._names[parameter]
-                reason = "holds complex numbers" if parameter.is_complex() else why_not(parameter)
-                if reason and not any(fnmatchcase(name, pattern) for pattern in exempt):
-                    raise ValueError(
-                        f"`{name}` {reason}; signs and masks are of real numbers. Leave it out: `exempt=[{name!r}]`, or"
-                        " a parameter group with `merge` False."
-                    )
 
     # ---- the step
 
@@ -158,6 +150,10 @@ class OnlineMerging(Optimizer):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # so does this; a schedule may move here from `base`
 
     @abstractmethod
+    def _merge_rows(self, side: Side) -> Tensor:
+        """The merged values of tensors side by side; what it is given may be written to."""
+
+    @abstractmethod
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
         """Writes the merged values into ``after``, given this process's values, flat, around the wrapped step."""
 
@@ -181,35 +177,52 @@ class OnlineMerging(Optimizer):
         """Steps these parameters by one call and merges what came of it."""
         before, decays = self._wrapped.step(shares)
         for share, starts, decay in zip(shares, before, decays, strict=True):
-            due = self._due(share.group)
-            for parameter, start in zip(share.merged, starts, strict=True):
-                if due:
-                    self.state[parameter].pop("merge_anchor", None)
-                    self._merge_one(share.group, parameter, held_of(start), decay)
-                else:  # after the wrapped step, since an optimizer starts its state where it finds none
+            if not self._due(share.group):
+                for parameter, start in zip(share.merged, starts, strict=True):
+                    # After the wrapped step, since an optimizer starts its state where it finds none.
                     self.state[parameter]["merge_anchor"] = start
+                continue
+            draws = Generators()
+            together: dict[Any, list[tuple[Turn, Tensor, Tensor]]] = {}
+            for parameter, start in zip(share.merged, starts, strict=True):
+                self.state[parameter].pop("merge_anchor", None)
+                held, before_it = held_of(parameter), held_of(start)
+                turn = self._turn(share.group, parameter, held, decay, draws)
+                if on_host({turn.name: held}):
+                    self._merge_one(turn, held, before_it)
+                else:
+                    key = (turn.part, held.dtype, held.device)
+                    together.setdefault(key, []).append((turn, held, before_it))
+            for same in together.values():
+                self._merge_side_by_side(*zip(*same, strict=True))
 
-    def _merge_one(self, group: Group, parameter: Tensor, before: Tensor, decay: float) -> None:
+    def _turn(self, group: Group, parameter: Tensor, held: Tensor, decay: float, draws: Generators) -> Turn:
         name = self._names[parameter]
-        whole, held = self._parts[name], held_of(parameter)
-        dtype = work_dtype(held)
         count = group["merge_step"] // self.merge_every // self.tau_every
-        alpha = self._alpha(group)
-        turn = Turn(
+        alpha, part = self._alpha(group), self._parts[name]
+        return Turn(
             name=name,
-            part=whole,
+            part=part,
             tau=self.tau[name],
-            draw=Draw(self.seed, group["merge_step"] + 1, name, whole.numel, held.device),
+            draw=Draw(self.seed, group["merge_step"] + 1, name, part.numel, held.device, draws[held.device]),
             update=1.0 - alpha,
             reference=group["merge_pending"] + alpha if self._applies(group) else 0.0,
             decay=decay,
             dither=dither_of(count),
             dtype=held.dtype,
         )
+
+    def _merge_one(self, turn: Turn, held: Tensor, before: Tensor) -> None:
+        dtype = work_dtype(held)
         after = held.to(dtype).reshape(-1)
         self._merge_into(after, before.to(dtype).reshape(-1), turn)
         if after.data_ptr() != held.data_ptr():
             held.copy_(after.view_as(held))
+
+    def _merge_side_by_side(self, turns: Sequence[Turn], held: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+        """The same of tensors of one size, by operations on all of them."""
+        like = {turn.name: tensor for turn, tensor in zip(turns, held, strict=True)}
+        copy_(like, unstacked(self._merge_rows(Side.of(turns, held, before)), list(like), like))
 
     def _due(self, group: Group) -> bool:
         return bool((group["merge_step"] + 1) % self.merge_every == 0)
@@ -217,6 +230,12 @@ class OnlineMerging(Optimizer):
     def _alpha(self, group: Group) -> float:
         share = 1.0 if self.alpha_schedule == "constant" else float(group["lr"]) / group["merge_top_lr"]
         return float(group["merge_alpha"]) * share
+
+    @staticmethod
+    def _l1_rows(full: Tensor, left: Tensor, whole: Part) -> Tensor:
+        """``_l1`` of each row, as a column."""
+        sums = whole.total_(torch.stack([full, left]))
+        return torch.where(sums[1] != 0, sums[0] / sums[1], 1.0).unsqueeze(1)
 
     def _l1(self, sums: Tensor, whole: Part) -> float:
         """What brings a tensor back to its sum of magnitudes; ``sums`` are those of this process, before and after."""
@@ -311,19 +330,3 @@ class OnlineMerging(Optimizer):
     def tau_bytes(self) -> int:
         """Bytes that the stored task vector takes on this process."""
         return sum(kept.nbytes for kept in self.tau.values())
-
-
-def _check_optimizer(optimizer: Optimizer, chunk_size: int | None) -> None:
-    if isinstance(optimizer, OnlineMerging):
-        raise ValueError(f"`base_optimizer` merges already, got {type(optimizer).__name__}.")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"`base_optimizer` must be a torch optimizer, got {type(optimizer).__name__}.")
-    if isinstance(optimizer, LBFGS):
-        raise ValueError("`base_optimizer` must update once per step, got LBFGS, which searches along a line.")
-    clips = any(settings.get("max_grad_norm") for settings in (optimizer.defaults, *optimizer.param_groups))
-    if clips and chunk_size is not None:
-        raise ValueError(
-            f"`chunk_size` must be None, got {chunk_size}: {type(optimizer).__name__} limits the norm of all gradients"
-            " together (`max_grad_norm`), and would see those of a few tensors at a time. Or switch that off, and clip"
-            " by the Trainer's `gradient_clip_val`."
-        )

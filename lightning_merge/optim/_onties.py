@@ -12,8 +12,9 @@ from lightning_merge.optim._cut import find_cut
 from lightning_merge.optim._online import OnlineMerging
 from lightning_merge.optim._rounding import add_
 from lightning_merge.optim._settings import AlphaSchedule, Form, OnlineSettings, Rescale
+from lightning_merge.optim._side import Side
 from lightning_merge.optim._task_vector import Source
-from lightning_merge.optim._turn import Turn
+from lightning_merge.optim._turn import Moment, Turn
 from lightning_merge.weights._held import Part
 
 
@@ -49,8 +50,8 @@ class OnTIES(OnlineMerging):
             that the optimizer was given.
         tau_dtype: How the difference is stored; by default in float32, or wider if the parameter is.
         tau: What ``tau_state()`` of an earlier optimizer gave, instead of ``reference`` and ``pretrained``.
-        chunk_size: Elements per call of ``base_optimizer``, at least a whole tensor; ``None``: one call on everything,
-            for one that couples tensors.
+        chunk_size: Elements per call of ``base_optimizer``, at least a whole tensor; sixteen times as many off the CPU,
+            where launches are what costs. ``None``: one call on everything, for one that couples tensors.
 
     Raises:
         ValueError: If an argument is out of range, ``reference`` and ``pretrained`` do not fit the parameters or do
@@ -120,6 +121,19 @@ class OnTIES(OnlineMerging):
         self._trim(kept, whole, Draw(self.seed, 0, name, whole.numel, dense.device))
         return kept, kept.nonzero().view(-1)
 
+    def _merge_rows(self, side: Side) -> Tensor:
+        update = side.after.sub_(side.before)
+        if not self.is_dense(side.part):
+            full = _sums(update) if self.rescale == "l1" else None
+            update.mul_(side.largest(self.density))
+            if self.rescale == "inverse_p":
+                update.div_(self.density)
+            elif full is not None:
+                update.mul_(self._l1_rows(full, _sums(update), side.part).to(update.dtype))
+        elected = self._elect(update, side.tau, side)
+        add_(elected, side.before, side)
+        return elected
+
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
         after.sub_(before)
         if not self.is_dense(turn.part):
@@ -134,7 +148,7 @@ class OnTIES(OnlineMerging):
         for here in ranges(after.numel()):
             add_(after[here], before[here], turn)
 
-    def _elect(self, update: Tensor, tau: Tensor, turn: Turn) -> Tensor:
+    def _elect(self, update: Tensor, tau: Tensor, turn: Moment) -> Tensor:
         """The two weighted terms together, without the one that the elected sign is not."""
         ours, theirs = update * turn.update, tau * turn.reference
         if self.form == "official":
@@ -163,3 +177,7 @@ class OnTIES(OnlineMerging):
 
 def _sum(values: Tensor) -> Tensor:
     return values.abs().sum(dtype=torch.float64)
+
+
+def _sums(matrix: Tensor) -> Tensor:
+    return matrix.abs().sum(1, dtype=torch.float64)

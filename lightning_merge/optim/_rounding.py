@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_merge.optim._turn import Turn
+from lightning_merge.optim._turn import Moment
 
 # The last place of a number is the power of two in it times this.
 _EPSILON = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -15,7 +15,7 @@ def dither_of(merge: int) -> float:
     return (merge + 0.5) * _GOLDEN % 1.0
 
 
-def add_(increment: Tensor, before: Tensor, turn: Turn) -> None:
+def add_(increment: Tensor, before: Tensor, turn: Moment) -> None:
     """``increment <- before + increment``, rounded so that steps below the resolution add up over merges.
 
     Rounding to nearest would lose every increment under half a last place of the weight. Here increments are counted in

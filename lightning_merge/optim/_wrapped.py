@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_merge.weights import copy_, on_host
 from lightning_merge.weights._held import held_of
 
 Group = dict[str, Any]
+
+_MORE_OFF_THE_CPU = 16
+"""How many times as many elements a call takes on an accelerator, where launches are what costs, not the cache."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Wrapped:
         size = 0
         for parameter in parameters:
             numel = held_of(parameter).numel()
+            if not on_host({"": parameter}):
+                numel //= _MORE_OFF_THE_CPU
             like = not held or (held[0].dtype, held[0].device) == (parameter.dtype, parameter.device)
             if held and (not like or size + numel > most):
                 yield held
@@ -155,11 +161,14 @@ class Wrapped:
             return [p.detach().clone() if a is None else a for p, a in zip(parameters, anchors, strict=True)]
         held = [held_of(p) for p in parameters]
         size = sum(t.numel() for t in held)
-        if not held or self.chunk_size is None or size > self.chunk_size:
+        most = 0 if self.chunk_size is None else self.chunk_size
+        if not held or size > (most if on_host({"": held[0]}) else most * _MORE_OFF_THE_CPU):
             return [t.clone() for t in held]
         # Memory of its own, as new memory costs more than the copy.
         key = (held[0].dtype, held[0].device)
         if key not in self._scratch or self._scratch[key].numel() < size:
             self._scratch[key] = torch.empty(size, dtype=key[0], device=key[1])
         parts = torch.split(self._scratch[key][:size], [t.numel() for t in held])
-        return [part.view(t.shape).copy_(t) for part, t in zip(parts, held, strict=True)]
+        kept = {str(i): part.view(t.shape) for i, (part, t) in enumerate(zip(parts, held, strict=True))}
+        copy_(kept, {str(i): t for i, t in enumerate(held)})
+        return list(kept.values())
