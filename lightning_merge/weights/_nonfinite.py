@@ -21,7 +21,7 @@ class Finding:
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        averaged = {name: t for name, t in weights.items() if is_averaged(t) and t.numel()}
+        averaged = _averaged(weights)
         there = {name: t for name, t in averaged.items() if t.device.type == "cuda"}
         here = {name: t for name, t in averaged.items() if name not in there} if there else averaged
         self._names = _read_at_once(here)
@@ -51,15 +51,17 @@ class _Asked:
         )
         fine = torch.stack(sizes).isfinite()
         self._answer = fine.to("cpu", non_blocking=True)  # pinned, since it does not block
-        self._arrived: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._arrived.record(torch.cuda.current_stream(fine.device))
+        self._arrived: Any = torch.cuda.Event() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+        if self._arrived is not None:  # it is where tensors are fake ones
+            self._arrived.record(torch.cuda.current_stream(fine.device))
 
     @property
     def is_there(self) -> bool:
-        return bool(self._arrived.query())
+        return self._arrived is not None and bool(self._arrived.query())
 
     def names(self) -> set[str]:
-        self._arrived.synchronize()
+        if self._arrived is not None:
+            self._arrived.synchronize()
         return {name for name, fine in zip(self._names, self._answer.tolist(), strict=True) if not fine}
 
 
@@ -71,8 +73,12 @@ def find_nonfinite(weights: Mapping[str, Tensor]) -> Finding:
 
 @torch.no_grad()
 def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
-    """Names of the tensors that hold a NaN or an infinity."""
-    return Finding(weights).names()
+    """Names of the tensors that hold a NaN or an infinity; waits for the device that they are on."""
+    return _read_at_once(_averaged(weights))
+
+
+def _averaged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t for name, t in weights.items() if is_averaged(t) and t.numel()}
 
 
 def _read_at_once(averaged: Mapping[str, Tensor]) -> set[str]:
