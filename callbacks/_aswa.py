@@ -10,7 +10,7 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start, whole
 from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import GatedMean
 from lightning_merge.schedules import EveryNEpochs
@@ -77,7 +77,7 @@ class ASWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **options,
+            **known(options, AverageOptions, self),
         )
         self.decides_by = monitor
         self.mode = mode_of(type(self).__name__, monitor, mode)

@@ -4,7 +4,7 @@ from typing import Unpack
 
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._choice import Mode, mode_of
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import BestMean
 from lightning_merge.schedules import AtValidations
@@ -59,5 +59,5 @@ class BestK(WeightMerging):
             optimizer=optimizer,
             monitor=monitor,
             mode=mode_of("BestK", monitor, mode),
-            **options,
+            **known(options, AverageOptions, self),
         )

@@ -22,22 +22,22 @@ from lightning_merge.callbacks._branch_run._progress import Progress
 from lightning_merge.callbacks._branch_run._saved import BranchesSaved
 from lightning_merge.callbacks._branch_run._settings import (
     Augmentation,
+    Batches,
+    Buffers,
+    OptimizerState,
     Others,
     Schedulers,
     Settings,
     check_choices,
     checked_augmentations,
 )
-from lightning_merge.callbacks._branch_run._settings import Batches as Batches
-from lightning_merge.callbacks._branch_run._settings import Buffers as Buffers
-from lightning_merge.callbacks._branch_run._settings import OptimizerState as OptimizerState
 from lightning_merge.callbacks._branch_run._turns import Turns
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._lightning._measure import Score, refuse_without_score
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
-from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection
@@ -116,7 +116,7 @@ class Branching(Published):
         optimizer: int = 0,
         **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer, **options)
+        super().__init__(validate, name, optimizer, **known(options, AverageOptions, self))
         instance("policy", policy, Policy)
         schedule = EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule)
         branches = whole("branches", branches, 1, MOST)

@@ -3,7 +3,7 @@
 from typing import Literal, Unpack
 
 from lightning_merge._checks import start, whole
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ExponentialMean
 from lightning_merge.schedules import EveryNSteps
@@ -70,5 +70,5 @@ class EMA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **options,
+            **known(options, AverageOptions, self),
         )

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from lightning_merge._checks import instance, names, number, whole
 from lightning_merge.branches import BestMix
-from lightning_merge.branches._in_turn import Inactive
-from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
+from lightning_merge.callbacks._branch_run._settings import Batches, BranchingOptions, Buffers
+from lightning_merge.callbacks._branching import Branching
 from lightning_merge.callbacks._lightning._measure import Score
-from lightning_merge.callbacks._publication._average import AverageOptions
-from lightning_merge.callbacks._publication._callback import Validate
+from lightning_merge.callbacks._publication._options import known
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.search import Method
 from lightning_merge.selections import Selection
@@ -46,14 +45,11 @@ class ForkMerge(Branching):
             batches.
         budget: Most candidates that are measured at a merge; needed for search methods without an end.
         batches: ``"same"`` batch for all branches, or ``"turns"``; see ``Branching``.
-        optimizer_state: At a merge, ``"keep"`` each branch's, as the authors do, ``"average"`` or ``"reset"``.
         buffers: ``"recompute"``: BatchNorm statistics are measured for every candidate, on the tasks of the first
             branch. ``"average"``: each branch has its own, which are pooled. ``"shared"``: all update one set.
-        inactive: Where the branches that do not train at the moment are: ``"device"`` or ``"cpu"``.
-        validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
-        optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``optimizer_state``, ``inactive``, ``schedulers``, ``validate``, ``optimizer``,
+            ``final_validation`` and ``final_checkpoint``, see ``Branching``.
 
     Attributes:
         history: One entry per merge: ``shares`` by name of the branch, ``previous`` (whether the last merge was kept,
@@ -84,13 +80,9 @@ class ForkMerge(Branching):
         previous: bool = True,
         budget: int | None = None,
         batches: Batches = "same",
-        optimizer_state: OptimizerState = "keep",
         buffers: Buffers = "recompute",
-        inactive: Inactive = "device",
-        validate: Validate = "merged",
         name: str = "forkmerge",
-        optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[BranchingOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         _check_tasks(branches)
@@ -103,14 +95,10 @@ class ForkMerge(Branching):
             len(branches),
             score=score,
             batches=batches,
-            optimizer_state=optimizer_state,
             buffers=buffers,
-            inactive=inactive,
             selection=Selection(exclude=heads, trainable=True),
-            validate=validate,
             name=name,
-            optimizer=optimizer,
-            **options,
+            **known(options, BranchingOptions, self),
         )
         self.task_weights = {
             branch: {task: float(w) for task, w in tasks.items()} for branch, tasks in branches.items()

@@ -3,7 +3,7 @@
 from typing import Literal, Unpack, final
 
 from lightning_merge._checks import real, whole
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import WeightMerging
 from lightning_merge.rules import Interpolation
 from lightning_merge.schedules import EveryNEpochs, FromStart
@@ -50,7 +50,7 @@ class Interpolate(WeightMerging):
             selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
-            **options,
+            **known(options, AverageOptions, self),
         )
 
 
@@ -91,5 +91,5 @@ class Extrapolate(WeightMerging):
             selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
-            **options,
+            **known(options, AverageOptions, self),
         )

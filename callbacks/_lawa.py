@@ -4,7 +4,7 @@ from typing import Literal, Unpack
 
 from lightning_merge._checks import start as checked_start
 from lightning_merge._checks import whole
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import WindowMean
 from lightning_merge.schedules import EveryNEpochs, EveryNSteps, Schedule
@@ -74,5 +74,5 @@ class LAWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **options,
+            **known(options, AverageOptions, self),
         )

@@ -5,11 +5,9 @@ from typing import Unpack
 
 from lightning_merge._checks import whole
 from lightning_merge.branches import Average
-from lightning_merge.branches._in_turn import Inactive
-from lightning_merge.callbacks._branch_run._turns import Augmentation
-from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
-from lightning_merge.callbacks._publication._average import AverageOptions
-from lightning_merge.callbacks._publication._callback import Validate
+from lightning_merge.callbacks._branch_run._settings import Augmentation, Batches, BranchingOptions, Buffers
+from lightning_merge.callbacks._branching import Branching
+from lightning_merge.callbacks._publication._options import known
 from lightning_merge.schedules import LocalSteps
 from lightning_merge.selections import Selection
 
@@ -28,15 +26,12 @@ class LocalSGD(Branching):
             on.
         batches: ``"same"`` batch for all branches, or ``"turns"``: successive batches go to successive branches, and
             ``max_steps`` counts the steps of all; see ``Branching``.
-        optimizer_state: At a merge, ``"keep"`` each branch's, ``"average"`` or ``"reset"``.
         buffers: ``"average"``: each branch has its own, which mix along. ``"recompute"``: BatchNorm statistics are
             measured again under the mean whenever it is measured or saved. ``"shared"``: all update one set.
-        inactive: Where the branches that do not train at the moment are: ``"device"`` or ``"cpu"``.
         selection: Which parameters are branched; by default all trainable ones.
-        validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
-        optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``optimizer_state``, ``inactive``, ``schedulers``, ``validate``, ``optimizer``,
+            ``final_validation`` and ``final_checkpoint``, see ``Branching``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -58,14 +53,10 @@ class LocalSGD(Branching):
         augmentations: Sequence[Augmentation] | None = None,
         batches: Batches = "turns",
         *,
-        optimizer_state: OptimizerState = "keep",
         buffers: Buffers = "average",
-        inactive: Inactive = "device",
         selection: Selection | None = None,
-        validate: Validate = "merged",
         name: str = "localsgd",
-        optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[BranchingOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         super().__init__(
@@ -74,12 +65,8 @@ class LocalSGD(Branching):
             branches,
             augmentations=augmentations,
             batches=batches,
-            optimizer_state=optimizer_state,
             buffers=buffers,
-            inactive=inactive,
             selection=selection,
-            validate=validate,
             name=name,
-            optimizer=optimizer,
-            **options,
+            **known(options, BranchingOptions, self),
         )

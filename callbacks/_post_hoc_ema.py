@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from lightning_merge._checks import whole
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import PowerMeans
 from lightning_merge.schedules import EveryNSteps
@@ -57,7 +57,7 @@ class PostHocEMA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **options,
+            **known(options, AverageOptions, self),
         )
 
     def synthesise(self, sigma: float, step: int | None = None) -> Weights:

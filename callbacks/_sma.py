@@ -8,7 +8,7 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start
 from lightning_merge._choice import Mode, mode_of
 from lightning_merge.callbacks._accept_if_better import refuse_other_mode, refuse_without_validation
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import SelectedMean
 from lightning_merge.schedules import EveryNSteps
@@ -73,7 +73,7 @@ class SMA(WeightMerging):
             optimizer=optimizer,
             monitor=monitor,
             mode=mode_of(type(self).__name__, monitor, mode),
-            **options,
+            **known(options, AverageOptions, self),
         )
 
     @property

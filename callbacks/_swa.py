@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_merge._checks import number, numbers, one_of, start, whole
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNEpochs, anneal
@@ -72,7 +72,7 @@ class SWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **options,
+            **known(options, AverageOptions, self),
         )
         self.swa_lr = swa_lr
         self.anneal_epochs = anneal_epochs

@@ -4,7 +4,7 @@ from typing import Literal, Unpack
 
 from lightning_merge._checks import flag
 from lightning_merge._checks import monitor as checked_monitor
-from lightning_merge.callbacks._publication._average import AverageOptions
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ValleyMean
 from lightning_merge.schedules import EveryNSteps
@@ -66,5 +66,5 @@ class SWAD(WeightMerging):
             optimizer=optimizer,
             monitor=checked_monitor("monitor", monitor),
             stop_when_finished=flag("stop", stop),
-            **options,
+            **known(options, AverageOptions, self),
         )

@@ -12,8 +12,8 @@ from torch.optim import LBFGS, Optimizer
 from lightning_merge import weights
 from lightning_merge._checks import number, one_of, path
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
-from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.callbacks._twa_run._fit import Fit
 from lightning_merge.callbacks._twa_run._plan import Plan, plan_of_given, plan_of_run
@@ -90,7 +90,7 @@ class TWA(Published):
         selection: Selection | None = None,
         **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer=0, **options)
+        super().__init__(validate, name, optimizer=0, **known(options, AverageOptions, self))
         momentum, weight_decay = check_settings(form, store, inner, momentum, weight_decay, "inner")
         one_of("schedule", schedule, ("linear", "constant"))
         self.every = Duration.parse(every, "every")

@@ -7,12 +7,10 @@ from lightning.pytorch import LightningModule
 
 from lightning_merge._checks import number, whole
 from lightning_merge.branches import Combine
-from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._branch_run._anchors import Anchors
-from lightning_merge.callbacks._branch_run._settings import Augmentation
-from lightning_merge.callbacks._branching import Batches, Branching, Buffers, OptimizerState
-from lightning_merge.callbacks._publication._average import AverageOptions
-from lightning_merge.callbacks._publication._callback import Validate
+from lightning_merge.callbacks._branch_run._settings import Augmentation, Batches, BranchingOptions, Buffers
+from lightning_merge.callbacks._branching import Branching
+from lightning_merge.callbacks._publication._options import known
 from lightning_merge.combiners import SLERP
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection
@@ -35,17 +33,14 @@ class WARP(Branching):
             on.
         batches: ``"same"`` batch for all branches, or ``"turns"``: successive batches go to successive branches, and
             ``max_steps`` counts the steps of all; see ``Branching``.
-        optimizer_state: At a merge, ``"reset"`` each branch's, since a round is a training of its own, ``"keep"`` or
-            ``"average"`` it.
         buffers: ``"average"``: each branch has its own, which mix along. ``"shared"``: all update one set. Under the
             anchor those of the branch are used. ``"recompute"``: BatchNorm statistics are measured again under the mean
             whenever it is measured or saved; not for a module with BatchNorm that asks for its anchor.
-        inactive: Where the branches that do not train at the moment are: ``"device"`` or ``"cpu"``.
         selection: Which parameters are branched; by default all trainable ones.
-        validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` (a branch) or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
-        optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``optimizer_state`` (by default ``"reset"``, since a round is a training of its own), ``inactive``,
+            ``schedulers``, ``validate``, ``optimizer``, ``final_validation`` and ``final_checkpoint``,
+            see ``Branching``.
 
     Raises:
         ValueError: If an argument is out of its range, or at fit start with a branch in each process.
@@ -67,32 +62,25 @@ class WARP(Branching):
         augmentations: Sequence[Augmentation] | None = None,
         batches: Batches = "turns",
         *,
-        optimizer_state: OptimizerState = "reset",
         buffers: Buffers = "average",
-        inactive: Inactive = "device",
         selection: Selection | None = None,
-        validate: Validate = "merged",
         name: str = "warp",
-        optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[BranchingOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         scale = number("scale", scale, "(0, 1]")
         decay = number("decay", decay, "[0, 1)")
+        options.setdefault("optimizer_state", "reset")
         super().__init__(
             Combine(SLERP(scale=scale)),
             EveryNSteps(every_n_steps),
             branches,
             augmentations=augmentations,
             batches=batches,
-            optimizer_state=optimizer_state,
             buffers=buffers,
-            inactive=inactive,
             selection=selection,
-            validate=validate,
             name=name,
-            optimizer=optimizer,
-            **options,
+            **known(options, BranchingOptions, self),
         )
         self.decay = decay
         self._anchors = Anchors(decay)

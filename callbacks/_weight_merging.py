@@ -12,8 +12,8 @@ from lightning_merge._choice import Mode, refuse_higher_is_better
 from lightning_merge._ranks import several
 from lightning_merge.callbacks._averaging_run._by_rule import MergingByRule
 from lightning_merge.callbacks._lightning._run import resolved
-from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Validate
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection, chosen
@@ -97,7 +97,7 @@ class WeightMerging(MergingByRule):
             None if monitor is None else checked_monitor("monitor", monitor),
             "min" if mode is None else mode,
             flag("stop_when_finished", stop_when_finished),
-            **options,
+            **known(options, AverageOptions, self),
         )
 
     # ---- a fit begins and ends

@@ -169,9 +169,19 @@ def callables(package: str) -> dict[str, Callable[..., Any]]:
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Those that have a name."""
-    named = inspect.signature(function).parameters.values()
-    return {p.name: p for p in named if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    """Those that have a name, with the options that are handed on."""
+    every = inspect.signature(function).parameters.values()
+    named = {p.name: p for p in every if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    for p in every:
+        for option in options(p.annotation) if p.kind is p.VAR_KEYWORD else ():
+            named[option] = inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=...)
+    return named
+
+
+def options(annotation: Any) -> dict[str, Any]:
+    """The types of options in ``**options: Unpack[Options]``, by their names."""
+    handed_on = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Unpack else ()
+    return typing.get_type_hints(handed_on[0]) if handed_on else {}
 
 
 def good(name: str, argument: str) -> Any:
@@ -212,7 +222,8 @@ def outcome(function: Callable[..., Any], arguments: Mapping[str, Any], argument
 def may_be(function: Callable[..., Any], argument: str, value: Any) -> bool:
     """Whether a value of this type can be what the annotation of the argument says."""
     target = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
-    hint = typing.get_type_hints(target).get(argument, Any)
+    hints = typing.get_type_hints(target)
+    hint = {**hints, **options(hints.get("options"))}.get(argument, Any)
     return any(_fits(each, value) for each in _flat(hint))
 
 

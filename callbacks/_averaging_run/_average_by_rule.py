@@ -12,8 +12,8 @@ from lightning_merge.callbacks._averaging_run._remarks import adopted
 from lightning_merge.callbacks._averaging_run._state import AveragingState
 from lightning_merge.callbacks._averaging_run._tensors import Tensors
 from lightning_merge.callbacks._averaging_run._undecided import Decided, Undecided
-from lightning_merge.callbacks._publication._average import AverageOptions
 from lightning_merge.callbacks._publication._callback import Published, Validate
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import Schedule
 from lightning_merge.selections import Selection
@@ -56,7 +56,7 @@ class AverageByRule(Published):
         stop_when_finished: bool,
         **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer, **options)
+        super().__init__(validate, name, optimizer, **known(options, AverageOptions, self))
         self.rule = rule
         self.schedule = schedule
         self.selection = selection

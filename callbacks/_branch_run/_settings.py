@@ -8,6 +8,8 @@ from lightning_merge._checks import one_of, sequence
 from lightning_merge.branches import Policy
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.callbacks._lightning._measure import Score
+from lightning_merge.callbacks._publication._average import Validate
+from lightning_merge.callbacks._publication._options import AverageOptions
 from lightning_merge.selections import Selection
 
 Augmentation = Callable[[Any], Any]
@@ -16,6 +18,31 @@ OptimizerState = Literal["keep", "average", "reset"]
 Buffers = Literal["shared", "average", "recompute"]
 Schedulers = Literal["group", "step"]
 Others = Literal["refuse", "own"]
+
+
+class BranchingOptions(AverageOptions, total=False):
+    """What every callback that trains branches takes beside its own arguments.
+
+    Args:
+        optimizer_state: At a merge, ``"keep"`` the optimizer state of each branch, ``"average"`` or ``"reset"`` it; by
+            default it is kept, and by ``WARP`` reset.
+        inactive: Where the branches that do not train at the moment are: ``"device"`` (the default) or ``"cpu"``.
+        schedulers: With ``batches="turns"``, whether schedules of the interval ``"step"`` move per ``"group"`` of one
+            step in every branch (the default), or per ``"step"``: then size them by
+            ``trainer.estimated_stepping_batches`` as ever.
+        validate: Which weights validation measures, ``"merged"`` (the mean, which is the default), ``"raw"`` (a branch)
+            or ``"both"``.
+        optimizer: Index of the optimizer whose step ends a branch's turn, where there are several; by default 0.
+        final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them;
+            by default they are.
+        final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on; by default it is.
+    """
+
+    optimizer_state: OptimizerState
+    inactive: Inactive
+    schedulers: Schedulers
+    validate: Validate
+    optimizer: int
 
 
 @final

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +16,6 @@ from lightning_merge.shards import reshard
 from lightning_merge.weights import Finding, Weights
 
 Validate = Literal["merged", "raw", "both"]
-
-
-class AverageOptions(TypedDict, total=False):
-    """What every callback that publishes an average takes beside its own arguments.
-
-    Args:
-        final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them;
-            by default they are.
-        final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on; by default it is.
-    """
-
-    final_validation: bool
-    final_checkpoint: bool
 
 
 class Average(ABC):

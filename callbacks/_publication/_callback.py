@@ -12,7 +12,8 @@ from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import restore_loader_position
-from lightning_merge.callbacks._publication._average import Average, AverageOptions, Validate
+from lightning_merge.callbacks._publication._average import Average, Validate
+from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.diagnostics import between
 from lightning_merge.shards import sharded_tensors
@@ -51,7 +52,7 @@ class Published(Average, Callback):
         optimizer: int,
         **options: Unpack[AverageOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer, **options)
+        super().__init__(validate, name, optimizer, **known(options, AverageOptions, self))
         self._buffers: Weights = {}  # copies of the buffers that are published as they were at the last update
         self._calibrated_at: list[int] | None = None  # `version` when the statistics in `_buffers` were measured
         self._recent: RecentBatches | None = None

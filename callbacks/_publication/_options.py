@@ -1,0 +1,38 @@
+"""The options that every callback that publishes an average takes."""
+
+from typing import TypedDict, TypeVar
+
+
+class AverageOptions(TypedDict, total=False):
+    """What every callback that publishes an average takes beside its own arguments.
+
+    Args:
+        final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them;
+            by default they are.
+        final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on; by default it is.
+    """
+
+    final_validation: bool
+    final_checkpoint: bool
+
+
+Options = TypeVar("Options", bound=AverageOptions)
+
+
+def known(options: Options, kind: type[Options], owner: object) -> Options:
+    """Options that a callback hands on, all of them its own: not what only the class behind it takes.
+
+    Args:
+        options: What was given beside the arguments in the signature.
+        kind: Which options there are.
+        owner: The callback, for the message.
+
+    Raises:
+        TypeError: If one is not among them.
+    """
+    if others := [name for name in options if name not in kind.__annotations__]:
+        raise TypeError(
+            f"{type(owner).__name__} takes no `{others[0]}`. Beside the arguments in its signature it takes"
+            f" {', '.join(f'`{name}`' for name in kind.__annotations__)}."
+        )
+    return options
