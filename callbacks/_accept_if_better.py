@@ -77,7 +77,7 @@ class AcceptIfBetter(Judge, Callback):
 
     def _choose(self, publisher: Publisher, average: Average) -> None:
         mode = mode_of(type(self).__name__, self.monitor, self.mode)
-        raw, merged = publisher.raw(average), publisher.set_of(average)
+        raw, merged = publisher.apart.of_first(publisher.raw(average)), publisher.set_of(average)
         # The copied buffers of an average are not on the line, and statistics are measured where it measures them.
         copied = {name: merged[name] for name in average.buffer_names}
         scores = self.scores[average.name] = {}

@@ -70,7 +70,7 @@ class Doctor(Judge, Callback):
             return found.get(self.monitor, math.nan)
 
         return examine(
-            {"raw": publisher.raw(average), average.name: publisher.set_of(average)},
+            {"raw": publisher.apart.of_first(publisher.raw(average)), average.name: publisher.set_of(average)},
             loss=loss,
             measure_statistics=average.statistics,
             initial_shares={average.name: average.initial_share},

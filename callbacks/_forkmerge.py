@@ -160,6 +160,11 @@ class ForkMerge(Branching):
         total: Any = sum(w * _value(losses[task]) for task, w in weighted.items() if w)
         return {**{key: value for key, value in output.items() if key != "losses"}, "loss": total}
 
+    @property
+    def own(self) -> set[str]:
+        """Heads, with a branch in each process."""
+        return set() if self._strategy is None else set(self.shared)
+
     def note_the_end(self) -> None:
         super().note_the_end()
         if self.merges and not self.equal:

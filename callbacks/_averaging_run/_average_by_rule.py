@@ -211,6 +211,18 @@ class AverageByRule(Published):
         self.steps, self._last_epoch, self._resumed = steps, epochs, True
         return True
 
+    def synchronise(self, different: list[str]) -> None:
+        """What rules keep of weights are sums of them, so the mean of their states is the state of the mean."""
+        kept: Weights = {}
+
+        def collect(name: str | None, tensor: Tensor) -> Tensor:
+            if not weights.is_sharded(self._tensors.averaged.get(str(name), tensor)):
+                kept[f"{len(kept):09d}"] = tensor
+            return tensor
+
+        weights.map_named(collect, self._state)
+        weights.mean_over_ranks_(kept)
+
     def to_host(self) -> None:
         """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
         host = torch.device("cpu")

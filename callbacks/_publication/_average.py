@@ -127,6 +127,11 @@ class Average(ABC):
         """Parameters beside ``tensors`` of which there is one set, the same whether it is merged or raw."""
         return {}
 
+    @property
+    def own(self) -> set[str]:
+        """Names of parameters that each process trains and keeps for itself."""
+        return set()
+
     def configuration(self) -> dict[str, Any]:
         """What has to be the same in every process, each under words that an error can use."""
         fields = {f"`{field}` of {self.title}": getattr(self, field) for field in ("validate", "optimizer", "monitor")}
@@ -188,6 +193,18 @@ class Average(ABC):
     @abstractmethod
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         """Takes over what ``save`` and ``label`` gave."""
+
+    def synchronise(self, different: list[str]) -> None:
+        """Makes one average of those of all processes, which hold different weights. All call this.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        raise ValueError(
+            f"{self.title} merges weights that are the same in all processes, and `{different[0]}` is not: they train"
+            " apart, by a hook of DDP, a plug-in, or since gradients are not synchronised. Train with `strategy='ddp'`"
+            " and its own all-reduce, or take an average (EMA, SWA, LAWA, SWAD), which is then the mean over processes."
+        )
 
     def adopt(self, average: Weights, updates: int, steps: int, epochs: int) -> bool:
         """Goes on with an average that other software kept, if that is all it keeps itself; whether it does.

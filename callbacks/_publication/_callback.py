@@ -87,7 +87,7 @@ class Published(Average, Callback):
         merged = self.merged()
         if merged is None or self.accepted is None or self._publisher is None:
             return merged
-        raw = self._publisher.raw(self)
+        raw = self._publisher.apart.of_first(self._publisher.raw(self))
         return {**between(raw, merged, self.accepted), **self._buffers} if self.accepted else raw
 
     def raw_weights(self) -> Weights:

@@ -105,6 +105,8 @@ class Checkpoints:
         publisher = self._publisher
         publisher.look()
         holds = self._choose()
+        for average in publisher.averages:
+            publisher.apart.make_one(average)  # also those that a run goes on with
         merged = {} if holds is None else publisher.set_of(holds)
         busy, publisher.busy = publisher.busy, True
         try:

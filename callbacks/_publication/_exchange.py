@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement
 from lightning_merge.callbacks._lightning._eval_mode import written_in_eval
+from lightning_merge.callbacks._publication._apart import Apart
 from lightning_merge.callbacks._publication._average import Average, Ending, averages_of
 from lightning_merge.inventory import Inventory
 from lightning_merge.shards import reshard
@@ -27,6 +28,7 @@ class Exchange:
 
     Attributes:
         swapped_out: Raw tensors while merged ones are in their place.
+        apart: Makes one of the weights of processes that train apart.
         interrupted: Whether the fit has failed, so that no forward pass and no collective may run.
         busy: Whether a file is being written or read, for which torch may step optimizers.
         begun: The averages whose fit has begun.
@@ -43,6 +45,7 @@ class Exchange:
         self.ending: Ending | None = None
         self.interrupted = False
         self.inventory = Inventory(module)
+        self.apart = Apart(self.inventory, lambda: self.interrupted)
         self.swapped_out: Mapping[str, Tensor] = {}
         self.busy = False
         self.watches_training = False  # whether what is merged depends on which parameters require gradients

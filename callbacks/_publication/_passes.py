@@ -275,11 +275,16 @@ class Validation:
         self._settle()
         before = self._before = dict(self._metrics)
         with ExitStack() as stack:
+            rest = self._publisher.apart.rest_of_first
+            if pass_.average is None and (first := rest({})):
+                stack.enter_context(self._publisher.in_place(first))
             if pass_.average is not None:
+                if tensors is None:
+                    self._publisher.apart.make_one(pass_.average)
                 # Making the set may run the module, which the canary must not see.
                 merged = self._publisher.set_of(pass_.average) if tensors is None else tensors
                 stack.enter_context(self._canary.watch(self._publisher, pass_.average, merged))
-                stack.enter_context(self._publisher.swapped(pass_.average, merged))
+                stack.enter_context(self._publisher.swapped(pass_.average, {**rest(merged), **merged}))
             if pass_.average is not None or any(average.validate != "raw" for average in self._publisher.averages):
                 # Lightning puts flags back after a validation, and calls no `train()`.
                 forget_what_eval_mode_kept(self._publisher.module)

@@ -167,6 +167,8 @@ class Publisher(Exchange):
         for average in self.averages:
             average.note_the_end()
         ready = [average for average in self.averages if average.ready]
+        for average in ready:
+            self.apart.make_one(average)
         for callback in self._judges if ready else []:
             callback.consider(self)
         self.validation.measure_final(ready)
@@ -195,10 +197,14 @@ class Publisher(Exchange):
         self.look()
         for average in self.averages:
             if average.ready:
+                self.apart.make_one(average)
                 average.recalibrate()  # the last chance: after the fit there is nothing to measure on
         if not self.primary.ready:
             return
-        published = weights.copies(self.set_of(self.primary))
+        merged = self.set_of(self.primary)
+        rest = self.apart.rest_of_first(merged)
+        own = {name for average in self.averages for name in average.own}
+        published = weights.copies({**{name: t for name, t in rest.items() if name not in own}, **merged})
         reshard(self.module)
         self.ending = Ending(
             raw=weights.exchange(self.inventory.tensors, published, ties=self.inventory.ties),

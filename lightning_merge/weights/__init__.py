@@ -47,6 +47,7 @@ from lightning_merge.weights._names import submodules as submodules
 from lightning_merge.weights._nonfinite import Finding as Finding
 from lightning_merge.weights._nonfinite import find_nonfinite as find_nonfinite
 from lightning_merge.weights._nonfinite import nonfinite as nonfinite
+from lightning_merge.weights._over_ranks import apart as apart
 from lightning_merge.weights._over_ranks import mean_over_ranks_ as mean_over_ranks_
 from lightning_merge.weights._over_ranks import of_first_rank as of_first_rank
 from lightning_merge.weights._precision import average_dtype as average_dtype
