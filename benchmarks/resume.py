@@ -261,6 +261,7 @@ def main(description: str | None, methods: Iterable[str], run: Run, events: Mapp
     """The command line of a sweep over methods; ``noun`` is what lines call the runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
+    parser.add_argument("--part", default="1/1", help="of the methods, as 1/2: two processes take half of them each")
     parser.add_argument("--points", type=int, default=20, help="kills per method")
     parser.add_argument("--seed", type=int, default=0, help="of the points")
     parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
@@ -268,8 +269,9 @@ def main(description: str | None, methods: Iterable[str], run: Run, events: Mapp
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads
     rows: list[dict[str, Any]] = []
+    part, parts = map(int, arguments.part.split("/"))
     with tempfile.TemporaryDirectory() as folder:
-        for method in arguments.methods:
+        for method in arguments.methods[part - 1 :: parts]:
             rows += sweep(run, events, method, arguments.points, arguments.seed, Path(folder) / method)
     for row in rows:
         print(f"{row['method']:16} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
