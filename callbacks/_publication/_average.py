@@ -21,12 +21,7 @@ Validate = Literal["merged", "raw", "both"]
 class Average(ABC):
     """Something that merges the weights of a run, whichever way; it knows nobody of those who publish it.
 
-    Args:
-        validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
-        name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
-        optimizer: Index of the optimizer whose applied steps are counted; at least 0.
-        final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them.
-        final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on.
+    Its arguments are those of ``Published``.
 
     Raises:
         TypeError: If an argument is of the wrong type.

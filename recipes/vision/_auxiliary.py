@@ -1,9 +1,8 @@
 """A classifier with two more tasks, one that may help and one that cannot."""
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -17,13 +16,8 @@ class AuxiliaryClassifier(Classifier):
     ``noise`` is the labels of other images of the batch, a task that cannot. The heads of the last two, ``rotation``
     and ``noise``, work on what the model's last linear layer sees.
 
-    Args:
-        model: As for ``Classifier``; it has a linear layer, the last one is its head. Images are square.
-        num_classes: As for ``Classifier``.
-        label_smoothing: Of the target.
-        optimizer: As for ``Classifier``.
-        lr_scheduler: As for ``Classifier``.
-        lr_interval: As for ``Classifier``.
+    Its arguments are those of ``Classifier``: the model has a linear layer, the last one is its head, and images are
+    square; ``label_smoothing`` is of the target.
 
     Raises:
         ValueError: If an argument is out of range, or the model has no linear layer.
@@ -38,16 +32,8 @@ class AuxiliaryClassifier(Classifier):
         Gidaris, Singh and Komodakis, "Unsupervised representation learning by predicting image rotations", ICLR 2018.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        num_classes: int,
-        label_smoothing: float = 0.0,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["epoch", "step"] = "epoch",
-    ) -> None:
-        super().__init__(model, num_classes, label_smoothing, optimizer, lr_scheduler, lr_interval)
+    def add_heads(self, model: nn.Module, num_classes: int) -> None:
+        """The heads of the two other tasks, which see what the model's own sees."""
         heads = [module for module in model.modules() if isinstance(module, nn.Linear)]
         if not heads:
             raise ValueError(f"`model` must have a linear layer, its head, and {type(model).__name__} has none.")

@@ -65,6 +65,10 @@ class Classifier(LightningModule):
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.accuracy_in_task = MulticlassAccuracy(num_classes, average="micro")
+        self.add_heads(model, num_classes)
+
+    def add_heads(self, model: nn.Module, num_classes: int) -> None:
+        """For subclasses that train more than the model: called once, when everything else is there."""
 
     def configure_model(self) -> None:
         """Shards the model under ``ModelParallelStrategy``: FSDP2 for each child, and for the rest."""

@@ -257,6 +257,16 @@ class NeverOutsideParts(NetParts):
         return self.loss(batch)
 
 
+def cured(parts: Any) -> Any:
+    """A module of these parts with the cure that the error names."""
+
+    class Cured(of(parts)):  # type: ignore[misc]
+        def calibration_step(self, batch: Any) -> None:
+            self(batch[0])
+
+    return Cured(norm=True)
+
+
 CALLBACKS: dict[str, Any] = {
     "SWA that starts late": lambda folder: SWA(5),
     "LAWA": lambda folder: LAWA(every_n_steps=3),
@@ -275,11 +285,7 @@ def test_a_step_that_cannot_run_outside_training_is_refused_at_the_first_batch(n
         run.fit(of(NeverOutsideParts)(norm=True), batches())
     assert run.global_step <= 1
 
-    class Cured(of(NeverOutsideParts)):  # type: ignore[misc]
-        def calibration_step(self, batch: Any) -> None:
-            self(batch[0])
-
-    trainer(tmp_path, [CALLBACKS[name](tmp_path)], max_epochs=6).fit(Cured(norm=True), batches())
+    trainer(tmp_path, [CALLBACKS[name](tmp_path)], max_epochs=6).fit(cured(NeverOutsideParts), batches())
 
 
 def test_an_error_of_the_step_itself_is_the_users_own(tmp_path: Path) -> None:
@@ -308,11 +314,7 @@ def test_a_step_that_fetches_its_batches_itself_needs_a_calibration_step(name: s
 
 
 def test_batches_that_a_step_fetches_itself_are_kept_for_calibration_step(tmp_path: Path) -> None:
-    class Cured(of(IteratorParts)):  # type: ignore[misc]
-        def calibration_step(self, batch: Any) -> None:
-            self(batch[0])
-
-    module = Cured(norm=True)
+    module = cured(IteratorParts)
     trainer(tmp_path, [SWA(1)], max_epochs=1).fit(module, batches())
     state, inputs = module.state_dict(), torch.cat([batch[0] for batch in batches()])
     reached = nn.functional.linear(inputs, state["net.0.weight"], state["net.0.bias"]).mean(0)
