@@ -86,24 +86,27 @@ class Anchor(Callback):
         self._hooks: list[RemovableHandle] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks the parameters up, and takes the anchor from the file, or from the start of the first task."""
+        """Takes the anchor from the file."""
         if stage != "fit":
             return
         refuse_sharding(trainer.strategy, "Anchor")
         if not self._anchor and self.file is not None and zipfile.is_zipfile(self.file):
             self._restore(torch.load(self.file, weights_only=True))
+        self._recent = RecentBatches() if self.importance == "fisher" else None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks the parameters up, now that the module is built, and pulls after each applied step from here on.
+
+        That is before an average of the same run takes the weights in.
+        """
         held = self._held(pl_module)
         if not self._anchor and self.at == "base":
             self._anchor = weights.clone(held)
         if self._anchor and (difference := weights.first_mismatch(self._anchor, held)):
             raise ValueError(f"the model is not the one that Anchor was started with: {difference}.")
-        self._recent = RecentBatches() if self.importance == "fisher" else None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gets ready to pull after each applied step, before an average of the same run takes the weights in."""
         if self._recent is not None:
-            prepare_fisher(trainer, pl_module, self._held(pl_module), self._recent)
-        self._pulled = {parameter: name for name, parameter in self._held(pl_module).items()}
+            prepare_fisher(trainer, pl_module, held, self._recent)
+        self._pulled = {parameter: name for name, parameter in held.items()}
         for optimizer in trainer.optimizers:
             handle = optimizer.register_step_post_hook(self._pull)
             cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(handle.id, last=False)

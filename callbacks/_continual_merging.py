@@ -6,20 +6,26 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_merge import weights
 from lightning_merge._checks import flag, instance, names, one_of, path, whole
+from lightning_merge.callbacks._lightning._internals import checkpoint_connector
+from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._lightning._recalibrate import recalibrate
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
-from lightning_merge.callbacks._publication._callback import Published
+from lightning_merge.callbacks._task_run._beside import refuse_order
+from lightning_merge.callbacks._task_run._ending import Ending
 from lightning_merge.callbacks._task_run._files import KEY, TaskSaved, write_merged
-from lightning_merge.callbacks._task_run._fit import Fit, Settings
-from lightning_merge.callbacks._task_run._heads import Head, Heads
+from lightning_merge.callbacks._task_run._fit import Fit
+from lightning_merge.callbacks._task_run._heads import Heads
 from lightning_merge.callbacks._task_run._low_rank import LowRank
 from lightning_merge.callbacks._task_run._presets import chosen_preset, scaled
+from lightning_merge.callbacks._task_run._settings import Settings
+from lightning_merge.callbacks._task_run._start import FINISHED
 from lightning_merge.callbacks._task_run._store import Store
 from lightning_merge.combiners import Combiner
-from lightning_merge.continual import InitFrom, head_parameters
+from lightning_merge.continual import Bank, InitFrom, StreamState
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
 
@@ -100,6 +106,7 @@ class ContinualMerging(Callback):
         self.store_samples_per_class = store_samples_per_class
 
         self._fit: Fit | None = None  # from the start of a task until it is part of the stream
+        self._patches = Patches()  # from `setup` until the module is built
         self._left_off = False  # a fit was interrupted, so the live weights are of a task that was not finished
 
     # ---- what there is
@@ -107,16 +114,16 @@ class ContinualMerging(Callback):
     @property
     def tasks(self) -> list[int | str]:
         """Names of the tasks that are merged now."""
-        return self._store.bank().tasks
+        return self._bank().tasks
 
     @property
     def completed(self) -> int:
         """Tasks that were taken in, those removed since included: the index of the next one."""
-        return self._store.bank().added
+        return self._bank().added
 
     def merged_vector(self) -> Weights | None:
         """What the merged model adds to the base, by canonical name; ``None`` while there is no task."""
-        return self._store.bank().result()
+        return self._bank().result()
 
     def head_of(self, task: int) -> Weights:
         """The head of a task under ``heads="per_task"``, by canonical name: load it to measure or use that task.
@@ -127,7 +134,7 @@ class ContinualMerging(Callback):
         done = self.completed
         if self.heads != "per_task" or not 0 <= whole("task", task) < done:
             raise ValueError(f"`task` must be in [0, {done}) and `heads` 'per_task', got {task} and {self.heads!r}.")
-        return self._store.stream.load(done)[f"head{task}"]
+        return self._stream.load(done)[f"head{task}"]
 
     def load_merged(self, module: LightningModule, without: int | str | None = None) -> None:
         """Puts the merged model of the bank into a module of the same architecture: in a new process, say.
@@ -153,38 +160,56 @@ class ContinualMerging(Callback):
     def _store(self) -> Store:
         return Store(self.folder, self.combiner, self.keep_vectors, self.init_from)
 
+    def _bank(self) -> Bank:
+        return self._store.bank()
+
+    @property
+    def _stream(self) -> StreamState:
+        return self._store.stream
+
     # ---- a fit begins
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Puts the weights that the task starts from in place, before the optimizer or a checkpoint sees them."""
+        """Has the weights that the task starts from put in place once the module is built.
+
+        That is after its own ``setup`` and ``configure_model``, before an optimizer or a checkpoint sees it.
+        """
         if stage != "fit":
             return
         refuse_sharding(trainer.strategy, "ContinualMerging")
-        _refuse_order(trainer, self)
-        head = Head(head_parameters(pl_module, self.head, "head"), self.heads)
-        settings = Settings(self._store, head, self.selection, self.lora, self.store_samples_per_class)
-        self._fit = Fit(trainer, pl_module, settings, self._left_off)
+        refuse_order(trainer.callbacks, self)  # type: ignore[attr-defined]
+        self._fit = None
+        self._patches.undo()
+
+        def open_first(original: Any, *args: Any, **kwargs: Any) -> Any:
+            self._patches.undo()
+            self._open(trainer, pl_module)
+            return original(*args, **kwargs)
+
+        self._patches.replace(checkpoint_connector(trainer), "resume_start", open_first)
+
+    def _open(self, trainer: Trainer, module: LightningModule) -> None:
+        settings = Settings(self._store, self.head, self.heads, self.selection, self.lora, self.store_samples_per_class)
+        self._fit = Fit(trainer, module, settings, self._left_off)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a Trainer with nothing left to train, and gets ready to keep batches."""
-        fit = self._running
-        fit.get_ready(trainer, pl_module)
-        rank_zero_info(
-            f"ContinualMerging: {fit.title} is task {fit.task} of the bank {self.folder}, starts from"
-            f" {'the base' if not fit.task else self.init_from}; {len(fit.names)} tensors are merged by"
-            f" {self.combiner}, {len(fit.settings.head.names)} are the head's ({self.heads})."
-        )
+        self._running.get_ready(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Copies what is kept of the batch, before the step can change it."""
-        self._running.hold(trainer, pl_module, batch)
+        """Looks for the head with the first batch, and copies what is kept of each before the step can change it."""
+        self._running.begin_batch(trainer, pl_module, batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Looks at the first loss where the step could not be tried."""
+        if self._fit is not None:
+            self._fit.see_loss(pl_module, loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keeps it."""
-        if (recent := self._running.recent) is not None:
-            recent.keep()
+        self._running.end_batch(trainer, pl_module)
 
     @property
     def _running(self) -> Fit:
@@ -213,6 +238,7 @@ class ContinualMerging(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leaves the raw weights; the bank is as it was before the task."""
+        self._patches.undo()
         if self._fit is not None:
             fit, self._fit = self._fit, None
             self._left_off = True
@@ -220,8 +246,16 @@ class ContinualMerging(Callback):
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         fit = self._running
-        fit.finish(trainer, module)
+        ending = Ending(trainer, module, fit)
+        with ending.nothing_lost():
+            ending.merge()
+            if fit.recent is not None and fit.recent.batches:
+                ending.put(recalibrate(trainer, module, "ContinualMerging", fit.recent))
+            ending.calibrate_head()
+            ending.keep()
+        fit.leave(module)
         self._fit, self._left_off = None, False
+        FINISHED[module] = str(self.folder.resolve())
         write_merged(trainer, module, fit.task, fit.title)
         rank_zero_info(f"The model now holds the merged weights of {fit.task + 1} tasks ({self.combiner}).")
 
@@ -236,16 +270,5 @@ class ContinualMerging(Callback):
         """Goes on with a task in progress, and with no other."""
         if self._fit is not None:
             fit = self._fit
-            fit.resume(TaskSaved.of(checkpoint[KEY]) if KEY in checkpoint else TaskSaved("raw", fit.task, fit.title))
-
-
-def _refuse_order(trainer: Trainer, callback: ContinualMerging) -> None:
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if sum(isinstance(other, ContinualMerging) for other in callbacks) > 1:
-        raise ValueError("a Trainer must have one ContinualMerging, got two: each would take the task in.")
-    for other in callbacks[callbacks.index(callback) + 1 :]:
-        if isinstance(other, Published):
-            raise ValueError(
-                f"{type(other).__name__} must come before ContinualMerging in `callbacks`: the vector of a task is that"
-                " of the weights it publishes at the end."
-            )
+            saved = TaskSaved.of(checkpoint[KEY]) if KEY in checkpoint else TaskSaved("raw", fit.task, fit.title)
+            fit.resume(saved, pl_module)

@@ -25,6 +25,7 @@ class TaskSaved(Saved):
         title: What the data module calls it.
         recent: The batches kept for BatchNorm statistics; only of a task in progress.
         samples: Samples stored by class; only of a task in progress that stores some.
+        head: Names of the head's parameters; only of a task in progress that knows them.
         format: Version of the section.
     """
 
@@ -33,6 +34,7 @@ class TaskSaved(Saved):
     title: str
     recent: Any = None
     samples: Any = None
+    head: Any = None
     format: int = 1
 
 

@@ -1,6 +1,6 @@
 """The head of a stream's model: frozen, one for each task, or one that grows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_merge import weights
 from lightning_merge.callbacks._task_run._stored_samples import calibrated_head
-from lightning_merge.continual import head_parameters, join_head
+from lightning_merge.continual import join_head
 from lightning_merge.weights import Weights
 
 Heads = Literal["freeze", "per_task", "grow"]
@@ -23,10 +23,19 @@ class Head:
     Attributes:
         names: Canonical names of its parameters.
         mode: ``"freeze"``, ``"per_task"`` or ``"grow"``, as of ``ContinualMerging``.
+        by_class: Those of the names that have a row for each class, where the data names classes.
     """
 
     names: list[str]
     mode: Heads
+    by_class: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """What it is, for a line at the start of a fit."""
+        if not self.names:
+            return "there is no head"
+        rows = f", rows by class: {_listed(self.by_class)}" if 0 < len(self.by_class) < len(self.names) else ""
+        return f"the head ({self.mode}) is {_listed(self.names)}{rows}"
 
     def layer(self, module: nn.Module) -> nn.Linear:
         """The layer whose parameters the head is.
@@ -44,21 +53,20 @@ class Head:
             f"`store_samples_per_class` must be 0 here: the head must be one linear layer, and it is {self.names}."
         )
 
-    def start(self, base: Weights, last: Weights, live: Weights) -> Weights:
+    def start(self, base: Weights, last: Weights, live: Mapping[str, Tensor]) -> Weights:
         """What a task's head starts from: the last task's if it grows, else the base's; only what fits the live one.
 
         A head that has more rows by now takes what there was as its first ones.
         """
         heads = last if self.mode == "grow" else {name: base[name] for name in self.names if name in base}
-        return {n: t for n, t in heads.items() if t.shape[1:] == live[n].shape[1:] and len(t) <= len(live[n])}
+        return {name: tensor for name, tensor in heads.items() if name in live and _fits(tensor, live[name])}
 
     def joined(self, module: nn.Module, start: Weights, classes: Sequence[int] | None) -> Weights:
         """The head after a task; if it grows, rows of other classes are as at the start."""
         live = weights.named_tensors(module)
         head = weights.copies({name: live[name] for name in self.names})
         if self.mode == "grow":
-            by_class = {name: head[name] for name in head_parameters(module, None) if name in head}
-            head |= join_head(by_class, start, classes)
+            head |= join_head({name: head[name] for name in self.by_class}, start, classes)
         return head
 
     def calibrated(self, trainer: Any, module: LightningModule, head: Weights, samples: dict[int, Tensor]) -> Weights:
@@ -66,32 +74,19 @@ class Head:
         found = calibrated_head(trainer, module, self.layer(module), samples)
         return {name: found[name.rpartition(".")[2]].to(tensor) for name, tensor in head.items()}
 
-    def refuse_known_classes(self, classes: Sequence[int] | None, known: Weights) -> None:
-        """Checks that a growing head has no rows of these classes yet.
 
-        Args:
-            classes: Of the task that begins, if its data names them.
-            known: Class numbers by title of an earlier task.
-
-        Raises:
-            ValueError: If an earlier task had one of them.
-        """
-        of_task = set(classes or ()) if self.mode == "grow" else set()
-        for task, earlier in known.items():
-            if both := sorted(of_task & set(earlier.tolist())):
-                raise ValueError(
-                    f"class {both[0]} was in {task} already, whose rows of the head would be written over. In a"
-                    " class-incremental stream no class is in two tasks; for a domain-incremental one give data without"
-                    " `classes`."
-                )
+def put_head(live: Mapping[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Writes a parameter of the head; of one that has more rows by now the first ones."""
+    target = live[name].detach()
+    (target[: len(tensor)] if tensor.dim() else target).copy_(tensor)
 
 
-def classes_of(trainer: Any) -> Sequence[int] | None:
-    """The classes of the task, if its data module names them."""
-    classes: Sequence[int] | None = getattr(getattr(trainer, "datamodule", None), "classes", None)
-    return classes
+def _fits(tensor: Tensor, live: Tensor) -> bool:
+    if not tensor.dim() or not live.dim():
+        return tensor.shape == live.shape
+    return tensor.shape[1:] == live.shape[1:] and len(tensor) <= len(live)
 
 
-def title_of(trainer: Any, task: int) -> str:
-    """What the data module calls the task, or its number."""
-    return str(getattr(getattr(trainer, "datamodule", None), "task", f"task{task}"))
+def _listed(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{name}`" for name in names[:most]) + more

@@ -1,12 +1,13 @@
 """The folder of a stream: its bank of vectors, its base, and what else the tasks so far have left."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
+from torch import Tensor
 
 from lightning_merge.combiners import Combiner, add_vector
 from lightning_merge.continual import Bank, InitFrom, StreamState
@@ -75,19 +76,26 @@ class Store:
             )
         return merged
 
+    @staticmethod
+    def differs(live: Mapping[str, Tensor], expected: Weights) -> str | None:
+        """The first tensor of a model that is not as expected; ``None`` if all are."""
+        return next((n for n, t in expected.items() if not torch.equal(live[n], t.to(live[n]))), None)
+
     def refuse_other_base(self, live: Weights, base: Weights, merged: Weights) -> None:
         """Checks that a model is the base or the merged model, before it is trained.
 
         Raises:
             ValueError: If it is neither.
         """
-        other = next((name for name in base if not torch.equal(live[name], base[name].to(live[name]))), None)
-        if other is None or all(torch.equal(live[name], merged[name].to(live[name])) for name in merged):
+        other = self.differs(live, base)
+        if other is None or self.differs(live, merged) is None:
             return
         raise ValueError(
             f"the bank {self.folder} is of another base: `{other}` of the model is neither the base's (hash"
             f" {_hash(base)}, the model has {_hash(live, base)}) nor that of the merged model. Build the model as for"
-            " the first task, with the same seed or pretrained weights, or name a new folder with `bank`."
+            " the first task, with the same seed or pretrained weights, or name a new folder with `bank`. If it holds"
+            " weights of a checkpoint (`load_from_checkpoint`, `test(ckpt_path=...)`), call"
+            " `ContinualMerging.load_merged(module)` first."
         )
 
 

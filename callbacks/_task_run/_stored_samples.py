@@ -5,6 +5,7 @@ from typing import Any, final
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_merge.callbacks._lightning._user_step import outside_training
@@ -29,9 +30,14 @@ class StoredSamples:
     def __init__(self, per_class: int, kept: dict[int, Tensor] | None = None) -> None:
         self.per_class = per_class
         self.by_class: dict[int, Tensor] = dict(kept or {})
+        self._said = False
 
-    def take(self, batch: Any) -> None:
+    def take(self, batch: Any, rows: int | None = None) -> None:
         """Copies the samples that are still wanted, before the step can change them.
+
+        Args:
+            batch: Inputs and class numbers.
+            rows: Classes of the head. Samples of others, or of none (-1, say), are left out, which is said once.
 
         Raises:
             ValueError: If the batch is not a pair of inputs and class numbers.
@@ -44,12 +50,22 @@ class StoredSamples:
         inputs, labels = batch
         fresh: dict[int, list[Tensor]] = defaultdict(list)
         for number, label in enumerate(labels.tolist()):
-            if len(self.by_class.get(label, ())) + len(fresh[label]) < self.per_class:
+            if label < 0 or (rows is not None and label >= rows):
+                self._say_left_out(label, rows)
+            elif len(self.by_class.get(label, ())) + len(fresh[label]) < self.per_class:
                 fresh[label].append(inputs[number].detach().to("cpu", copy=True))
         for label, samples in fresh.items():
             if samples:
                 new = torch.stack(samples)
                 self.by_class[label] = torch.cat([self.by_class[label], new]) if label in self.by_class else new
+
+    def _say_left_out(self, label: int, rows: int | None) -> None:
+        if not self._said:
+            self._said = True
+            rank_zero_warn(
+                f"No sample of label {label} is stored: `store_samples_per_class` keeps those of classes that are rows"
+                f" of the head, {'at least 0' if rows is None else f'in [0, {rows})'}."
+            )
 
 
 def calibrated_head(trainer: Any, module: LightningModule, layer: nn.Linear, by_class: dict[int, Tensor]) -> Weights:
@@ -110,4 +126,5 @@ def _is_labelled(batch: Any) -> bool:
     if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(each, Tensor) for each in batch)):
         return False
     inputs, labels = batch
-    return bool(labels.shape == inputs.shape[:1]) and not labels.is_floating_point()
+    is_whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype is not torch.bool
+    return bool(labels.shape == inputs.shape[:1]) and is_whole

@@ -24,6 +24,8 @@ from lightning_merge.continual._manifest import (
     read_manifest,
     write_manifest,
 )
+from lightning_merge.continual._rescue import Rescue
+from lightning_merge.continual._stream_state import StreamState
 from lightning_merge.weights import State, Weights
 
 
@@ -95,6 +97,11 @@ class Bank:
     def added(self) -> int:
         """How many tasks were ever added, those removed since included."""
         return len(self._manifest["tasks"])
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors of every vector; none before the first."""
+        return list(self._manifest["tensors"])
 
     @property
     def keeps_vectors(self) -> bool:
@@ -189,17 +196,41 @@ class Bank:
         gone = {**entry, "removed": True, "file": None, "sha256": None}
         self._commit(state, tasks=[gone if other is entry else other for other in self._manifest["tasks"]])
 
-    def rebuild(self) -> None:
-        """Merges the kept vectors again, after the file of what was merged was damaged.
+    def rebuild(self, rescue: str | Path | None = None) -> None:
+        """Merges the kept vectors again, after the file of what was merged was damaged; or takes a rescued task in.
+
+        Args:
+            rescue: The file that a task has left which was trained and could not be written to the bank
+                (``ContinualMerging`` says its name). It is merged with the tasks that are there, and the stream goes on
+                after it. Without it the kept vectors are merged again.
 
         Raises:
-            ValueError: If vectors are not kept, or one is damaged.
+            ValueError: If vectors are not kept, or one is damaged; or if the rescued task does not come next.
         """
+        if rescue is not None:
+            self._take_in(Rescue.read(Path(checked_path("rescue", rescue))))
+            return
         if not self.keeps_vectors:
             raise ValueError(
                 f"the bank {self.folder} has not kept its vectors, so there is nothing to rebuild it from."
             )
         self._commit(self._folded(self._merged_entries()))
+
+    def _take_in(self, rescued: Rescue) -> None:
+        if rescued.number != self.added:
+            raise ValueError(
+                f"`rescue` must be of task {self.added} of the bank {self.folder}, the next one, got that of task"
+                f" {rescued.number}."
+            )
+        stream = StreamState(self.folder)
+        if stream.has_base:
+            base = stream.base()
+            self._refuse_other_base({name: base[name] for name in rescued.vector})
+        before = stream.load(self.added) if self.added else {}
+        earlier = {part: tensors for part, tensors in before.items() if part.startswith(("head", "classes"))}
+        parts = {part: {**earlier.pop(part, {}), **tensors} for part, tensors in rescued.parts.items()}
+        stream.save(self.added + 1, {**earlier, **parts})
+        self.add(rescued.vector, task=rescued.task)
 
     # ---- the state
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from lightning_merge._checks import instance, number, sequence, text, whole
 from lightning_merge._checks import names as checked_names
 from lightning_merge._mergeable import named
-from lightning_merge.weights import Weights, canonical, named_parameters, submodules
+from lightning_merge.weights import Inventory, Weights, canonical, named_parameters, submodules
 
 
 def only(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
@@ -132,7 +132,8 @@ def head_parameters(module: nn.Module, patterns: Sequence[str] | None, argument:
 
     Args:
         module: The whole module.
-        patterns: Globs over parameter names; ``None`` to look for the last linear layer, in the order of definition.
+        patterns: Globs over parameter names; ``None`` to look for the last linear layer, in the order of definition,
+            unless its weight is used elsewhere too, as by a tied embedding.
         argument: What to call them in messages.
 
     Raises:
@@ -147,8 +148,9 @@ def head_parameters(module: nn.Module, patterns: Sequence[str] | None, argument:
     parameters = named_parameters(module)
     if patterns is None:
         linear = [name for name, layer in submodules(module) if isinstance(layer, nn.Linear)]
-        own = {f"{canonical(linear[-1])}.{name}".lstrip(".") for name in ("weight", "bias")} if linear else set()
-        return [name for name in parameters if name in own]
+        path = f"{canonical(linear[-1])}.".lstrip(".") if linear else None
+        own = [name for name in parameters if path is not None and name.startswith(path)]
+        return own if any(parameters[name].dim() > 1 for name in own) and not _tied(module, own) else []
     for pattern in (patterns := checked_names(argument, patterns)):
         if not any(fnmatchcase(name, pattern) for name in parameters):
             some = ", ".join(list(parameters)[-4:])
@@ -156,6 +158,10 @@ def head_parameters(module: nn.Module, patterns: Sequence[str] | None, argument:
                 f"`{argument}` must match parameters, got {pattern!r}, which matches none; the last are: {some}."
             )
     return [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _tied(module: nn.Module, names: Sequence[str]) -> bool:
+    return any(len(Inventory(module).names_of(name)) > 1 for name in names)
 
 
 def checked_classes(classes: object, argument: str = "classes") -> list[int]:
@@ -172,7 +178,7 @@ def checked_classes(classes: object, argument: str = "classes") -> list[int]:
 def join_head(trained: Weights, before: Weights, classes: Sequence[int] | None) -> Weights:
     """The head after a task: rows of the task's classes as trained, all others as they were before it.
 
-    Rows that were not there before stay as trained.
+    Rows that were not there before stay as trained, and so does what has no rows: a temperature, say.
 
     Args:
         trained: The head's parameters now, one row per class.
@@ -189,6 +195,8 @@ def join_head(trained: Weights, before: Weights, classes: Sequence[int] | None) 
     if classes is not None:
         classes = checked_classes(classes)
         for name, old in before.items():
+            if not old.dim() or name not in joined:
+                continue
             others = [row for row in range(len(old)) if row not in classes]
             joined[name][others] = old[others].to(joined[name])
     return joined
