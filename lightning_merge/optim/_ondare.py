@@ -1,7 +1,7 @@
 """OnDARE: the policy's update and the task vector, each thinned out at random."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack, final
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 
 from lightning_merge._checks import whole
 from lightning_merge.optim._blocks import PIECE, Draw, blocks, within
+from lightning_merge.optim._magnitudes import magnitude, magnitudes
 from lightning_merge.optim._online import OnlineMerging
 from lightning_merge.optim._rounding import add_
-from lightning_merge.optim._settings import AlphaSchedule, Form, OnlineSettings, Rescale
+from lightning_merge.optim._settings import Form, OnlineOptions, OnlineSettings, Rescale
 from lightning_merge.optim._side import Side
 from lightning_merge.optim._task_vector import Source
 from lightning_merge.optim._turn import Turn
@@ -43,18 +44,20 @@ class OnDARE(OnlineMerging):
         rescale: ``"none"``, ``"inverse_p"`` (divide by ``density``), or ``"l1"`` (keep each tensor's sum of
             magnitudes). By default ``"none"`` in the paper's form and ``"inverse_p"`` in the official one.
         tau_every: Add the difference every so many merges, so many times as strong; at least 1.
-        alpha_schedule: ``"lr"`` multiplies ``alpha`` by learning rate / highest learning rate (``max_lr`` or
-            ``initial_lr`` of the group, else the one at construction).
-        merge_every: Merge the update of so many steps at once; at least 1. Above 1 it takes a copy of the parameters.
-        seed: Seed of the masks.
-        min_numel: Tensors with fewer elements are merged in full.
-        exempt: Glob patterns of parameter names that are stepped as without the wrapper.
+        alpha_schedule: ``"constant"``, the default, or ``"lr"``, which multiplies ``alpha`` by learning rate / highest
+            learning rate (``max_lr`` or ``initial_lr`` of the group, else the one at construction).
+        merge_every: Merge the update of so many steps at once; at least 1, the default. Above 1 it takes a copy of the
+            parameters.
+        seed: Seed of the masks; by default 0.
+        min_numel: Tensors with fewer elements are merged in full; by default none.
+        exempt: Glob patterns of parameter names that are stepped as without the wrapper; by default none.
         module: The model that is trained, for its names. By default ``reference`` if it is that model, else the names
             that the optimizer was given.
         tau_dtype: How the difference is stored; by default in float32, or wider if the parameter is.
         tau: What ``tau_state()`` of an earlier optimizer gave, instead of ``reference`` and ``pretrained``.
-        chunk_size: Elements per call of ``base_optimizer``, at least a whole tensor; sixteen times as many off the CPU,
-            where launches are what costs. ``None``: one call on everything, for one that couples tensors.
+        chunk_size: Elements per call of ``base_optimizer``, by default 2**22, at least a whole tensor; sixteen times as
+            many off the CPU, where launches are what costs. ``None``: one call on everything, for one that couples
+            tensors.
 
     Raises:
         ValueError: If an argument is out of range, ``reference`` and ``pretrained`` do not fit the parameters or do
@@ -84,15 +87,9 @@ class OnDARE(OnlineMerging):
         form: Form = "paper",
         rescale: Rescale | None = None,
         tau_every: int = 1,
-        alpha_schedule: AlphaSchedule = "constant",
-        merge_every: int = 1,
-        seed: int = 0,
-        min_numel: int = 0,
-        exempt: Sequence[str] = (),
         module: nn.Module | None = None,
-        tau_dtype: torch.dtype | None = None,
         tau: Mapping[str, Mapping[str, Any]] | None = None,
-        chunk_size: int | None = 2**22,
+        **options: Unpack[OnlineOptions],
     ) -> None:
         if form == "official" and rescale == "none":
             raise ValueError("`rescale` must be 'inverse_p' or 'l1' in the official form, which always divides.")
@@ -108,13 +105,7 @@ class OnDARE(OnlineMerging):
                 alpha=alpha,
                 form=form,
                 rescale=("none" if form == "paper" else "inverse_p") if rescale is None else rescale,
-                alpha_schedule=alpha_schedule,
-                merge_every=merge_every,
-                seed=seed,
-                min_numel=min_numel,
-                exempt=exempt,
-                tau_dtype=tau_dtype,
-                chunk_size=chunk_size,
+                **options,
             ),
         )
 
@@ -125,15 +116,15 @@ class OnDARE(OnlineMerging):
         kept = torch.zeros_like(dense).index_copy_(0, index, dense[index])
         if self.form == "official":
             return kept.div_(self.density).clamp_(-1.0, 1.0), index
-        return kept.mul_(self._scale(_magnitude(dense), _magnitude(kept), whole)), index
+        return kept.mul_(self._scale(magnitude(dense), magnitude(kept), whole)), index
 
     def _merge_rows(self, side: Side) -> Tensor:
         update = side.after.sub_(side.before)
         if self.is_dense(side.part):
             update.mul_(side.update)
         elif self.rescale == "l1":
-            full = _magnitudes(update)
-            left = _magnitudes(update.mul_(side.kept(self.density)))
+            full = magnitudes(update)
+            left = magnitudes(update.mul_(side.kept(self.density)))
             update.mul_(self._l1_rows(full, left + self._epsilon(side.part), side.part).to(update.dtype))
             if self.form == "official":
                 update.clamp_(-1.0, 1.0)
@@ -179,7 +170,7 @@ class OnDARE(OnlineMerging):
         """``after <- factor * F(after - before)`` in a piece; the sum of magnitudes before F if it is needed."""
         here = within(turn.part.start, *piece)
         update = after[here].sub_(before[here])
-        full = _magnitude(update) if self.rescale == "l1" else update
+        full = magnitude(update) if self.rescale == "l1" else update
         if self.is_dense(turn.part):
             update.mul_(factor)
         else:
@@ -193,7 +184,7 @@ class OnDARE(OnlineMerging):
             full = torch.zeros((), dtype=torch.float64, device=after.device)
             for piece in pieces:
                 full += self._thin_out(after, before, turn, piece, 1.0)
-            after.mul_(self._scale(full, _magnitude(after), turn.part))
+            after.mul_(self._scale(full, magnitude(after), turn.part))
             if self.form == "official":
                 after.clamp_(-1.0, 1.0)
             after.mul_(turn.update)
@@ -224,11 +215,3 @@ class OnDARE(OnlineMerging):
     def _epsilon(self, whole: Part) -> float:
         # The published code divides by the sum of what it kept, over density, plus Adam's epsilon: once over all parts.
         return 1e-8 * self.density if self.form == "official" and whole.start == 0 else 0.0
-
-
-def _magnitude(tensor: Tensor) -> Tensor:
-    return tensor.abs().sum(dtype=torch.float64)
-
-
-def _magnitudes(matrix: Tensor) -> Tensor:
-    return matrix.abs().sum(1, dtype=torch.float64)

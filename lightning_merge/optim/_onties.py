@@ -1,7 +1,7 @@
 """OnTIES: the largest of the policy's update and of the task vector, with one sign per element."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack, final
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 
 from lightning_merge.optim._blocks import Draw, blocks, ranges, within
 from lightning_merge.optim._cut import find_cut
+from lightning_merge.optim._magnitudes import magnitude, magnitudes
 from lightning_merge.optim._online import OnlineMerging
 from lightning_merge.optim._rounding import add_
-from lightning_merge.optim._settings import AlphaSchedule, Form, OnlineSettings, Rescale
+from lightning_merge.optim._settings import Form, OnlineOptions, OnlineSettings, Rescale
 from lightning_merge.optim._side import Side
 from lightning_merge.optim._task_vector import Source
 from lightning_merge.optim._turn import Moment, Turn
@@ -40,18 +41,20 @@ class OnTIES(OnlineMerging):
             one element are merged in full.
         rescale: ``"none"``, ``"inverse_p"`` (divide by ``density``), or ``"l1"`` (keep each tensor's sum of
             magnitudes).
-        alpha_schedule: ``"lr"`` multiplies ``alpha`` by learning rate / highest learning rate (``max_lr`` or
-            ``initial_lr`` of the group, else the one at construction).
-        merge_every: Merge the update of so many steps at once; at least 1. Above 1 it takes a copy of the parameters.
-        seed: Seed of the samples.
-        min_numel: Tensors with fewer elements are merged in full.
-        exempt: Glob patterns of parameter names that are stepped as without the wrapper.
+        alpha_schedule: ``"constant"``, the default, or ``"lr"``, which multiplies ``alpha`` by learning rate / highest
+            learning rate (``max_lr`` or ``initial_lr`` of the group, else the one at construction).
+        merge_every: Merge the update of so many steps at once; at least 1, the default. Above 1 it takes a copy of the
+            parameters.
+        seed: Seed of the samples; by default 0.
+        min_numel: Tensors with fewer elements are merged in full; by default none.
+        exempt: Glob patterns of parameter names that are stepped as without the wrapper; by default none.
         module: The model that is trained, for its names. By default ``reference`` if it is that model, else the names
             that the optimizer was given.
         tau_dtype: How the difference is stored; by default in float32, or wider if the parameter is.
         tau: What ``tau_state()`` of an earlier optimizer gave, instead of ``reference`` and ``pretrained``.
-        chunk_size: Elements per call of ``base_optimizer``, at least a whole tensor; sixteen times as many off the CPU,
-            where launches are what costs. ``None``: one call on everything, for one that couples tensors.
+        chunk_size: Elements per call of ``base_optimizer``, by default 2**22, at least a whole tensor; sixteen times as
+            many off the CPU, where launches are what costs. ``None``: one call on everything, for one that couples
+            tensors.
 
     Raises:
         ValueError: If an argument is out of range, ``reference`` and ``pretrained`` do not fit the parameters or do
@@ -79,15 +82,9 @@ class OnTIES(OnlineMerging):
         *,
         form: Form = "paper",
         rescale: Rescale = "none",
-        alpha_schedule: AlphaSchedule = "constant",
-        merge_every: int = 1,
-        seed: int = 0,
-        min_numel: int = 0,
-        exempt: Sequence[str] = (),
         module: nn.Module | None = None,
-        tau_dtype: torch.dtype | None = None,
         tau: Mapping[str, Mapping[str, Any]] | None = None,
-        chunk_size: int | None = 2**22,
+        **options: Unpack[OnlineOptions],
     ) -> None:
         super().__init__(
             base_optimizer,
@@ -100,13 +97,7 @@ class OnTIES(OnlineMerging):
                 alpha=alpha,
                 form=form,
                 rescale=rescale,
-                alpha_schedule=alpha_schedule,
-                merge_every=merge_every,
-                seed=seed,
-                min_numel=min_numel,
-                exempt=exempt,
-                tau_dtype=tau_dtype,
-                chunk_size=chunk_size,
+                **options,
             ),
         )
 
@@ -124,12 +115,12 @@ class OnTIES(OnlineMerging):
     def _merge_rows(self, side: Side) -> Tensor:
         update = side.after.sub_(side.before)
         if not self.is_dense(side.part):
-            full = _sums(update) if self.rescale == "l1" else None
+            full = magnitudes(update) if self.rescale == "l1" else None
             update.mul_(side.largest(self.density))
             if self.rescale == "inverse_p":
                 update.div_(self.density)
             elif full is not None:
-                update.mul_(self._l1_rows(full, _sums(update), side.part).to(update.dtype))
+                update.mul_(self._l1_rows(full, magnitudes(update), side.part).to(update.dtype))
         elected = self._elect(update, side.tau, side)
         add_(elected, side.before, side)
         return elected
@@ -166,18 +157,10 @@ class OnTIES(OnlineMerging):
         for block, low, high in blocks(whole.start, whole.stop):
             here = within(whole.start, block, low, high)
             kept = values[here]
-            sums[0] += _sum(kept) if self.rescale == "l1" else 0.0
+            sums[0] += magnitude(kept) if self.rescale == "l1" else 0.0
             kept.mul_(cut.keep(kept, here, draw, (block, low, high)).to(kept.dtype))
-            sums[1] += _sum(kept) if self.rescale == "l1" else 0.0
+            sums[1] += magnitude(kept) if self.rescale == "l1" else 0.0
         if self.rescale == "inverse_p":
             values.div_(self.density)
         elif self.rescale == "l1":
             values.mul_(self._l1(sums, whole))
-
-
-def _sum(values: Tensor) -> Tensor:
-    return values.abs().sum(dtype=torch.float64)
-
-
-def _sums(matrix: Tensor) -> Tensor:
-    return matrix.abs().sum(1, dtype=torch.float64)

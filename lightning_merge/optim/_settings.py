@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final, get_args
+from typing import Literal, TypedDict, final, get_args
 
 import torch
 
@@ -12,6 +12,18 @@ from lightning_merge._checks import seed as checked_seed
 Form = Literal["paper", "official"]
 Rescale = Literal["none", "inverse_p", "l1"]
 AlphaSchedule = Literal["constant", "lr"]
+
+
+class OnlineOptions(TypedDict, total=False):
+    """The fields of ``OnlineSettings`` that both online optimizers hand on as they are."""
+
+    alpha_schedule: AlphaSchedule
+    merge_every: int
+    seed: int
+    min_numel: int
+    exempt: Sequence[str]
+    tau_dtype: torch.dtype | None
+    chunk_size: int | None
 
 
 @final
@@ -28,13 +40,13 @@ class OnlineSettings:
     alpha: float
     form: Form
     rescale: Rescale
-    alpha_schedule: AlphaSchedule
-    merge_every: int
-    seed: int
-    min_numel: int
-    exempt: Sequence[str]
-    tau_dtype: torch.dtype | None
-    chunk_size: int | None
+    alpha_schedule: AlphaSchedule = "constant"
+    merge_every: int = 1
+    seed: int = 0
+    min_numel: int = 0
+    exempt: Sequence[str] = ()
+    tau_dtype: torch.dtype | None = None
+    chunk_size: int | None = 2**22
 
     def __post_init__(self) -> None:
         settle(self, density=number("density", self.density, "(0, 1]"), alpha=number("alpha", self.alpha, "[0, 1]"))
