@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_merge._commands import _combining as combining
+from lightning_merge._commands._combine_arguments import SEARCHES, check
 from lightning_merge._commands._needs import CLI_MODULES, need
 
 if TYPE_CHECKING:  # the command line reads the arguments below without loading torch
     from lightning_merge.search import Found
     from lightning_merge.trajectory import Trajectory
     from lightning_merge.weights import Weights
-
-_SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +34,7 @@ def combine(options: argparse.Namespace) -> str:
     from lightning_merge._mergeable import refuse_lora_factors
     from lightning_merge.trajectory import Trajectory
 
-    _check(options)
+    check(options)
     if options.command == "average":
         trajectory = Trajectory.of_run(
             options.run, options.pattern, options.weights, options.start, options.end, options.last
@@ -51,7 +50,7 @@ def combine(options: argparse.Namespace) -> str:
     found: Found | None = None
     if options.rule == "model-stock":
         merged, coefficients = combining.model_stock(trajectory, options.base), None
-    elif options.rule in _SEARCHES:
+    elif options.rule in SEARCHES:
         found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
         merged = trajectory.combine(coefficients)
@@ -79,40 +78,6 @@ def combine(options: argparse.Namespace) -> str:
     kept, lost = kept_of(paths)
     save({"state_dict": merged, **kept, "provenance": provenance}, options.out)
     return _report(options, trajectory, merged, provenance, lost)
-
-
-def _check(options: argparse.Namespace) -> None:
-    from lightning_merge._commands._target import refuse_target
-    from lightning_merge.files import is_remote
-
-    try:
-        refuse_target(options.out, "`--out`", (".ckpt", ".pt"), options.force)
-    except ValueError as error:
-        if "must end in" in str(error):
-            raise ValueError(
-                f"`--out` must end in .ckpt or .pt, got {options.out}. `lightning-merge export` converts it."
-            ) from None
-        raise
-    if options.rule in _SEARCHES and options.config is None:
-        raise ValueError(
-            f"`--rule {options.rule}` looks for the best score: name model and data with `--config` (config.yaml of a"
-            " run, or a recipe's file), and the score with `--monitor` and `--mode`."
-        )
-    if options.rule in _SEARCHES:
-        from lightning_merge._choice import mode_of
-
-        options.mode = mode_of("a search", options.monitor, options.mode)
-    if options.rule in _SEARCHES and options.log is None and is_remote(options.out):
-        raise ValueError(
-            f"`--log` must name a file on this machine where `--out` is not on it, got `--out` {options.out}."
-        )
-    if options.rule == "model-stock" and options.base is None:
-        raise ValueError("`--rule model-stock` needs `--base`, the checkpoint that all were fine-tuned from.")
-    if options.rule == "learned" and options.mode == "max":
-        raise ValueError(
-            "`--rule learned` follows a gradient, so the score has to be a smooth loss, as with `--monitor val/loss"
-            " --mode min`."
-        )
 
 
 def _bench(config: Path) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 AVERAGE_RULES = ("mean", "window", "linear", "ema", "wsm-linear", "wsm-1-sqrt", "greedy", "lcsc", "bayes")
 _SETS = ("raw", "published")
+SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
 _OF_SETS = "of files with an average: what training works on, or what the score was measured on"
 SOUP_RULES = ("uniform", "greedy", "diwa", "learned", "model-stock")
 
@@ -55,3 +56,42 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=int, default=100, help="most evaluations of a search (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of a search")
     parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")
+
+
+def check(options: argparse.Namespace) -> None:
+    """Settles ``mode`` and refuses what does not fit together.
+
+    Raises:
+        ValueError: Naming the argument and the cure.
+    """
+    from lightning_merge._commands._target import refuse_target
+    from lightning_merge.files import is_remote
+
+    try:
+        refuse_target(options.out, "`--out`", (".ckpt", ".pt"), options.force)
+    except ValueError as error:
+        if "must end in" in str(error):
+            raise ValueError(
+                f"`--out` must end in .ckpt or .pt, got {options.out}. `lightning-merge export` converts it."
+            ) from None
+        raise
+    if options.rule in SEARCHES and options.config is None:
+        raise ValueError(
+            f"`--rule {options.rule}` looks for the best score: name model and data with `--config` (config.yaml of a"
+            " run, or a recipe's file), and the score with `--monitor` and `--mode`."
+        )
+    if options.rule in SEARCHES:
+        from lightning_merge._choice import mode_of
+
+        options.mode = mode_of("a search", options.monitor, options.mode)
+    if options.rule in SEARCHES and options.log is None and is_remote(options.out):
+        raise ValueError(
+            f"`--log` must name a file on this machine where `--out` is not on it, got `--out` {options.out}."
+        )
+    if options.rule == "model-stock" and options.base is None:
+        raise ValueError("`--rule model-stock` needs `--base`, the checkpoint that all were fine-tuned from.")
+    if options.rule == "learned" and options.mode == "max":
+        raise ValueError(
+            "`--rule learned` follows a gradient, so the score has to be a smooth loss, as with `--monitor val/loss"
+            " --mode min`."
+        )

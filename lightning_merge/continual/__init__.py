@@ -1,5 +1,6 @@
 """Continual learning by merging, in plain torch and torchmetrics: how a stream is split and judged, what heads need."""
 
+from lightning_merge.continual._accuracy_matrix import AccuracyMatrix
 from lightning_merge.continual._bank import Bank
 from lightning_merge.continual._heads import (
     grow_head,
@@ -10,7 +11,6 @@ from lightning_merge.continual._heads import (
     remapped,
 )
 from lightning_merge.continual._metrics import (
-    AccuracyMatrix,
     AverageIncremental,
     BackwardTransfer,
     FinalAverage,
