@@ -1,12 +1,15 @@
 """What the files of a fit that takes a task into a stream hold, and the merged model among them."""
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, final
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import nn
 
 from lightning_merge.callbacks._lightning._internals import dump_checkpoint
+from lightning_merge.callbacks._lightning._on_one_process import on_one_process
 from lightning_merge.callbacks._publication._state import Saved
 from lightning_merge.files import join
 
@@ -38,12 +41,19 @@ class TaskSaved(Saved):
     format: int = 1
 
 
+def _unused(stem: str) -> str:
+    """A path of a checkpoint that is not there yet, so that no file of another stream is written over."""
+    system = get_filesystem(stem)
+    names = (f"{stem}{'' if version == 0 else f'-v{version}'}.ckpt" for version in count())
+    return next(name for name in names if not system.exists(name))
+
+
 def write_merged(trainer: Any, module: nn.Module, task: int, title: str) -> None:
     """Writes the merged model beside the other checkpoints, and in the place of the last raw weights."""
     paths = []
     directory = getattr(trainer.checkpoint_callback, "dirpath", None)
     if directory is not None and not trainer.fast_dev_run:
-        paths.append((join(directory, f"{title}-merged.ckpt"), True))
+        paths.append((on_one_process(trainer, lambda: _unused(join(directory, f"{title}-merged"))), True))
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "monitor", "") is None:
             for path in {callback.best_model_path, callback.last_model_path} - {""}:

@@ -56,7 +56,7 @@ class Fit:
         if self.head is not None:
             if settings.samples_per_class:
                 self.head.layer(module)  # there is one
-            if settings.head is not None and (self.classes is None or settings.heads != "grow"):
+            if settings.head is not None and self.classes is None and settings.lora is None:
                 self._search = None  # there is nothing to find out
         self.trained_before = {name: p.requires_grad for name, p in weights.named_parameters(module).items()}
         self.recent: RecentBatches | None = None
@@ -164,6 +164,8 @@ class Fit:
 
     def _settle(self, trainer: Trainer, module: LightningModule, search: HeadSearch) -> None:
         settings = self.settings
+        if settings.lora is not None:
+            settings.lora.refuse_unused(name for graph in search.graphs for name in graph.used)
         found = on_one_process(
             trainer, lambda: search.settled(module, settings.heads, settings.needs_head_early, self.classes)
         )

@@ -98,6 +98,11 @@ class HeadSearch:
             head = self._found(module, mode, needs_early, logits or layers)
         if mode != "grow" or classes is None or not head.names:
             return head
+        if len(classes) == 1 and any(graph.choices == 1 for graph in self.graphs):
+            raise ValueError(
+                f"`classes` must be at least two for this loss, got {list(classes)}: the cross-entropy among one class is"
+                " 0 and trains nothing. Give a task more classes, or a loss that knows others."
+            )
         return replace(head, by_class=_rows(module, head, logits, layers, classes))
 
     def _found(self, module: LightningModule, mode: Any, needs_early: str, last: list[LastLayer]) -> Head:
