@@ -7,14 +7,18 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_merge import weights
 from lightning_merge._checks import names, number, one_of, path, whole
+from lightning_merge.callbacks._lightning._batch_copies import BatchCopy
+from lightning_merge.callbacks._lightning._on_one_process import on_one_process
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.callbacks._task_run._fisher import fisher_information, prepare_fisher
+from lightning_merge.callbacks._task_run._head_search import HeadSearch
 from lightning_merge.continual import head_parameters
 from lightning_merge.files import atomic
 from lightning_merge.selections import Selection, chosen
@@ -45,13 +49,14 @@ class Anchor(Callback):
             ended (the first task is then free).
         samples: Of the task's last batches for the Fisher information; at least 1. They are not kept.
         selection: Which parameters are held; by default all that are trainable.
-        head: Globs of the head's parameters, which are never held; by default the last ``nn.Linear``.
+        head: Globs of the head's parameters, which are never held; by default the layer that makes the logits.
         file: Where the anchor is kept between processes; by default only in this object and in full checkpoints. Needed
             where each fit has processes of its own (``ddp_spawn``, ``ddp_notebook``).
 
     Raises:
         ValueError: If an argument is out of range, or at fit start if the module is not that of the first task, or the
-            strategy shards parameters, or, with ``"fisher"``, if ``training_step`` gives no loss of single samples.
+            strategy shards parameters; before the first step if one cannot tell the head, or, with ``"fisher"``, if
+            ``training_step`` gives no loss of single samples.
 
     Example:
         >>> Anchor(strength=100.0, importance="fisher", at="last").samples
@@ -84,6 +89,7 @@ class Anchor(Callback):
         self._recent: RecentBatches | None = None
         self._pulled: dict[torch.nn.Parameter, str] = {}
         self._hooks: list[RemovableHandle] = []
+        self._search: HeadSearch | None = None  # until the head is known
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the anchor from the file."""
@@ -99,13 +105,15 @@ class Anchor(Callback):
 
         That is before an average of the same run takes the weights in.
         """
+        if self.head is None and not self._anchor:
+            self._search = HeadSearch(None, title="Anchor", others="held")
         held = self._held(pl_module)
         if not self._anchor and self.at == "base":
             self._anchor = weights.clone(held)
         if self._anchor and (difference := weights.first_mismatch(self._anchor, held)):
             raise ValueError(f"the model is not the one that Anchor was started with: {difference}.")
         if self._recent is not None:
-            prepare_fisher(trainer, pl_module, held, self._recent)
+            prepare_fisher(trainer, pl_module, self._held, self._recent)
         self._pulled = {parameter: name for name, parameter in held.items()}
         for optimizer in trainer.optimizers:
             handle = optimizer.register_step_post_hook(self._pull)
@@ -119,9 +127,26 @@ class Anchor(Callback):
             self._hooks.pop().remove()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Copies the batch for the Fisher information."""
+        """Looks for the head with the first batch, tries the step on it, and copies each for the Fisher information."""
+        if self._search is not None and not self._search.is_tried and self._search.attempt(trainer, pl_module, batch):
+            self._settle(trainer, pl_module, self._search)
         if self._recent is not None:
+            if self._recent.trial is not None:
+                trial, self._recent.trial = self._recent.trial, None
+                trial(BatchCopy.of(batch))
             self._recent.hold(batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Looks at the first loss where the step could not be tried."""
+        if self._search is not None and loss.grad_fn is not None:
+            self._search.look(pl_module, loss)
+            self._settle(trainer, pl_module, self._search)
+
+    def _settle(self, trainer: Trainer, module: LightningModule, search: HeadSearch) -> None:
+        head = on_one_process(trainer, lambda: search.settled(module, "freeze", "", None)).names
+        self._search = None
+        self._anchor = {name: tensor for name, tensor in self._anchor.items() if name not in head}
+        self._pulled = {parameter: name for parameter, name in self._pulled.items() if name not in head}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -170,8 +195,15 @@ class Anchor(Callback):
                 self._recent = RecentBatches.restored(checkpoint[_KEY]["recent"])
 
     def _held(self, module: LightningModule) -> dict[str, torch.nn.Parameter]:
+        """What is held; the head too, as long as it is not known."""
+        chosen = self.selection.parameters(module)
+        if self.head is None:
+            if self._search is not None:
+                return chosen
+            known = self._anchor or self._pulled.values()
+            return {name: p for name, p in chosen.items() if name in known}
         head = head_parameters(module, self.head, "head")
-        return {name: p for name, p in self.selection.parameters(module).items() if name not in head}
+        return {name: p for name, p in chosen.items() if name not in head}
 
     def _saved(self) -> dict[str, Weights]:
         return {"anchor": self._anchor, "fisher": self._fisher}

@@ -33,13 +33,23 @@ class HeadSearch:
         head: What is known before; ``None`` if nothing is.
         is_named: Whether the user has named it.
         is_of_earlier_tasks: Whether earlier tasks have settled it.
+        title: What messages call the callback.
+        others: What becomes of the other parameters, in a word.
 
     Attributes:
         graphs: Of the losses seen so far.
         is_tried: Whether the step was tried before it trained.
     """
 
-    def __init__(self, head: Head | None, is_named: bool, is_of_earlier_tasks: bool) -> None:
+    def __init__(
+        self,
+        head: Head | None,
+        is_named: bool = False,
+        is_of_earlier_tasks: bool = False,
+        title: str = "ContinualMerging",
+        others: str = "merged",
+    ) -> None:
+        self._title, self._others = title, others
         self._head = head
         self._is_named = is_named
         self._is_of_earlier_tasks = is_of_earlier_tasks
@@ -100,23 +110,23 @@ class HeadSearch:
             return head
         if len(classes) == 1 and any(graph.choices == 1 for graph in self.graphs):
             raise ValueError(
-                f"`classes` must be at least two for this loss, got {list(classes)}: the cross-entropy among one class is"
-                " 0 and trains nothing. Give a task more classes, or a loss that knows others."
+                f"`classes` must be at least two for this loss, got {list(classes)}: the cross-entropy among one class"
+                " is 0 and trains nothing. Give a task more classes, or a loss that knows others."
             )
         return replace(head, by_class=_rows(module, head, logits, layers, classes))
 
     def _found(self, module: LightningModule, mode: Any, needs_early: str, last: list[LastLayer]) -> Head:
         if not last:
-            return self._head or Head(guessed_head(module, any(graph.used for graph in self.graphs)), mode)
+            return self._head or Head(guessed_head(module, any(graph.used for graph in self.graphs), self._title), mode)
         if len(owners := _owners(module, last)) > 1:
             if self._head is not None and self._is_of_earlier_tasks:
                 return self._head
             first = [f"{owner}.*" for owner in owners]
             raise ValueError(
-                "ContinualMerging cannot tell which layer is the head: the loss is taken of what"
+                f"{self._title} cannot tell which layer is the head: the loss is taken of what"
                 f" {' and '.join(f'`{owner}`' for owner in owners)} make. Name the head's parameters with `head=`, as"
-                f" `head={first[0]!r}` for one or `head={first!r}` for all; the others are merged. `head=[]` merges"
-                " all."
+                f" `head={first[0]!r}` for one or `head={first!r}` for all; the others are {self._others},"
+                f" and with `head=[]` all are."
             )
         names = self._parameters(module, last)
         if self._head is None or set(names) & set(self._head.names):
@@ -148,12 +158,13 @@ class HeadSearch:
         return [name for name in weights.named_parameters(module) if name in chosen]
 
 
-def guessed_head(module: nn.Module, is_seen: bool = False) -> list[str]:
+def guessed_head(module: nn.Module, is_seen: bool = False, title: str = "ContinualMerging") -> list[str]:
     """The last linear layer by definition, for want of a loss to look at.
 
     Args:
         module: The module.
         is_seen: Whether a loss was looked at that is made of no layer: then what comes after is no layer either.
+        title: What messages call the callback.
 
     Raises:
         ValueError: If other parameters come after it.
@@ -163,9 +174,9 @@ def guessed_head(module: nn.Module, is_seen: bool = False) -> list[str]:
     if names and not is_seen and (later := everything[everything.index(names[-1]) + 1 :]):
         owner = _owner(names[0])
         raise ValueError(
-            f"ContinualMerging cannot tell which layer is the head: after `{owner}`, the last `nn.Linear`, the module"
-            f" has `{later[-1]}`. Name the head's parameters with `head=`, as `head='{owner}.*'`, or `head=[]` to merge"
-            " all."
+            f"{title} cannot tell which layer is the head: after `{owner}`, the last `nn.Linear`, the module"
+            f" has `{later[-1]}`. Name the head's parameters with `head=`, as `head='{owner}.*'`, or `head=[]` if there"
+            " is none."
         )
     return names
 
