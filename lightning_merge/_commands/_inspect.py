@@ -11,10 +11,13 @@ from torch import Tensor
 
 from lightning_merge._commands._target import literal
 from lightning_merge.files._check import opened
+from lightning_merge.files._folders import is_index
 from lightning_merge.files._label import Label
 from lightning_merge.files._layouts import open_file
+from lightning_merge.files._other_formats import is_safetensors
 from lightning_merge.files._read import is_plain, read
 from lightning_merge.files._sets import StoredSet, sources_of, stored
+from lightning_merge.files._sharded import is_sharded_checkpoint
 from lightning_merge.files._stand_ins import StandIn, stands_for
 from lightning_merge.files._write import is_remote
 
@@ -26,8 +29,13 @@ def describe(path: str | os.PathLike[str]) -> str:
         ValueError: If the file cannot be read.
         OSError: If the system refuses to read it.
     """
-    content = {} if os.fspath(path).endswith(".safetensors") else read(path, check=False)  # `open_file` reads those
+    content = {} if is_safetensors(path) or _is_gathered(path) else read(path, check=False)  # `open_file` reads those
     return "\n".join([f"{path} ({_bytes(path) / 2**20:.1f} MiB)", *_describe(content, path)])
+
+
+def _is_gathered(path: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder or an index, of which other files are read."""
+    return is_index(path) or (not is_remote(path) and Path(path).is_dir() and not is_sharded_checkpoint(Path(path)))
 
 
 def _bytes(path: str | os.PathLike[str]) -> int:
@@ -68,8 +76,8 @@ def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
         return
     try:
         file = open_file(path, check=False)
-    except ValueError:
-        if os.fspath(path).endswith(".safetensors"):
+    except ValueError as error:
+        if not content or "convert it once" in str(error):
             raise
         yield "  written without lightning-merge, and no checkpoint this command knows"
         yield f"  keys: {_some([str(key) for key in content]) or 'none'}"
@@ -81,7 +89,7 @@ def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
             if name != "raw":
                 yield f"  updates of {name}: {'not recorded' if found.updates is None else found.updates}"
         yield "  score: the file does not say which weights its score was measured on"
-    if os.fspath(path).endswith(".safetensors"):
+    if is_safetensors(path) or _is_gathered(path):
         yield from _how_to_load(path, file.sets[file.default], "safetensors.torch.load_file({path})")
         return
     yield f"  keys: {_some([str(key) for key in content])}"
@@ -139,9 +147,10 @@ def _how_to_load(
     path: str | os.PathLike[str], found: StoredSet, plainly: str, name: str | None = None
 ) -> Iterator[str]:
     """The line that loads a set; one that needs no lightning-merge where that has been tried and does it."""
-    if not is_remote(path) and Path(path).is_dir():
+    if is_index(path) or (not is_remote(path) and Path(path).is_dir()):
         command = f"lightning-merge export {shlex.quote(os.fspath(path))} weights.pt"
-        yield f"  a sharded checkpoint; to load it in one process: {command}"
+        what = "several files" if _is_gathered(path) else "a sharded checkpoint"
+        yield f"  {what}; to load it in one process: {command}"
         return
     end = ", strict=False)" if found.left_out else ")"
     # A module of Lightning's has the names that its own file has, also where parts of it are compiled.

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_merge.files import KEY, read
+from lightning_merge.files._folders import is_index
+from lightning_merge.files._other_formats import is_safetensors
 from lightning_merge.files._stand_ins import stands_for
 
 _VERSION = "pytorch-lightning_version"
@@ -49,7 +51,9 @@ def kept_of(paths: list[Path]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _is_torchs(path: Path) -> bool:
-    return path.suffix != ".safetensors" and (not path.is_dir() or (path / "meta.pt").is_file())
+    if is_index(path) or is_safetensors(path):
+        return False
+    return not path.is_dir() or (path / "meta.pt").is_file()
 
 
 def _shared(contents: list[Mapping[Any, Any]], key: Any) -> list[Any]:

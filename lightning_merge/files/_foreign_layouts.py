@@ -6,11 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from lightning_merge.files._ours import ours
 from lightning_merge.files._read import read
-from lightning_merge.files._sets import DDP, StoredSet, WeightFile, holds_numbers, is_extra, stored, tensors
+from lightning_merge.files._sets import (
+    DDP,
+    StoredSet,
+    WeightFile,
+    holds_numbers,
+    is_average_name,
+    is_extra,
+    stored,
+    tensors,
+)
 
 Location: TypeAlias = str | os.PathLike[str]
 
@@ -122,9 +132,44 @@ def _flat(content: Mapping[str, Any], path: Location) -> WeightFile | None:
 
 
 def _nested(content: Mapping[str, Any], path: Location) -> WeightFile | None:
-    """Any other dict of state dicts, as ``{"model": ..., "model_ema": ...}``."""
-    found = {str(key): stored(value, f"in `{key}`") for key, value in content.items() if _is_state_dict(value)}
-    return file_of(path, "a dict of state dicts", found, content) if found else None
+    """Any other dict of state dicts, as ``{"model": ..., "model_ema": ...}``; also one in another."""
+    found = _sets_in(content)
+    for key, value in content.items() if not found else ():
+        if isinstance(value, Mapping) and not _is_of_optimizer(str(key)):
+            found |= {f"{key}.{name}": inner for name, inner in _sets_in(value, f"{key}.").items()}
+    if not found:
+        return None
+    averages = [name for name in found if is_average_name(name)]
+    return WeightFile(path, "a dict of state dicts", found, [*averages, *found][0], content, by_key=True)
+
+
+def _sets_in(content: Mapping[Any, Any], before: str = "") -> dict[str, StoredSet]:
+    found: dict[str, StoredSet] = {}
+    for key, value in content.items():
+        if not isinstance(value, Mapping) or _is_of_optimizer(str(key)):
+            continue
+        where = f"in `{before}{key}`"
+        if "n_averaged" in value and (average := _stripped(value, DDP)):
+            found[str(key)] = stored(average, where, _int(value["n_averaged"]))
+        elif _is_state_dict(value):
+            found[str(key)] = stored(value, where)
+    return found
+
+
+def _is_of_optimizer(key: str) -> bool:
+    return any(word in key.lower() for word in ("optim", "scheduler", "scaler"))
+
+
+def _beside_others(content: Mapping[str, Any], path: Location) -> WeightFile | None:
+    """A state dict with other entries among its tensors."""
+    found = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not any(tensor.is_floating_point() for tensor in found.values()) or any(map(_is_holder, content.values())):
+        return None
+    return file_of(path, "a state dict beside other entries", {"weights": stored(found, "among them")}, content)
+
+
+def _is_holder(value: Any) -> bool:
+    return isinstance(value, (Mapping, list, tuple)) and len(value) > 0
 
 
 LAYOUTS: tuple[Callable[[Mapping[str, Any], Location], WeightFile | None], ...] = (
@@ -139,6 +184,7 @@ LAYOUTS: tuple[Callable[[Mapping[str, Any], Location], WeightFile | None], ...] 
     _one_state_dict,
     _flat,
     _nested,
+    _beside_others,
 )
 
 
@@ -147,7 +193,12 @@ def _is_state_dict(value: Any) -> bool:
     if not isinstance(value, Mapping):
         return False
     named = {str(name): item for name, item in value.items() if not is_extra(str(name))}
-    return bool(named) and all(isinstance(item, Tensor) for item in named.values())
+    return bool(named) and all(isinstance(item, Tensor) for item in named.values()) and _has_names(value)
+
+
+def _has_names(value: Mapping[Any, Any]) -> bool:
+    """Whether keys are texts, and more than bytes of a generator's state stands there."""
+    return all(isinstance(name, str) for name in value) and any(t.dtype != torch.uint8 for t in tensors(value).values())
 
 
 def _stripped(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lightning_merge._checks import one_of
 from lightning_merge._checks import path as checked_path
 from lightning_merge.files._check import damaged, is_zip, naming
-from lightning_merge.files._layouts import open_file, sets_of
+from lightning_merge.files._folders import is_index, model_file, parts_of
+from lightning_merge.files._layouts import no_weights, open_file, sets_of
+from lightning_merge.files._other_formats import is_safetensors
 from lightning_merge.files._places import Place, memory_of, place_of
 from lightning_merge.files._read import read
 from lightning_merge.files._safetensors import contiguous_stride, read_header
@@ -70,10 +72,12 @@ class Checkpoint:
         self.places: dict[str, Place] = {}
         self._memory: Weights = {}  # of a file that cannot be read tensor by tensor
         self._sums: Sums | None = None
-        if self.path.suffix == ".safetensors":
-            self._safetensors()
-        elif is_sharded_checkpoint(self.path):
+        if self.path.is_dir() and not is_sharded_checkpoint(self.path):
+            self.path, _ = model_file(self.path)
+        if is_index(self.path) or is_sharded_checkpoint(self.path):
             self._whole(weights)
+        elif is_safetensors(self.path):
+            self._safetensors()
         else:
             self._torch(weights)
         self._file: IO[bytes] | None = None
@@ -129,9 +133,11 @@ class Checkpoint:
                 file.close()
 
     def sha256(self) -> str:
-        """The SHA-256 of the file, as ``sha256sum`` prints it; of a folder that of its files' hashes, by name."""
-        if self.path.is_dir():
-            files = sorted(each for each in self.path.iterdir() if each.is_file())
+        """The SHA-256 of the file, as ``sha256sum`` prints it; of several files that of their hashes, by name."""
+        several = is_index(self.path) or self.path.is_dir()
+        if several:
+            files = parts_of(self.path) if is_index(self.path) else self.path.iterdir()
+            files = sorted(each for each in files if each.is_file())
             return hashlib.sha256("".join(f"{each.name} {_sha256(each)}\n" for each in files).encode()).hexdigest()
         return _sha256(self.path)
 
@@ -168,38 +174,30 @@ class Checkpoint:
     def _torch(self, weights: WhichWeights) -> None:
         try:
             content = read(self.path, "meta")
+            in_parts = is_zip(self.path)  # torch before 1.6 wrote no zip files
         except ValueError:  # it is damaged, or has tensors that are not read in parts
+            in_parts = False
+        if not in_parts:
             self._whole(weights)
             return
         try:
-            self._take(self._layout(content), weights)
+            self._take(sets_of(content, self.path), weights)
         except NotImplementedError:  # torch before 2.14 reads a sparse tensor, of which there is no storage
             self._whole(weights)
             return
         except AttributeError:
             with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
-                self._take(self._layout(read(self.path)), weights)
+                self._take(sets_of(read(self.path), self.path), weights)
         self._sums = Sums(self.path)
         if self.extra:
             self.extra = dict(_choose(open_file(self.path), weights).extra)
-
-    def _layout(self, content: Any) -> WeightFile:
-        if not is_zip(self.path):
-            raise ValueError(
-                f"{self.path} was written by torch before 1.6, in a format that is read as a whole. Load it with"
-                " `torch.load(..., weights_only=True)` and save it again."
-            )
-        return sets_of(content, self.path)
 
     def _take(self, file: WeightFile, weights: WhichWeights) -> None:
         chosen = self._chosen(file, weights)
         self.places = {name: place_of(tensor) for name, tensor in chosen.weights.items()}
         self.extra = dict(chosen.extra)
         if not self.places:
-            raise ValueError(
-                f"{self.path} holds no weights that could be found: no `state_dict`, and no tensors by name."
-                " `lightning-merge inspect` says what is in it."
-            )
+            raise ValueError(no_weights(file.content, self.path))
 
     def _chosen(self, file: WeightFile, weights: WhichWeights) -> StoredSet:
         """The set to be read; what the file says of itself is noted."""
@@ -242,14 +240,14 @@ class Checkpoint:
 
 
 def _choose(file: WeightFile, weights: WhichWeights) -> StoredSet:
-    if weights == "published" or len(file.sets) == 1:
-        if weights == "raw" and "raw" not in file.sets and file.default != "weights":
-            raise ValueError(
-                f"{file.path} holds the weights of the average {file.default!r} only, without the raw ones. Take"
-                " files written without `save_weights_only=True`, or the published weights: `weights='published'`."
-            )
+    if weights == "published":
         return file.choose()
-    return file.choose("raw" if "raw" in file.sets else None)
+    if file.raw is None:
+        raise ValueError(
+            f"{file.path} holds the weights of the average {file.default!r} only, without the raw ones. Take"
+            " files written without `save_weights_only=True`, or the published weights: `weights='published'`."
+        )
+    return file.choose(file.raw)
 
 
 def _sha256(path: Path) -> str:

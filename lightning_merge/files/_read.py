@@ -4,7 +4,6 @@ import argparse
 import os
 import pickle
 import re
-import shlex
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 
 from lightning_merge.files import _unpickler
 from lightning_merge.files._check import check_sums, is_of_the_system, is_zip, naming, opened
+from lightning_merge.files._other_formats import in_quotes, is_safetensors, other_format
 from lightning_merge.files._sharded import is_sharded_checkpoint, read_folder
 from lightning_merge.files._stand_ins import StandIn
 from lightning_merge.files._write import is_remote
@@ -66,7 +66,7 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
             content = _load(path, location)
         except pickle.UnpicklingError as error:
             if "Unsupported global" in str(error) or "GLOBAL" in str(error):
-                raise ValueError(_runs_code(path, _which(error))) from error
+                raise ValueError(runs_code(path, _which(error))) from error
             raise ValueError(unreadable(path)) from error
         except (OSError, MemoryError):
             raise
@@ -75,7 +75,7 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
                 raise
             raise ValueError(unreadable(path)) from error
     if isinstance(content, StandIn) and not content:
-        raise ValueError(_runs_code(path, f" ({content.name})"))
+        raise ValueError(runs_code(path, f" ({content.name})"))
     return content
 
 
@@ -83,7 +83,7 @@ def is_plain(path: str | os.PathLike[str]) -> bool:
     """Whether ``torch.load(path, weights_only=True)`` reads a sound file, by trying it; reads no numbers."""
     if is_remote(path):
         return False
-    if os.fspath(path).endswith(".safetensors"):
+    if is_safetensors(path):
         return True
     try:
         _torch_load(path, "cpu", weights_only=True)
@@ -146,8 +146,7 @@ def refuse_no_file(path: Path) -> None:
     """
     if path.is_dir():
         raise ValueError(
-            f"{path} is a folder, and not a sharded checkpoint: it lacks meta.pt and .metadata. Name a file, or a"
-            " folder that a run under ModelParallelStrategy wrote."
+            f"{path} is a folder, and not a sharded checkpoint: it lacks meta.pt and .metadata. Name a file in it."
         )
     if not path.is_file():
         near = sorted(file for file in path.parent.glob("*.ckpt") if file.is_file()) if path.parent.is_dir() else []
@@ -163,22 +162,18 @@ def refuse_no_file(path: Path) -> None:
         raise ValueError(f"{os.fsencode(path)!r} is no text in UTF-8, so torch cannot open it: rename it.") from error
 
 
-def _runs_code(path: str | os.PathLike[str], which: str) -> str:
+def runs_code(path: str | os.PathLike[str], which: str) -> str:
+    """What is said of a file with more than tensors and plain data in it, and the line that converts it."""
     plain = f"{os.path.splitext(os.fspath(path))[0]}.weights.pt"
     code = (
         f"import torch; x = torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=False);"
-        " torch.save(x.state_dict() if hasattr(x, 'state_dict') else {k: v for k, v in x.items()"
-        f" if 'hyper_parameters' not in k}}, {plain!r})"
+        " torch.save(x.state_dict() if hasattr(x, 'state_dict') else {k: v.state_dict() if hasattr(v, 'state_dict')"
+        f" else v for k, v in x.items() if 'hyper_parameters' not in str(k)}}, {plain!r})"
     )
-    # Windows knows no quotes but double ones; other shells look into those.
-    quoted = shlex.quote(code) if _LOOKED_INTO.search(code) else f'"{code}"'
     return (
         f"{path} holds Python objects{which} besides tensors and plain data, so reading it would run code."
-        f" If you trust whoever wrote it, convert it once:\n  python -c {quoted}"
+        f" If you trust whoever wrote it, convert it once:\n  python -c {in_quotes(code)}"
     )
-
-
-_LOOKED_INTO = re.compile(r'["$`\\\\!]')
 
 
 def _which(error: Exception) -> str:
@@ -188,6 +183,9 @@ def _which(error: Exception) -> str:
 
 def unreadable(path: str | os.PathLike[str]) -> str:
     """What is said of a file that is no checkpoint, or a part of one."""
+    if (kind := other_format(path)) is not None:
+        end = "" if "\n" in kind or "tar -xf" in kind else "."  # not behind what is to be copied
+        return f"{path} cannot be read: it is {kind}{end}"
     return (
         f"{path} cannot be read: it was cut short (an interrupted save or copy), or torch did not write it."
         " Use an earlier checkpoint of the run."

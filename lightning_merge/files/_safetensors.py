@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from lightning_merge.files._check import opened
+from lightning_merge.files._other_formats import other_format
 from lightning_merge.files._read import refuse_no_file
 from lightning_merge.files._write import is_remote
 from lightning_merge.weights import Weights
@@ -156,4 +157,6 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _unreadable(path: str | os.PathLike[str], why: str) -> str:
+    if (kind := other_format(path)) is not None:
+        return f"{os.fspath(path)} cannot be read: it is no safetensors file, but {kind}."
     return f"{os.fspath(path)} cannot be read: it was cut short, or is no safetensors file ({why})."

@@ -1,6 +1,7 @@
 """Sets of weights, under the names of a plain module."""
 
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lightning_merge.files._stand_ins import stands_for
 from lightning_merge.weights import Weights, canonical
 
+_AVERAGES = {"ema", "swa", "average", "averaged", "avg"}
 DDP = "module."
 """What ``DistributedDataParallel`` and ``DataParallel`` put before every name."""
 
@@ -67,6 +69,7 @@ class WeightFile:
         default: The set that the file's score was measured on, as far as that is known.
         content: All of the file.
         elsewhere: Sets of which the file only says where they are, and why they were not read from there.
+        by_key: Whether sets are called as in the file, so that the name alone says which is an average.
     """
 
     path: str | os.PathLike[str]
@@ -75,6 +78,14 @@ class WeightFile:
     default: str
     content: Any = field(repr=False)
     elsewhere: Mapping[str, str] = field(default_factory=dict)
+    by_key: bool = False
+
+    @property
+    def raw(self) -> str | None:
+        """The set that training works on; ``None`` if there are averages only."""
+        if (plain := next((name for name in ("raw", "weights") if name in self.sets), None)) is not None:
+            return plain
+        return next((name for name in self.sets if not is_average_name(name)), None) if self.by_key else None
 
     @property
     def name(self) -> str:
@@ -148,6 +159,16 @@ def plain_names(state: Mapping[str, Any]) -> dict[str, str]:
     """The canonical name of every key; all stay as they are if two would become one."""
     names = {str(key): canonical(str(key)) for key in state}
     return names if len(set(names.values())) == len(names) else {name: name for name in names}
+
+
+def is_average_name(key: str) -> bool:
+    """Whether a key of a file says that an average is under it.
+
+    Example:
+        >>> [is_average_name(key) for key in ("model_ema", "ema", "schema", "model")]
+        [True, True, False, False]
+    """
+    return not _AVERAGES.isdisjoint(re.split(r"[^a-z]+", key.lower()))
 
 
 def is_extra(name: str) -> bool:

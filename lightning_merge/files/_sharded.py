@@ -5,6 +5,7 @@ tensors are in ``state_dict`` too, under names of their own that nobody else ask
 """
 
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -25,13 +26,17 @@ def is_sharded_checkpoint(path: Path) -> bool:
     return path.is_dir() and ((path / _META).exists() or (path / ".metadata").exists())
 
 
-def check_parts(path: Path) -> None:
+def check_parts(path: Path, needed: tuple[str, ...] = (".metadata", _META)) -> None:
     """Raises before anything is read.
+
+    Args:
+        path: The folder.
+        needed: Files that describe it; what ``.metadata`` lists is needed besides.
 
     Raises:
         ValueError: If files of a sharded checkpoint are missing or cut short.
     """
-    expected = {path / ".metadata": 1, path / _META: 1}
+    expected = dict.fromkeys((path / name for name in needed), 1)
     if (path / ".metadata").is_file():
         _refuse_code(path / ".metadata")
         try:
@@ -63,12 +68,43 @@ def read_folder(path: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
     Raises:
         ValueError: If parts are missing, or ``.metadata`` would run code.
     """
+    if not (path / _META).exists() and (found := _without_lightning(path)) is not None:
+        return found
     check_parts(path)
     content: dict[str, Any] = load(path / _META)
     tensors = read_tensors(path, lambda name, size, dtype: torch.empty(size, dtype=dtype))
     content["state_dict"] = {name: t for name, t in tensors.items() if not name.startswith(f"{KEY}/")}
     if KEY in content:
         fill(content[KEY], tensors)
+    return content
+
+
+def _without_lightning(path: Path) -> dict[str, Any] | None:
+    """The tensors that ``torch.distributed.checkpoint`` alone saved, nested as they were; ``None`` if it is ours."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    check_parts(path, (".metadata",))
+    metadata = _reader(path).read_metadata()
+    if any(key.startswith(f"{_PREFIX}{KEY}/") for key in metadata.state_dict_metadata):
+        return None
+    ways = metadata.planner_data or {}  # of each key how it was nested
+    targets = {
+        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        for key, stored in metadata.state_dict_metadata.items()
+        if isinstance(stored, TensorStorageMetadata) and not key.startswith(("optim", "state.optim"))
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.distributed is disabled")  # as it is meant to be
+        if targets:
+            load(targets, storage_reader=_reader(path), no_dist=True)
+    content: dict[str, Any] = {}
+    for key, tensor in targets.items():
+        *outer, last = ways.get(key, (key,))
+        inside = content
+        for step in outer:
+            inside = inside.setdefault(step, {})
+        inside[last] = tensor
     return content
 
 
