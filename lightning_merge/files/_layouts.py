@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_merge.files._folders import is_index, model_file, read_parts
-from lightning_merge.files._foreign_layouts import LAYOUTS, Location, file_of
+from lightning_merge.files._foreign_layouts import LAYOUTS
 from lightning_merge.files._foreign_layouts import of_lightning as of_lightning
+from lightning_merge.files._generic_layouts import Location, file_of
 from lightning_merge.files._other_formats import is_safetensors
-from lightning_merge.files._read import read, runs_code
+from lightning_merge.files._read import read
+from lightning_merge.files._refusals import runs_code
 from lightning_merge.files._safetensors import read_safetensors
 from lightning_merge.files._sets import WeightFile, stored
 from lightning_merge.files._sharded import is_sharded_checkpoint

@@ -13,7 +13,8 @@ import torch
 
 from lightning_merge.files import _unpickler
 from lightning_merge.files._check import check_sums, is_of_the_system, is_zip, naming, opened
-from lightning_merge.files._other_formats import in_quotes, is_safetensors, other_format
+from lightning_merge.files._other_formats import is_safetensors
+from lightning_merge.files._refusals import runs_code, unreadable
 from lightning_merge.files._sharded import is_sharded_checkpoint, read_folder
 from lightning_merge.files._stand_ins import StandIn
 from lightning_merge.files._write import is_remote
@@ -162,31 +163,6 @@ def refuse_no_file(path: Path) -> None:
         raise ValueError(f"{os.fsencode(path)!r} is no text in UTF-8, so torch cannot open it: rename it.") from error
 
 
-def runs_code(path: str | os.PathLike[str], which: str) -> str:
-    """What is said of a file with more than tensors and plain data in it, and the line that converts it."""
-    plain = f"{os.path.splitext(os.fspath(path))[0]}.weights.pt"
-    code = (
-        f"import torch; x = torch.load({os.fspath(path)!r}, map_location='cpu', weights_only=False);"
-        " torch.save(x.state_dict() if hasattr(x, 'state_dict') else {k: v.state_dict() if hasattr(v, 'state_dict')"
-        f" else v for k, v in x.items() if 'hyper_parameters' not in str(k)}}, {plain!r})"
-    )
-    return (
-        f"{path} holds Python objects{which} besides tensors and plain data, so reading it would run code."
-        f" If you trust whoever wrote it, convert it once:\n  python -c {in_quotes(code)}"
-    )
-
-
 def _which(error: Exception) -> str:
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({found[1]})" if found else ""
-
-
-def unreadable(path: str | os.PathLike[str]) -> str:
-    """What is said of a file that is no checkpoint, or a part of one."""
-    if (kind := other_format(path)) is not None:
-        end = "" if "\n" in kind or "tar -xf" in kind else "."  # not behind what is to be copied
-        return f"{path} cannot be read: it is {kind}{end}"
-    return (
-        f"{path} cannot be read: it was cut short (an interrupted save or copy), or torch did not write it."
-        " Use an earlier checkpoint of the run."
-    )

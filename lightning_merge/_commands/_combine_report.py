@@ -1,0 +1,52 @@
+"""What ``average`` and ``soup`` print."""
+
+import argparse
+from typing import Any
+
+from lightning_merge._commands._target import loading
+from lightning_merge.files._sets import tensors
+from lightning_merge.trajectory import Trajectory
+from lightning_merge.weights import Weights
+
+
+def _which(options: argparse.Namespace, trajectory: Trajectory) -> str:
+    """Which of the sets of each file was taken, where there are several."""
+    several = any(len(checkpoint.sets) > 1 for checkpoint in trajectory)
+    return f"; of each file the {options.weights} weights (`--weights`)" if several else ""
+
+
+def report(
+    options: argparse.Namespace,
+    trajectory: Trajectory,
+    merged: Weights,
+    provenance: dict[str, Any],
+    lost: list[str],
+) -> str:
+    """What was merged into what, how to load it, and all that was left out."""
+    size = sum(tensor.numel() for tensor in tensors(merged).values())
+    lines = [
+        f"{options.out}: {options.rule} of {len(trajectory)} checkpoints, {size:,} numbers{_which(options, trajectory)}"
+    ]
+    if provenance["coefficients"] is not None:
+        width = max(len(str(checkpoint.path)) for checkpoint in trajectory)
+        for checkpoint, coefficient in zip(trajectory, provenance["coefficients"], strict=True):
+            of_set = f"  {checkpoint.holds}" if len(checkpoint.sets) > 1 else ""
+            lines.append(f"  {checkpoint.path!s:{width}}  {coefficient:8.4f}{of_set}")
+    if provenance["score"] is not None:
+        tied = f", {ties} others the same: the last is taken" if (ties := provenance["ties"]) else ""
+        lines.append(
+            f"  {options.monitor} = {provenance['score']:.6g} after {provenance['evaluations']} evaluations{tied}; the"
+            " data it was chosen on flatter it, so test on other data"
+        )
+    lines += [f"  left out: {path}, {why}" for path, why in trajectory.left_out.items()]
+    if trajectory.differing:
+        lines.append(f"  counters that differ, those of the last file: {', '.join(trajectory.differing[:8])}")
+    if lost:
+        lines.append(
+            f"  left out, since it differs or is no plain data: {', '.join(lost[:8])}; of hyperparameters, hand what is"
+            " missing to `load_from_checkpoint`"
+        )
+    if options.config is None and any(name.endswith("running_mean") for name in merged):
+        lines.append("  BatchNorm statistics are averaged, which fits badly; `--config FILE` measures them again")
+    how = loading(options.out, 'torch.load({path}, weights_only=True)["state_dict"]')
+    return "\n".join([*lines, f"  load: {how}"])
