@@ -1,6 +1,7 @@
 """What an average by a rule does: it takes weights in, follows the module, and resumes."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -62,7 +63,8 @@ class MergingByRule(AverageByRule):
 
     def _update(self) -> bool:
         """Hands the live weights to the rule; whether they were taken in."""
-        self._active_rule.update(self._kept, self._tensors.live)
+        with weights.joining() if self._active_rule.can_be_undone else nullcontext():
+            self._active_rule.update(self._kept, self._tensors.live)
         return True
 
     def _start(self, nonfinite: set[str]) -> bool:

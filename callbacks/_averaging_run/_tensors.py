@@ -45,6 +45,7 @@ class Tensors:
         self.averaged: dict[str, Tensor] = {}
         self.copied: dict[str, Tensor] = {}
         self.is_sharded = False
+        self._checked: weights.Fixed | None = None  # as long as the module has these tensors
         self._no_mean: set[str] = set()  # copied whatever the selection says
         self._said: set[str] = set()  # replaced, as the user knows
 
@@ -62,6 +63,13 @@ class Tensors:
     @property
     def checked(self) -> Weights:
         """All but those that held an infinity from the start, as masks and bounds do."""
+        if self.is_sharded:
+            return self._all_but_no_mean()
+        if self._checked is None:
+            self._checked = weights.Fixed(self._all_but_no_mean())
+        return self._checked
+
+    def _all_but_no_mean(self) -> Weights:
         found = {**self.live, **self.live_copied}
         return {name: t for name, t in found.items() if name not in self._no_mean} if self._no_mean else found
 
@@ -114,6 +122,7 @@ class Tensors:
         copied = buffers.keys() | (self._no_mean & names)
         self.copied = {name: t for name, t in inventory.tensors.items() if name in copied}
         self.averaged = {name: t for name, t in inventory.tensors.items() if name in names - copied}
+        self._checked = None
         self.is_sharded = any(map(weights.is_sharded, (*self.averaged.values(), *self.copied.values())))
 
     def _let_go(self, gone: list[str], before: dict[str, Tensor], steps: int) -> None:

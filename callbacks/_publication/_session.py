@@ -1,7 +1,9 @@
 """One fit: counts steps, hands weights to the averages, and at its end measures, saves and publishes them."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,6 +53,8 @@ class Publisher(Exchange):
         self.checkpoints = Checkpoints(self, self.validation)
         self.checkpoints.wrap(self.patches)
         self.patches.replace(trainer.strategy, "teardown", self._teardown)
+        self._parts: list[weights.Weights] = []  # what several averages look at
+        self._whole = weights.Fixed()  # all of it
         self._went_on: str | None = None  # how this fit goes on from an earlier one of the same callbacks
         self._take_raw_back()
 
@@ -119,12 +123,20 @@ class Publisher(Exchange):
         if not wanting:
             return
         self.look()
-        taken = wanting[0][0].checked
-        for average, _ in wanting[1:]:
-            taken = {**taken, **average.checked}
-        finding = weights.find_nonfinite(taken)  # all share one look
-        for average, moment in wanting:
-            average.take_in(moment, finding)
+        finding = weights.find_nonfinite(self._checked([average for average, _ in wanting]))  # all share one look
+        with weights.in_one_pass() if len(wanting) > 1 else nullcontext():
+            for average, moment in wanting:
+                average.take_in(moment, finding)
+
+    def _checked(self, averages: list[Average]) -> weights.Weights:
+        """What of the weights is looked at for averages; kept as long as it is the same."""
+        each = [average.checked for average in averages]
+        if len(each) == 1:
+            return each[0]
+        if len(each) != len(self._parts) or any(map(operator.is_not, each, self._parts)):
+            self._parts = each
+            self._whole = weights.Fixed({name: tensor for part in each for name, tensor in part.items()})
+        return self._whole
 
     def accept(self, average: Average, share: float) -> None:
         """Publishes, in the place of an average, the point at this share of the way to it from the raw weights."""

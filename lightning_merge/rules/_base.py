@@ -100,7 +100,8 @@ class Rule(ABC):
         """Whether ``update`` writes to tensors of its state by the functions of ``lightning_merge.weights`` alone.
 
         It can then be called before it is known whether the weights hold a NaN, and undone if they do; otherwise the
-        device is waited for at each update. It must do nothing outside of the state either, as writing a file.
+        device is waited for at each update. It must do nothing outside of the state either, as writing a file, and read
+        no tensor that ``lerp_`` has written to in the same update: that may wait for the updates of other averages.
         """
         return False
 

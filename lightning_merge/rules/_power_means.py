@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, final
 
 import numpy as np
@@ -15,7 +16,7 @@ from lightning_merge.rules._base import Rule
 from lightning_merge.rules._on_disk import OnDisk
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
 from lightning_merge.rules._snapshots import OnHost, Snapshot, Snapshots
-from lightning_merge.weights import State, Weights, average_dtype, clone, lerp_, to_devices
+from lightning_merge.weights import State, Weights, average_dtype, clone, in_one_pass, joining, lerp_, to_devices
 
 
 @final
@@ -83,10 +84,11 @@ class PowerMeans(Rule):
     def update(self, state: State, weights: Weights) -> None:
         state["updates"] += 1
         t = state["updates"]
-        for sigma, average in zip(self.sigmas, state["averages"], strict=True):
-            share = 1.0 - (1.0 - 1.0 / t) ** (gamma_of(sigma) + 1.0)
-            watch_resolution(self, t, average, weights, share, LESS_OFTEN)
-            lerp_(average, weights, share)
+        with in_one_pass(), joining():
+            for sigma, average in zip(self.sigmas, state["averages"], strict=True):
+                share = 1.0 - (1.0 - 1.0 / t) ** (gamma_of(sigma) + 1.0)
+                watch_resolution(self, t, average, weights, share, LESS_OFTEN)
+                lerp_(average, weights, share)
         if t % self.every == 0:
             beside = [snapshot for snapshot in _all_kept(state) if isinstance(snapshot, str)]
             kept = [self._place.keep(each, beside) for each in state["averages"]]
@@ -167,7 +169,11 @@ def gamma_of(sigma: float) -> float:
         >>> [round(gamma_of(sigma), 6) for sigma in (0.05, 0.1, 0.15, 0.28)]
         [16.972199, 6.937204, 3.557869, 0.169344]
     """
-    sigma = number("sigma", sigma, f"(0, {1.0 / math.sqrt(12.0)})", f"in (0, {1 / math.sqrt(12):.4f})")
+    return _gamma_of(number("sigma", sigma, f"(0, {1.0 / math.sqrt(12.0)})", f"in (0, {1 / math.sqrt(12):.4f})"))
+
+
+@cache
+def _gamma_of(sigma: float) -> float:
     roots = np.roots([1.0, 7.0, 16.0 - sigma**-2, 12.0 - sigma**-2])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 

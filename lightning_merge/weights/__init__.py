@@ -27,6 +27,7 @@ from lightning_merge.weights._chunks import unstacked as unstacked
 from lightning_merge.weights._chunks import worth_it as worth_it
 from lightning_merge.weights._exchange import exchange as exchange
 from lightning_merge.weights._exchange import put_back as put_back
+from lightning_merge.weights._fixed import Fixed as Fixed
 from lightning_merge.weights._inventory import Inventory as Inventory
 from lightning_merge.weights._inventory import named_buffers as named_buffers
 from lightning_merge.weights._inventory import named_parameters as named_parameters
@@ -47,6 +48,8 @@ from lightning_merge.weights._names import submodules as submodules
 from lightning_merge.weights._nonfinite import Finding as Finding
 from lightning_merge.weights._nonfinite import find_nonfinite as find_nonfinite
 from lightning_merge.weights._nonfinite import nonfinite as nonfinite
+from lightning_merge.weights._one_pass import in_one_pass as in_one_pass
+from lightning_merge.weights._one_pass import joining as joining
 from lightning_merge.weights._over_ranks import apart as apart
 from lightning_merge.weights._over_ranks import mean_over_ranks_ as mean_over_ranks_
 from lightning_merge.weights._over_ranks import of_first_rank as of_first_rank

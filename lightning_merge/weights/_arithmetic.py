@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_merge.weights._names import Weights
+from lightning_merge.weights._one_pass import step, waits
+from lightning_merge.weights._pairs import pairs
 
 _anew: ContextVar[bool] = ContextVar("_anew", default=False)
 
@@ -31,11 +33,8 @@ def lerp_(target: Weights, source: Mapping[str, Tensor], weight: float) -> None:
     if weight == 1:
         copy_(target, source)  # nothing of the target remains, not even a NaN
         return
-    for names, targets, sources in _pairs(target, source):
-        if _anew.get():
-            target |= zip(names, torch._foreach_lerp(targets, sources, weight), strict=True)
-        else:
-            torch._foreach_lerp_(targets, sources, weight)
+    if not waits(target, source, weight, _anew.get()):
+        step(target, source, weight, _anew.get())
 
 
 @torch.no_grad()
@@ -58,7 +57,7 @@ def zero_(weights: Weights) -> None:
 def add_(target: Weights, source: Mapping[str, Tensor], factor: float = 1.0) -> None:
     """``target <- target + factor * source``, in place and in the target's precision."""
     alpha = 1 if factor == 1 else factor  # integers take no other
-    for _, targets, sources in _pairs(target, source):
+    for _, targets, sources in pairs(target, source):
         torch._foreach_add_(targets, sources, alpha=alpha)
 
 
@@ -89,25 +88,7 @@ def compensated_lerp_(target: Weights, compensation: Weights, source: Mapping[st
             value.copy_(source[name])
             carried.zero_()
             continue
-        step = source[name].to(value).sub(value).sub_(carried).mul_(weight).add_(carried)
+        move = source[name].to(value).sub(value).sub_(carried).mul_(weight).add_(carried)
         before = value.clone()
-        value.add_(step)
-        carried.copy_(step.sub_(before.neg_().add_(value)))
-
-
-def _pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[tuple[list[str], list[Tensor], list[Tensor]]]:
-    """Tensors of one dtype and device in one group; those that need a conversion one by one, to hold one at a time."""
-    groups: dict[tuple[torch.dtype, torch.device], tuple[list[str], list[Tensor], list[Tensor]]] = {}
-    converted: list[str] = []
-    for name, value in target.items():
-        other = source[name]
-        if other.dtype != value.dtype or other.device != value.device:
-            converted.append(name)
-        else:
-            names, targets, sources = groups.setdefault((value.dtype, value.device), ([], [], []))
-            names.append(name)
-            targets.append(value)
-            sources.append(other)
-    for name in converted:
-        yield [name], [target[name]], [source[name].to(target[name])]
-    yield from groups.values()
+        value.add_(move)
+        carried.copy_(move.sub_(before.neg_().add_(value)))

@@ -1,13 +1,15 @@
 """Whether tensors hold only numbers, asked without waiting for the device that they are on."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge.weights._precision import is_averaged
-from lightning_merge.weights._sizes import norms_of
+from lightning_merge.weights._fixed import Fixed, averaged_in
+from lightning_merge.weights._sizes import Norms
 
 
 class Finding:
@@ -21,11 +23,9 @@ class Finding:
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        averaged = _averaged(weights)
-        there = {name: t for name, t in averaged.items() if t.device.type == "cuda"}
-        here = {name: t for name, t in averaged.items() if name not in there} if there else averaged
-        self._names = _read_at_once(here)
-        self._asked = [_Asked(group) for group in _by_kind(there)]
+        kept = Fixed.of(weights)
+        self._names = _names(kept.at_once, kept.norms)
+        self._asked = [_Asked(group) for group in kept.on_a_device]
 
     @property
     def is_there(self) -> bool:
@@ -46,14 +46,12 @@ class _Asked:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._names = list(weights)
         # The largest magnitude: unlike a norm it does not overflow, so the answer is exact, tensor by tensor.
-        sizes = torch._foreach_norm(
-            [torch.view_as_real(t) if t.is_complex() else t for t in weights.values()], torch.inf
-        )
-        fine = torch.stack(sizes).isfinite()
-        self._answer = fine.to("cpu", non_blocking=True)  # pinned, since it does not block
+        real = [torch.view_as_real(t) if t.is_complex() else t for t in weights.values()]
+        sizes = torch.stack(torch._foreach_norm(real, torch.inf))
+        self._sizes = sizes.to("cpu", non_blocking=True)  # pinned, since it does not block
         self._arrived: Any = torch.cuda.Event() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
         if self._arrived is not None:  # it is where tensors are fake ones
-            self._arrived.record(torch.cuda.current_stream(fine.device))
+            self._arrived.record(torch.cuda.current_stream(sizes.device))
 
     @property
     def is_there(self) -> bool:
@@ -62,7 +60,7 @@ class _Asked:
     def names(self) -> set[str]:
         if self._arrived is not None:
             self._arrived.synchronize()
-        return {name for name, fine in zip(self._names, self._answer.tolist(), strict=True) if not fine}
+        return {name for name, size in zip(self._names, self._sizes.tolist(), strict=True) if not math.isfinite(size)}
 
 
 @torch.no_grad()
@@ -74,29 +72,18 @@ def find_nonfinite(weights: Mapping[str, Tensor]) -> Finding:
 @torch.no_grad()
 def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
     """Names of the tensors that hold a NaN or an infinity; waits for the device that they are on."""
-    return _read_at_once(_averaged(weights))
+    averaged = averaged_in(weights)
+    return _names(averaged, Norms(averaged.values()))
 
 
-def _averaged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t for name, t in weights.items() if is_averaged(t) and t.numel()}
-
-
-def _read_at_once(averaged: Mapping[str, Tensor]) -> set[str]:
-    # One number per tensor and one read per dtype and device: a norm of finite numbers can only overflow to infinity,
-    # so a finite norm proves the tensor finite and the exact test runs on the rare rest.
-    if all(_are_finite(norms) for norms in norms_of(list(averaged.values()))):
+def _names(averaged: Mapping[str, Tensor], norms: Norms) -> set[str]:
+    # A number per tensor or less, and one read per dtype and device: a norm of finite numbers can only overflow to
+    # infinity, so a finite norm proves tensors finite and the exact test runs on the rare rest.
+    if all(map(_are_finite, norms.taken())):
         return set()
     return {name for name, t in averaged.items() if not bool(t.isfinite().all())}
 
 
-def _are_finite(norms: list[Tensor]) -> bool:
-    fine = torch.stack(norms).isfinite().all()
+def _are_finite(norms: Tensor) -> bool:
     # What is in host memory is read there: nothing has to be waited for.
-    return bool(fine.numpy() if fine.device.type == "cpu" else fine)
-
-
-def _by_kind(weights: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    groups: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
-        groups.setdefault((tensor.dtype, tensor.device), {})[name] = tensor
-    return list(groups.values())
+    return bool(np.isfinite(norms.numpy()).all() if norms.device.type == "cpu" else norms.isfinite().all())

@@ -1,9 +1,11 @@
 """How large the numbers of a set are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from lightning_merge.weights._precision import average_dtype
 
@@ -12,7 +14,7 @@ from lightning_merge.weights._precision import average_dtype
 def all_below(weights: Mapping[str, Tensor], limit: float) -> bool:
     """Whether a cheap bound proves all magnitudes of real numbers to be below a limit of at least 1."""
     tensors = [t for t in weights.values() if t.numel()]
-    return all(bool((torch.stack(norms) < limit).all()) for norms in norms_of(tensors))  # or squares, which are larger
+    return all(bool((norms < limit).all()) for norms in norms_of(tensors))  # or squares, which are larger
 
 
 @torch.no_grad()
@@ -29,21 +31,40 @@ def largest(weights: Mapping[str, Tensor]) -> dict[str, float]:
     return found
 
 
-def norms_of(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """A norm of each tensor, in lists of one dtype and device."""
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for group in groups.values():
-        # On a CPU BLAS reads a large tensor faster than torch does, on both cores; small ones are all dispatch.
-        large = [t for t in group if _is_for_blas(t)]
-        small = [t for t in group if not _is_for_blas(t)]
-        norms = [torch.dot(flat, flat) for flat in (t.view(-1) for t in large)]
-        if small:
-            norms += torch._foreach_norm(small, dtype=average_dtype(small[0]))
-        yield norms
+def norms_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Norms, or squares of them, of tensors or of several together: in one tensor for each dtype and device."""
+    return Norms(tensors).taken()
 
 
-def _is_for_blas(tensor: Tensor) -> bool:
-    plain = tensor.dtype in (torch.float32, torch.float64) and tensor.is_contiguous()
-    return plain and tensor.device.type == "cpu" and tensor.numel() >= 1 << 16
+class Norms:
+    """How norms of tensors are taken fastest; what they hold may change from one time to the next."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._groups: dict[tuple[torch.dtype, torch.device], _Group] = {}
+        for tensor in tensors:
+            group = self._groups.setdefault((tensor.dtype, tensor.device), _Group([], [], []))
+            for_blas = tensor.dtype in (torch.float32, torch.float64) and tensor.device.type == "cpu"
+            kind = group.others if not for_blas else group.small if tensor.numel() < _SMALL else group.large
+            kind.append(tensor)
+
+    def taken(self) -> Iterator[Tensor]:
+        """One tensor of norms, or of their squares, for each dtype and device."""
+        for large, small, others in self._groups.values():
+            # On a CPU BLAS reads a large tensor faster than torch does, on both cores; small ones are all dispatch.
+            flat = [tensor.reshape(-1) for tensor in large]
+            if small:
+                flat.append(_flatten_dense_tensors(small))  # type: ignore[no-untyped-call]
+            norms = [torch.dot(each, each) for each in flat]
+            if others:
+                norms += torch._foreach_norm(others, dtype=average_dtype(others[0]))
+            yield torch.stack(norms)
+
+
+class _Group(NamedTuple):
+    large: list[Tensor]
+    small: list[Tensor]
+    others: list[Tensor]
+
+
+_SMALL = 1 << 14
+"""Numbers below which the call of an operation takes longer than what it does."""

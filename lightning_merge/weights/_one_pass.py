@@ -1,0 +1,105 @@
+"""Several means that take in the same weights, which are read once for all of them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_merge.weights._names import Weights
+from lightning_merge.weights._pairs import pairs, runs
+
+_AT_A_TIME = {"cpu": 2**19, "cuda": 2**22}
+"""Numbers that stay in a cache until all means have read them: 2 MB in float32, and 16 MB."""
+
+
+class _Step(NamedTuple):
+    """``target <- target + weight * (source - target)``, to be done."""
+
+    target: Weights
+    source: Mapping[str, Tensor]
+    weight: float
+    anew: bool
+
+
+_steps: ContextVar[list[_Step] | None] = ContextVar("_steps", default=None)
+_joins: ContextVar[bool] = ContextVar("_joins", default=False)
+
+
+@contextmanager
+def in_one_pass() -> Iterator[None]:
+    """Inside, what ``joining`` means take in waits until the end of the block, and is done for all at once."""
+    token = _steps.set([])
+    try:
+        yield
+    finally:
+        steps = _steps.get() or []
+        _steps.reset(token)
+        _do(steps)
+
+
+@contextmanager
+def joining() -> Iterator[None]:
+    """Inside, ``lerp_`` waits for the end of ``in_one_pass``: for who does not read what it has written before that."""
+    token = _joins.set(True)
+    try:
+        yield
+    finally:
+        _joins.reset(token)
+
+
+def waits(target: Weights, source: Mapping[str, Tensor], weight: float, anew: bool) -> bool:
+    """Whether a step will be done later: takes note of it where there is a pass to join."""
+    steps = _steps.get()
+    if steps is None or not _joins.get():
+        return False
+    steps.append(_Step(target, source, weight, anew))
+    return True
+
+
+def step(target: Weights, source: Mapping[str, Tensor], weight: float, anew: bool) -> None:
+    """``target <- target + weight * (source - target)``; with new tensors in ``target`` where that is asked for."""
+    for names, targets, sources in pairs(target, source):
+        if anew:
+            target |= zip(names, torch._foreach_lerp(targets, sources, weight), strict=True)
+        else:
+            torch._foreach_lerp_(targets, sources, weight)
+
+
+@torch.no_grad()
+def _do(steps: list[_Step]) -> None:
+    while steps:
+        first, others = steps[0], steps[1:]
+        alike = [other for other in others if _is_like(other, first)]
+        _do_together([first, *alike])
+        steps = [other for other in others if not any(other is each for each in alike)]
+
+
+def _is_like(one: _Step, other: _Step) -> bool:
+    """Whether two steps take in the same tensors, in the same precision, into means that are in the same place."""
+    return list(one.target) == list(other.target) and all(
+        one.source[name] is other.source[name] and value.dtype == mean.dtype and value.device == mean.device
+        for (name, value), mean in zip(one.target.items(), other.target.values(), strict=True)
+    )
+
+
+def _do_together(steps: list[_Step]) -> None:
+    first = steps[0]
+    size = _AT_A_TIME.get(next((t.device.type for t in first.target.values()), ""))
+    if len(steps) == 1 or size is None:
+        for each in steps:
+            step(*each)
+        return
+    names = list(first.target)
+    for start, end in runs(list(first.target.values()), size):
+        part = names[start:end]
+        # What has to be converted is so once for all.
+        for of_part, _, sources in list(pairs({n: first.target[n] for n in part}, first.source)):
+            shared = dict(zip(of_part, sources, strict=True))
+            for each in steps:
+                target = {name: each.target[name] for name in of_part}
+                step(target, shared, each.weight, each.anew)
+                if each.anew:
+                    each.target.update(target)
