@@ -1,7 +1,7 @@
 """The end of a task: its vector into the bank, the merged model into the module, and nothing trained lost."""
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, final
@@ -44,11 +44,11 @@ class Ending:
         self.head_of = fit.settle(module)
         self._raw_head = weights.copies({name: live[name] for name in self.head_of.names})
         self._refuse_other(live)
-        self.moved, base = on_one_process(trainer, lambda: self._moved(live))
-        self.names = [*fit.names, *base]
-        self.base = {name: {**fit.base, **base}[name] for name in self.names}
+        self.names = list(fit.names)
+        self.base = {name: fit.base[name] for name in self.names}
+        self.moved: list[str] = []
         self.raw = weights.copies({name: live[name] for name in (*self.names, *weights.named_buffers(module))})
-        self.vector = products or self._vector(live)
+        self.vector = products or self._vector(self.names)
         self._before: dict[str, Weights] = {}
         self._head: Weights = self._raw_head
         self._samples: dict[int, Tensor] = {}
@@ -73,6 +73,7 @@ class Ending:
         Raises:
             ValueError: If training moved nothing, or what is not in the vector.
         """
+        self._take_in_moved()
         bank, fit = self.store.bank(self.base), self.fit
 
         def merged() -> Weights:
@@ -120,10 +121,10 @@ class Ending:
 
     # ---- what training has left
 
-    def _vector(self, live: Mapping[str, Tensor]) -> Weights:
+    def _vector(self, names: Sequence[str]) -> Weights:
         # The base as it was trained from: in half precision, its rounding is no part of what the task learned.
-        base = {name: self.base[name].to(live[name]) for name in self.names}
-        vector = task_vector({name: self.raw[name] for name in self.names}, base)
+        base = {name: self.base[name].to(self.raw[name]) for name in names}
+        vector = task_vector({name: self.raw[name] for name in names}, base)
         return {name: tensor.contiguous() for name, tensor in vector.items()}  # channels-last is no matter of merging
 
     def _refuse_other(self, live: Mapping[str, Tensor]) -> None:
@@ -137,11 +138,18 @@ class Ending:
                     " (`selection=Selection(exclude=...)`), or change the model before the first task of a new `bank`."
                 )
 
-    def _moved(self, live: Mapping[str, Tensor]) -> tuple[list[str], Weights]:
-        """What is named by the selection, was frozen when the task began, and has moved.
+    def _take_in_moved(self) -> None:
+        """What was frozen when a first task began and has moved becomes part of the vectors."""
+        live = weights.named_tensors(self.module)
+        self.moved, base = on_one_process(self.trainer, lambda: self._moved(live))
+        if base:
+            self.names += base
+            self.base |= base
+            self.raw |= weights.copies({name: live[name] for name in base})
+            self.vector |= self._vector(list(base))
 
-        In the first task it becomes part of the vectors; later there is no place for it.
-        """
+    def _moved(self, live: Mapping[str, Tensor]) -> tuple[list[str], Weights]:
+        """What is named by the selection, was frozen when the task began, and has moved; of a first task its base."""
         fit = self.fit
         named = fit.settings.named(self.module) - {*fit.names, *self.head_of.names}
         if fit.settings.lora is not None or not named:

@@ -81,7 +81,8 @@ class Fit:
             return {}
         known = {*self.names, *(self.head.names if self.head else ())}
         live = weights.named_parameters(module)
-        return {n: live[n] for n in self.settings.named(module) - known if not live[n].requires_grad}
+        named = self.settings.named(module) - known
+        return {n: parameter for n, parameter in live.items() if n in named and not parameter.requires_grad}
 
     def _free_or_freeze(self, module: LightningModule, head: Head) -> None:
         for name, parameter in weights.named_parameters(module).items():
