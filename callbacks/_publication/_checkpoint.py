@@ -18,11 +18,13 @@ from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.callbacks._publication._ledger import RAW
 from lightning_merge.callbacks._publication._migration import Migration
 from lightning_merge.callbacks._publication._passes import Validation
+from lightning_merge.callbacks._publication._resumable import description, refuse_unresumable, refuse_weights_only
 from lightning_merge.callbacks._publication._sharded import pack, unpack
 from lightning_merge.files._check import check
 from lightning_merge.files._label import FORMAT, KEY, Label, as_written
 from lightning_merge.files._layouts import of_lightning
 from lightning_merge.files._sets import WeightFile
+from lightning_merge.files._sharded import together
 from lightning_merge.files._write import is_remote, join
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
@@ -171,7 +173,7 @@ class Checkpoints:
             # An entry here makes Lightning warn who resumes without the callback. It is not written by `state_dict()`,
             # which would make Lightning refuse two averages of one name before they can say what is wrong.
             checkpoint["callbacks"] |= {average.state_key: average.label() for average in publisher.averages}
-            pack(section, sharded_tensors(publisher.module), checkpoint["state_dict"])
+            pack(section, sharded_tensors(publisher.module), checkpoint)
         checkpoint[KEY] = section
 
     # ---- loading
@@ -187,11 +189,14 @@ class Checkpoints:
                 f"{path} is a sharded checkpoint, which a run under ModelParallelStrategy goes on from. For the"
                 f" merged weights in a plain file: lightning-merge export {path} merged.pt"
             )
+        if shards_parameters and path.exists():  # the strategy would look for optimizer states at once
+            refuse_unresumable(description(path), path)
         busy, self._publisher.busy = self._publisher.busy, True
         try:
-            checkpoint = original(checkpoint_path, *args, **kwargs)
+            checkpoint = together(original(checkpoint_path, *args, **kwargs))
         finally:
             self._publisher.busy = busy
+        refuse_unresumable(checkpoint, path)
         if shards_parameters and KEY in checkpoint:
             unpack(checkpoint[KEY], sharded_tensors(self._publisher.module), path)
         return checkpoint
@@ -211,12 +216,8 @@ class Checkpoints:
             self._adopt(theirs, checkpoint)
         elif section is None:
             rank_zero_info("The checkpoint was made without lightning-merge: averages start empty, from its weights.")
-        elif "states" not in section:
-            raise ValueError(
-                f"this checkpoint holds weights only (the set {section['holds']!r}), and a fit cannot be resumed from"
-                " it: raw weights, averages and optimizer states are in files written without `save_weights_only=True`."
-            )
         else:
+            refuse_weights_only(section)
             self._restore(section, checkpoint, original)
         original(checkpoint)
 

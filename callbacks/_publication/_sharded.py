@@ -34,21 +34,25 @@ def for_file(nested: Any, sharded: Mapping[str, Tensor], state_dict: Mapping[str
     return map_named(convert, nested)
 
 
-def pack(section: dict[str, Any], sharded: Mapping[str, Tensor], state_dict: dict[str, Any]) -> None:
+def pack(section: dict[str, Any], sharded: Mapping[str, Tensor], checkpoint: dict[str, Any]) -> None:
     """Brings the raw weights and the rules' states of a section into the form that the checkpoint needs.
 
-    That is whole tensors, or parts in ``state_dict`` and their names in the section.
+    That is whole tensors, or parts and their names in the section. The strategy writes parts of a ``state_dict``, which
+    a plain module must be able to load, and of optimizer states: theirs go in as those of a further optimizer.
     """
+    parts: dict[str, Tensor] = {}
 
     def move(name: str, tensor: Tensor) -> Tensor | str:
         if not is_sharded(tensor):
             return tensor
-        key = f"{KEY}/{len(state_dict)}/{name}"
-        state_dict[key] = tensor
+        key = f"{KEY}/{len(parts)}/{name}"
+        parts[key] = tensor
         return key
 
     for holder, key in mergeable(section):
-        holder[key] = map_named(move, for_file(holder[key], sharded, state_dict))
+        holder[key] = map_named(move, for_file(holder[key], sharded, checkpoint["state_dict"]))
+    if parts:
+        checkpoint["optimizer_states"] = [*checkpoint.get("optimizer_states", ()), parts]
 
 
 def unpack(section: dict[str, Any], sharded: Mapping[str, Tensor], path: Path) -> None:
@@ -66,7 +70,7 @@ def unpack(section: dict[str, Any], sharded: Mapping[str, Tensor], path: Path) -
         return part_of(tensor, like) if is_whole else tensor
 
     if path.is_dir():
-        fill(section, weights.local(read_tensors(path, make, only=f"{KEY}/")))
+        fill(section, weights.local(read_tensors(path, make, ours_alone=True)))
     for holder, key in mergeable(section):
         holder[key] = map_named(convert, holder[key])
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from torch import OutOfMemoryError, Tensor
@@ -42,6 +42,8 @@ class Label:
         averages: Of each average its class, rule, updates and steps.
         raw: The raw weights that are not in ``state_dict``; ``None`` in a file of weights only.
         states: The state of each average; ``None`` likewise.
+        names: The canonical name of each key of ``state_dict`` that is called otherwise: a second name of a tied
+            tensor, or one that the module gave.
     """
 
     holds: str
@@ -52,6 +54,7 @@ class Label:
     averages: Mapping[str, Mapping[str, Any]]
     raw: Mapping[str, Any] | None
     states: Mapping[str, Mapping[str, Any]] | None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpoint: Any, where: object) -> "Label | None":
@@ -84,6 +87,7 @@ class Label:
             averages=fields.by_name("averages", Mapping, default={}) or {},
             raw=fields.by_name("raw", (Tensor, str), default=None),
             states=fields.by_name("states", Mapping, default=None),
+            names=fields.by_name("names", str, default={}) or {},
         )
         for name, about in label.averages.items():
             inner = _Fields(about, where, f"averages.{name}.")

@@ -18,7 +18,7 @@ from lightning_merge.files._read import read
 from lightning_merge.files._refusals import runs_code
 from lightning_merge.files._safetensors import read_safetensors
 from lightning_merge.files._sets import WeightFile, stored
-from lightning_merge.files._sharded import is_sharded_checkpoint
+from lightning_merge.files._sharded import is_sharded_checkpoint, together
 from lightning_merge.files._stand_ins import stands_for
 from lightning_merge.files._write import is_remote
 
@@ -57,6 +57,7 @@ def sets_of(content: Any, path: Location) -> WeightFile:
         ValueError: If it holds no weights, or is laid out like a file of a library and yet is none.
     """
     if isinstance(content, Mapping):
+        content = together(content)
         for recognise in LAYOUTS:
             try:
                 found = recognise(content, path)

@@ -2,9 +2,10 @@
 
 import ast
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_merge import rules, schedules
@@ -27,7 +28,7 @@ def ours(content: Mapping[str, Any], path: str | os.PathLike[str]) -> WeightFile
     if not isinstance(content.get("state_dict"), Mapping):
         raise ValueError(f"{path} has the label of lightning-merge and no `state_dict`: it is not as it was written.")
     saved, holds = content["state_dict"], label.holds
-    raw = None if label.raw is None else overlay(saved, label.raw)
+    raw = None if label.raw is None else overlay(saved, label.raw, label.names)
     averages: dict[str, StoredSet | None] = {}
     elsewhere: dict[str, str] = {}
     for name, about in label.averages.items():
@@ -36,7 +37,7 @@ def ours(content: Mapping[str, Any], path: str | os.PathLike[str]) -> WeightFile
         if rule is not None and rule.keeps_files and name != holds:
             elsewhere[name] = _ELSEWHERE.format(directory=getattr(rule, "directory", None))
         elif rule is not None and state is not None and raw is not None and holds_numbers(saved):
-            averages[name] = _average(rule, about, state, raw, f"{path}: the state of `{name}`")
+            averages[name] = _average(rule, about, state, raw, label.names, f"{path}: the state of `{name}`")
     sets = {holds: stored(saved, "in `state_dict`", of_lightning=True)}
     if holds in label.averages:
         held = averages.get(holds)
@@ -53,7 +54,12 @@ def ours(content: Mapping[str, Any], path: str | os.PathLike[str]) -> WeightFile
 
 
 def _average(
-    rule: Rule, about: Mapping[str, Any], saved: Mapping[str, Any], raw: Mapping[str, Any], what: str
+    rule: Rule,
+    about: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    names: Mapping[str, str],
+    what: str,
 ) -> StoredSet | None:
     """An average out of the state that it goes on with; ``None`` if it has none yet."""
     if saved.get("state") is None:
@@ -63,7 +69,7 @@ def _average(
         merged = rule.result(state)
         if merged is None:
             return None
-        weights = overlay(raw, {**merged, **saved["buffers"]})
+        weights = overlay(raw, {**merged, **saved["buffers"]}, names)
         share = rule.initial_share(state)
     return stored(weights, "as a state to go on with", about.get("updates"), share, of_lightning=True)
 
@@ -85,13 +91,46 @@ def _rule(text: str) -> Rule | None:
     return rule if isinstance(rule, Rule) else None
 
 
-def overlay(saved: Mapping[str, Any], merged: Mapping[str, Any]) -> dict[str, Any]:
-    """``saved`` with the tensors of ``merged`` in place, which has canonical names and tied tensors once."""
-    named = tensors(merged)
-    return {
-        **saved,
-        **{key: _like(named[name], tensor) for key, name, tensor in _owners(tensors(saved), named) if name in named},
-    }
+def overlay(
+    saved: Mapping[str, Any], merged: Mapping[str, Any], names: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """``saved`` with the tensors of ``merged`` in place, which has canonical names and tied tensors once.
+
+    Args:
+        saved: Under the keys of the file.
+        merged: What takes the place of some of them.
+        names: The canonical names of keys, where the file says so. Of tied tensors that are not one in memory, as those
+            of a folder, nothing else tells.
+    """
+    named, kept = tensors(merged), tensors(saved)
+    placed = {key: _like(named[name], tensor) for key, name, tensor in _owners(kept, named) if name in named}
+    owners = {canonical(key): tensor for key, tensor in kept.items()}
+    for key, name in (names or {}).items():
+        if key not in placed and key in kept and name in named:
+            fitting = _laid_out(named[name], owners.get(name), kept[key])
+            placed |= {} if fitting is None else {key: _like(fitting, kept[key])}
+    return {**saved, **placed}
+
+
+def _laid_out(merged: Tensor, owner: Tensor | None, saved: Tensor) -> Tensor | None:
+    """What ``saved`` has of ``merged`` as it has it of ``owner``: it as it is, transposed or in another shape."""
+    if merged.numel() != saved.numel() or merged.is_floating_point() != saved.is_floating_point():
+        return None
+    ways: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t,
+        lambda t: t.mT if t.dim() > 1 else t,
+        lambda t: t.reshape(saved.shape),
+    ]
+    for way in ways:
+        if way(merged).shape == saved.shape and (owner is None or _equal(way(owner), saved)):
+            return way(merged)
+    return None
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Whether tensors are equal, as far as their numbers are read."""
+    read = holds_numbers({"": first}) and holds_numbers({"": second})
+    return first.shape == second.shape and (not read or torch.equal(first, second))
 
 
 def _like(merged: Tensor, saved: Tensor) -> Tensor:

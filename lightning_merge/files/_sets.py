@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lightning_merge.files._sharded import is_part
 from lightning_merge.files._stand_ins import stands_for
 from lightning_merge.weights import Weights, canonical
 
@@ -125,7 +126,7 @@ def stored(
         initial_share: Likewise.
         how: ``of_lightning``, whose files never have the prefix of DDP: there a name that begins so is the module's.
     """
-    names = plain_names(state)
+    names = plain_names([key for key in state if not is_part(key)])
     prefix = DDP if names and not how.get("of_lightning") and all(n.startswith(DDP) for n in names.values()) else ""
     named = {names[key].removeprefix(prefix): value for key, value in state.items() if key in names}
     return StoredSet(
@@ -155,7 +156,7 @@ def weights_in(content: Mapping[str, Any], expected: Collection[str] = ()) -> We
     return stored(state, "", of_lightning=keeps).weights
 
 
-def plain_names(state: Mapping[str, Any]) -> dict[str, str]:
+def plain_names(state: Iterable[str]) -> dict[str, str]:
     """The canonical name of every key; all stay as they are if two would become one."""
     names = {str(key): canonical(str(key)) for key in state}
     return names if len(set(names.values())) == len(names) else {name: name for name in names}

@@ -1,7 +1,8 @@
 """Sharded checkpoints: folders that ``torch.distributed.checkpoint`` writes, each process its parts of tensors.
 
 Lightning puts ``state_dict`` and optimizer states there, and what the first process knows besides into ``meta.pt``. Our
-tensors are in ``state_dict`` too, under names of their own that nobody else asks for, and ``meta.pt`` has those names.
+tensors are beside the optimizer states, as those of a further one that nobody asks for, and ``meta.pt`` has their
+names. (Earlier versions put them into ``state_dict``.) Converters of Lightning and torch make one file of a folder.
 """
 
 import pickle
@@ -73,10 +74,8 @@ def read_folder(path: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
     check_parts(path)
     content: dict[str, Any] = load(path / _META)
     tensors = read_tensors(path, lambda name, size, dtype: torch.empty(size, dtype=dtype))
-    content["state_dict"] = {name: t for name, t in tensors.items() if not name.startswith(f"{KEY}/")}
-    if KEY in content:
-        fill(content[KEY], tensors)
-    return content
+    whole: dict[str, Any] = together({**content, "state_dict": tensors})
+    return whole
 
 
 def _without_lightning(path: Path) -> dict[str, Any] | None:
@@ -86,7 +85,7 @@ def _without_lightning(path: Path) -> dict[str, Any] | None:
 
     check_parts(path, (".metadata",))
     metadata = _reader(path).read_metadata()
-    if any(key.startswith(f"{_PREFIX}{KEY}/") for key in metadata.state_dict_metadata):
+    if any(is_part(key.partition(".")[2]) for key in metadata.state_dict_metadata):
         return None
     ways = metadata.planner_data or {}  # of each key how it was nested
     targets = {
@@ -108,23 +107,42 @@ def _without_lightning(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def read_tensors(path: Path, make: Any, only: str = "") -> dict[str, Any]:
-    """Tensors of ``state_dict`` whose name begins with ``only``, read into what ``make(name, size, dtype)`` gives.
+def together(content: Any) -> Any:
+    """The content of a file with our tensors where they belong, wherever the parts of a folder were put in it."""
+    holders = {k: each for k, each in content.items() if isinstance(each, Mapping) and any(map(is_part, each))}
+    if not holders:
+        return content
+    parts = {name: t for each in holders.values() for name, t in each.items() if is_part(name)}
+    rest = {k: {name: t for name, t in each.items() if not is_part(name)} for k, each in holders.items()}
+    found = {k: rest.get(k, value) for k, value in content.items() if rest.get(k, True)}
+    if KEY in found:
+        states = {name: dict(state) for name, state in found[KEY].get("states", {}).items()}
+        found[KEY] = {**found[KEY], **({"states": states} if "states" in found[KEY] else {})}
+        fill(found[KEY], parts)
+    return found
+
+
+def is_part(name: object) -> bool:
+    """Whether a name in a folder, or in what was made of one, is that of a tensor of ours."""
+    return isinstance(name, str) and name.startswith(f"{KEY}/")
+
+
+def read_tensors(path: Path, make: Any, ours_alone: bool = False) -> dict[str, Any]:
+    """Tensors of ``state_dict``, and ours, read into what ``make(name, size, dtype)`` gives; or ours alone.
 
     With several processes all must call this.
     """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    targets = {
-        key: make(key.removeprefix(_PREFIX), stored.size, stored.properties.dtype)
-        for key, stored in _reader(path).read_metadata().state_dict_metadata.items()
-        if key.startswith(_PREFIX + only) and isinstance(stored, TensorStorageMetadata)
-    }
+    stored = _reader(path).read_metadata().state_dict_metadata
+    names = {key: key.partition(".")[2] for key, found in stored.items() if isinstance(found, TensorStorageMetadata)}
+    wanted = [k for k, n in names.items() if is_part(n) or (k.startswith(_PREFIX) and not ours_alone)]
+    targets = {key: make(names[key], stored[key].size, stored[key].properties.dtype) for key in wanted}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if targets:
         load(targets, storage_reader=_reader(path), no_dist=not distributed)
-    return {key.removeprefix(_PREFIX): tensor for key, tensor in targets.items()}
+    return {names[key]: tensor for key, tensor in targets.items()}
 
 
 def fill(section: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
