@@ -19,7 +19,7 @@ from lightning_merge.callbacks._branch_run import _placement as placement
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._fit import Fit
 from lightning_merge.callbacks._branch_run._progress import Progress
-from lightning_merge.callbacks._branch_run._saved import BranchesSaved
+from lightning_merge.callbacks._branch_run._saved import BranchesSaved, Earlier
 from lightning_merge.callbacks._branch_run._settings import (
     Augmentation,
     Batches,
@@ -184,12 +184,8 @@ class Branching(Published):
         if fit is None or not self.ready:
             return None
         if fit.mean is None:
-            with torch.inference_mode(False), torch.no_grad():
-                raw = fit.publisher.raw(self)
-                fit.mean = fit.mean_of(raw)
-                self._buffers = weights.copies({name: raw[name] for name in fit.shared_buffers})
-                self._calibrated_at = None
-        return {**fit.mean, **self._buffers}
+            self._buffers, self._calibrated_at = fit.take_mean(), None
+        return {**(fit.mean or {}), **self._buffers}
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -241,42 +237,47 @@ class Branching(Published):
         super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the branches, or goes on with those of an earlier fit or a checkpoint."""
+        """Makes room for the branches, and finds out whether they go on from an earlier fit or a checkpoint."""
+        is_same = self._module is pl_module
         super().on_fit_start(trainer, pl_module)
         publisher, settings = Publisher.attach(trainer, pl_module), self._settings
         steps_per = self.branches if self.batches == "turns" and self._strategy is None else 1
         (schedule,) = resolved(trainer, [self.schedule], steps_per)
-        saved, policy, good = self._earlier(publisher)
-        branches = placement.made(settings, trainer, pl_module, apart=saved is not None)
+        earlier = self._earlier(publisher, is_same)
+        branches = placement.made(settings, trainer, pl_module, apart=earlier.branches is not None)
         if self.policy.needs_score:
             refuse_without_score(self.title, trainer, pl_module, self.score)
         fit = Fit(settings, self, publisher, branches, schedule, self._progress, self._anchors)
-        fit.load(saved, policy, good)
+        fit.go_on(earlier)
         self._fit, self._loaded = fit, None
         if self.buffers == "recompute":
             self._keep_recent_batches()
-        turns = Turns(settings, lambda: self.steps, trainer, branches, self._progress, self._recent, fit.end_group)
-        turns.wrap(publisher.patches)
+        Turns(settings, lambda: self.steps, trainer, fit, self._progress, self._recent).wrap(publisher.patches)
         publisher.begin(self, trainer.optimizers[self.optimizer])
 
-    def _earlier(self, publisher: Publisher) -> tuple[State | None, State | None, Weights]:
-        """The branches, the policy's state and the last good weights of a file or of an earlier fit."""
-        if self._loaded is not None:
-            return self._loaded.branches, self._loaded.policy, self._loaded.good
-        if self._fit is None:
-            return None, None, {}
-        # A process of its own has its branch in the module again.
-        apart: State = {"active": 0, "weights": {}, "optimizers": {}}
-        kept = self._fit.branches.save() if self._strategy is None else apart
-        goes_on = not publisher.is_apart
+    def _earlier(self, publisher: Publisher, is_same: bool) -> Earlier:
+        """What a file, or an earlier fit of the same weights, holds."""
+        fit = self._fit
+        if self._loaded is not None or fit is None:
+            return Earlier() if self._loaded is None else self._loaded.earlier
+        if publisher.is_apart or not (publisher.is_continued or is_same):
+            self._start_anew()
+            return Earlier()
         publisher.continue_fit(self)
-        return kept if goes_on else None, self._fit.state, self._fit.good
+        return fit.kept()
+
+    def _start_anew(self) -> None:
+        """Another model, or other weights: nothing of the earlier fit is about them."""
+        rank_zero_info(f"{self.title} starts anew: the live weights are not those that its last fit left.")
+        self._fit, self._recent, self._buffers, self._calibrated_at = None, None, {}, None
+        self._progress, self.steps = Progress(), 0
+        if self._anchors is not None:
+            self._anchors.held = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Every branch starts with the optimizers as they are now, after everything was restored."""
+        """Epochs before a fit that goes on are not looked at again."""
         if not self._resumed:
             self._progress.epochs = trainer.current_epoch
-        self._running.start()
 
     @property
     def watches_training(self) -> bool:

@@ -1,5 +1,6 @@
 """Moving averages that branches are held near."""
 
+from collections.abc import Iterable
 from typing import final
 
 import torch
@@ -41,6 +42,12 @@ class Anchors:
             own = branches.weights(branch)
             new = {name: own[name] for name, t in live.items() if isinstance(t, nn.Parameter) and name not in held}
             self.held[branch] = held | weights.to_devices(weights.clone(new), devices)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Those of tensors that were replaced."""
+        for held in self.held.values():
+            for name in names:
+                held.pop(name, None)
 
     def follow(self, branches: Branches) -> None:
         """Moves the anchor of the branch that has trained."""

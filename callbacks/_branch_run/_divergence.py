@@ -26,6 +26,7 @@ class Divergence:
         """The last weights that all branches went on from; empty under a policy that never makes them equal."""
         self._title = title
         self._progress = progress
+        self._said = -1
 
     def remember(self, live: Mapping[str, Tensor]) -> None:
         """All branches go on from these weights."""
@@ -56,6 +57,16 @@ class Divergence:
         broken = weights.nonfinite(dict(live))
         good = self._fitting(live)
         weights.copy_({name: live[name] for name in broken if name in good}, good)
+
+    def say_left_out(self, diverged: set[int]) -> None:
+        """Says that what is published is the mean of some branches, once between two merges."""
+        if self._said != self._progress.merges:
+            self._said = self._progress.merges
+            rank_zero_warn(
+                f"{self._title}: branches {sorted(diverged)} hold a NaN or an infinity after group"
+                f" {self._progress.groups}. What is measured, saved and published is the mean of the others. Lower the"
+                " learning rate or clip gradients."
+            )
 
     def go_back(self, branches: Branches, live: Mapping[str, Tensor]) -> None:
         """Puts the last good weights into all branches.

@@ -3,15 +3,18 @@
 from typing import Any, final
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge.branches import Branches
+from lightning_merge._ranks import gathered
+from lightning_merge.branches import Branches, OnePerRank
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._divergence import Divergence
+from lightning_merge.callbacks._branch_run._outside import Outside, sums
 from lightning_merge.callbacks._branch_run._placement import check_saved
 from lightning_merge.callbacks._branch_run._progress import Progress
-from lightning_merge.callbacks._branch_run._saved import BranchesSaved
+from lightning_merge.callbacks._branch_run._saved import BranchesSaved, Earlier
 from lightning_merge.callbacks._branch_run._settings import Settings
 from lightning_merge.callbacks._lightning._measure import measured
 from lightning_merge.callbacks._publication._callback import Published
@@ -34,8 +37,10 @@ class Fit:
         anchors: What holds the branches, if anything does.
 
     Attributes:
-        state: Of the policy.
         mean: The published mean of the branches as they are now; ``None`` until it is asked for.
+        begun: Whether the branches are forked.
+        earlier: What the branches go on from, until they are.
+        outside: Notices what is changed between turns.
     """
 
     def __init__(
@@ -50,56 +55,99 @@ class Fit:
     ) -> None:
         self.publisher = publisher
         self.branches = branches
-        self.state: State = {}
         self.mean: Weights | None = None
+        self.begun = False
+        self.outside = Outside(settings.title, branches.count)
+        self._state: State = {}
         self._settings = settings
         self._average = average
         self._schedule = schedule
         self._progress = progress
         self._divergence = Divergence(settings.title, progress)
         self._anchors = anchors
-        self._saved: State | None = None  # what the branches were loaded from, until their optimizers are
+        self.earlier = Earlier()
+        self._found: dict[str, str] = {}  # the module's tensors when the fit began, of branches that go on
+        self._checked = settings.optimizer_state != "average"
         if settings.policy.needs_score:
             branches.scorer = self._measure
 
     # ---- it begins
 
-    def load(self, saved: State | None, policy: State | None, good: Weights) -> None:
-        """Goes on from a file, or from an earlier fit.
+    @property
+    def state(self) -> State:
+        """Of the policy."""
+        return self._state if self.begun else self.earlier.policy or {}
 
-        Args:
-            saved: The branches; ``None``: they start from the module.
-            policy: State of the policy, if there is one.
-            good: The last good weights.
+    def go_on(self, earlier: Earlier) -> None:
+        """Notes what a file, or an earlier fit, holds; ``begin`` takes it over."""
+        self.earlier = earlier
+        self._divergence.good = earlier.good
+        if earlier.branches is not None:
+            self._found = sums(self.publisher.inventory.tensors)
+
+    def begin(self) -> None:
+        """Forks the branches, at the first batch: by then hooks have loaded, tied and unfrozen what they do.
 
         Raises:
-            ValueError: If the branches are of another model.
+            ValueError: If the branches of a file are of another model.
         """
-        self._saved = saved
-        self._divergence.good = good
-        if saved is not None:
+        if self.begun:
+            return
+        self.begun = True
+        saved, policy, changed = self.earlier.branches, self.earlier.policy, list[str]()
+        if saved is None:
+            self.branches.restart()
+            self._progress.merged_at = self._progress.trained
+        else:
+            self.branches.capture()
             if "constant" in saved:  # not in files of earlier versions
                 self.branches.leave_alone(saved["constant"])
             check_saved(self._settings.title, self.branches, saved)
+            changed = self._changed_since_it_was_read()
             self.branches.load(saved)
             self.branches.steps = list(saved.get("steps", self.branches.steps))
-        else:
-            self._progress.merged_at = self._progress.trained
-        self.state = self._settings.policy.init(self.branches) if policy is None else policy
-
-    def start(self) -> None:
-        """Every branch starts with the optimizers as they are now, after everything was restored."""
-        if self._saved is None or not self._saved["optimizers"]:
-            self.branches.fork_optimizers()
-        else:
-            self.branches.load_optimizers(self._saved)
-        self._saved = None
+            if saved["optimizers"]:
+                self.branches.load_optimizers(saved)
+            else:
+                self.branches.fork_optimizers()
+        self._state = self._settings.policy.init(self.branches) if policy is None else policy
+        if saved is not None:
+            self._settings.policy.look_again(self._state, self.branches)
+            self._take_in(changed)
+        self.earlier = Earlier()
         if self._settings.policy.restarts and not self.good:
             self._divergence.remember(self._trained_tensors)
         if self._anchors is not None and self._progress.equal:
             self._anchors.restart(self.branches)
         elif self._anchors is not None:
             self._anchors.complete(self.branches)
+
+    def _changed_since_it_was_read(self) -> list[str]:
+        """Names of tensors that a hook has changed since the file was read, in whichever process."""
+        now = sums(self.publisher.inventory.tensors)
+        changed = [name for name in now if name in self._found and now[name] != self._found[name]]
+        self._found = {}
+        everywhere: list[list[str]] = gathered(changed)
+        return list(dict.fromkeys(name for each in everywhere for name in each))
+
+    def _take_in(self, changed: list[str]) -> None:
+        """Weights that a hook has changed are all branches' and all references'."""
+        changed = [name for name in self.branches.live if name in changed]
+        if not changed:
+            return
+        rank_zero_info(
+            f"{self._settings.title}: {len(changed)} tensors, `{changed[0]}` first, were changed after the file was"
+            " read and before the first batch. All branches go on from them."
+        )
+        self.branches.take(changed)
+        fresh = self._settings.policy.init(self.branches)
+        for key, kept in self._state.items():
+            if isinstance(kept, dict):
+                kept |= {name: fresh[key][name] for name in changed if name in fresh.get(key, {})}
+        live = self._trained_tensors
+        self._divergence.good = self.good | weights.copies({name: live[name] for name in changed if name in self.good})
+        if self._anchors is not None:
+            self._anchors.forget(changed)
 
     # ---- which tensors
 
@@ -119,6 +167,12 @@ class Fit:
         branched = self.branches.live  # with `average`, all but masks and bounds
         return {name: b for name, b in self.publisher.inventory.buffers.items() if name not in branched}
 
+    def shared_buffers_of(self, raw: Weights) -> Weights:
+        """Copies of the buffers that there is one set of; the last good ones of what a diverged branch has spoiled."""
+        own = {name: raw[name] for name in self.shared_buffers}
+        broken = weights.nonfinite(own) - weights.nonfinite(self.good) if self.branches.left_out else set()
+        return weights.copies({name: self.good.get(name, t) if name in broken else t for name, t in own.items()})
+
     @property
     def shared_parameters(self) -> Weights:
         """The live parameters that there is one set of."""
@@ -134,7 +188,10 @@ class Fit:
 
     def refresh(self) -> None:
         """Finds parameters that were replaced or unfrozen."""
+        if not self.begun:
+            return  # it looks then
         self.branches.refresh()
+        self._settings.policy.look_again(self._state, self.branches)
         if self._anchors is not None and self._anchors.held:
             self._anchors.complete(self.branches)
 
@@ -142,6 +199,9 @@ class Fit:
 
     def end_group(self) -> None:
         """Merges if that is due after a group."""
+        if not self._checked:
+            self._checked = True
+            self.branches.check_optimizers()  # now, and not at a merge after hours
         self.merge(Moment(self._progress.groups, self.publisher.trainer.current_epoch))
 
     def end_epoch(self) -> None:
@@ -157,6 +217,23 @@ class Fit:
             self._merge()
         if self._anchors is not None and self._progress.equal:
             self._anchors.restart(self.branches)
+        self.mark()
+
+    def mark(self) -> None:
+        """From here on weights are to stay as they are until the next turn."""
+        if not isinstance(self.branches, OnePerRank):
+            self.outside.mark(self.trained)
+
+    @property
+    def trained(self) -> Weights:
+        """The parameters that are branched, as the active branch has them."""
+        return {name: t for name, t in self.branches.live.items() if isinstance(t, torch.nn.Parameter)}
+
+    def look_before_turns(self) -> None:
+        """At each batch: forks if it is the first, and notices what was changed since the last turn."""
+        self.begin()
+        if not isinstance(self.branches, OnePerRank) and self.outside.moved(self.trained, self.branches.active):
+            self._progress.trained += 1
 
     def _merge(self) -> None:
         branches, settings = self.branches, self._settings
@@ -168,7 +245,7 @@ class Fit:
             return
         if diverged:
             self._divergence.revive(branches, diverged, self._trained_tensors)
-        settings.policy.merge(self.state, branches)
+        settings.policy.merge(self._state, branches)
         if settings.optimizer_state == "average":
             branches.average_optimizers()
         elif settings.optimizer_state == "reset":
@@ -186,15 +263,48 @@ class Fit:
         with self.publisher.swapped(self._average, fitted):
             return measured(self.publisher.trainer, self.publisher.module, self._settings.score)
 
+    def take_mean(self) -> Weights:
+        """Makes ``mean``; returns copies of the buffers that there is one set of."""
+        with torch.inference_mode(False), torch.no_grad():
+            self.begin()
+            raw = self.publisher.raw(self._average)
+            self.mean = self.mean_of(raw)
+            return self.shared_buffers_of(raw)
+
     def mean_of(self, raw: Weights) -> Weights:
         """The mean of all branches, ``raw`` being the live one; of equal ones it is any, the live one at no cost."""
-        if self._progress.equal:
+        if self._are_equal(raw):
             return {name: raw[name].to(weights.average_dtype(raw[name])) for name in self.branches.live}
-        mean = self._settings.policy.published(self.state, self.branches, raw)
+        self.branches.left_out = set()
+        mean = self._settings.policy.published(self._state, self.branches, raw)
+        if 0 < len(self.branches.left_out) < self.branches.count:
+            self._divergence.say_left_out(self.branches.left_out)
         self.publisher.fit_vectors_(self._average, mean)
         return mean
 
+    def _are_equal(self, raw: Weights) -> bool:
+        """Whether all branches are what they were when they met; a hook may have changed the active one."""
+        if not self._progress.equal:
+            return False
+        if isinstance(self.branches, OnePerRank):
+            return True  # where every branch passes every hook
+        live = self.branches.live
+        moved = [n for n, t in self.good.items() if n in live and n in raw and not torch.equal(t, raw[n].to(t))]
+        if moved:
+            self.outside.say(moved[0], self.branches.active)
+            self._progress.trained += 1
+        return not moved
+
     # ---- it is saved, and ends
+
+    def kept(self) -> Earlier:
+        """What another fit goes on from."""
+        if not self.begun:
+            return self.earlier
+        # A process of its own has its branch in the module again.
+        apart: State = {"active": 0, "weights": {}, "optimizers": {}}
+        branches = apart if isinstance(self.branches, OnePerRank) else self.branches.save()
+        return Earlier(branches, self._state, self.good)
 
     def saved(self, recent: Any, lost: bool) -> BranchesSaved:
         """What a file keeps.
@@ -203,7 +313,11 @@ class Fit:
             recent: The batches kept for BatchNorm statistics.
             lost: Whether branches in other processes cannot be reached any more.
         """
-        equal = self._progress.equal
+        if not self.begun:
+            held = None if self._anchors is None else self._anchors.held
+            earlier = self.earlier
+            return BranchesSaved(self._progress, earlier.branches, earlier.good, earlier.policy, recent, held)
+        equal = self._are_equal(self.publisher.raw(self._average))
         branches = None if lost else self.branches.save()
         if branches is not None and equal:
             branches["weights"] = {}  # all are the live one, which the file has
@@ -213,7 +327,7 @@ class Fit:
             progress=self._progress,
             branches=branches,
             good={} if equal else self.good,
-            policy=self.state,
+            policy=self._state,
             recent=recent,
             anchors=None if self._anchors is None else {} if equal else self._anchors.held,
         )
@@ -224,6 +338,6 @@ class Fit:
         self.branches.to_host()
         self.mean = weights.to_devices(self.mean, host)
         self._divergence.good = weights.to_devices(self.good, host)
-        self.state = weights.to_devices(self.state, host)
+        self._state = weights.to_devices(self._state, host)
         if self._anchors is not None:
             self._anchors.to_host()

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from lightning_merge import weights
 from lightning_merge.branches import Branches, InTurn, OnePerRank
@@ -66,8 +67,16 @@ def check_saved(title: str, branches: Branches, saved: State) -> None:
     Raises:
         ValueError: If they do not.
     """
+    tensors = branches.inventory.tensors
+    live = {name for name, tensor in branches.live.items() if not isinstance(tensor, nn.Parameter)}
     for branch, found in saved["weights"].items():
-        if difference := weights.first_mismatch(branches.live, found):
+        known = {name: tensors[name] for name in found if name in tensors}
+        if missing := next((name for name in live if name not in found), None):
+            known[missing] = tensors[missing]
+        difference = weights.first_mismatch(known, found)
+        others = [name for name in known if not branches.could_be(name)]
+        difference = difference or (f"`{others[0]}` is not branched" if others else None)
+        if difference:
             raise ValueError(
                 f"{title} holds branch {branch} of another model: {difference}. Use a fresh callback, or the model and"
                 " the selection that it was started with."

@@ -1,6 +1,6 @@
 """What a file keeps of branches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, final
 
 from lightning_merge.callbacks._branch_run._progress import Progress
@@ -28,3 +28,24 @@ class BranchesSaved(Saved):
     policy: State | None
     recent: Any
     anchors: dict[int, Weights] | None = None
+
+    @property
+    def earlier(self) -> "Earlier":
+        """What a fit goes on from."""
+        return Earlier(self.branches, self.policy, self.good)
+
+
+@final
+@dataclass
+class Earlier:
+    """What the branches of a fit go on from: those of a file or of an earlier fit.
+
+    Attributes:
+        branches: Weights and optimizer states; ``None``: they start from the module.
+        policy: State of the policy, if there is one.
+        good: The last good weights.
+    """
+
+    branches: State | None = None
+    policy: State | None = None
+    good: Weights = field(default_factory=dict)

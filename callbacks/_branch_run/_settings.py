@@ -66,6 +66,7 @@ class Settings:
     inactive: Inactive
     schedulers: Schedulers
     selection: Selection | None
+    optimizer: int
     others: Others
 
 

@@ -1,18 +1,21 @@
 """The turns that branches take at the batches of a fit."""
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_merge.branches import Branches, OnePerRank
+from lightning_merge.branches import OnePerRank
+from lightning_merge.callbacks._branch_run._fit import Fit
+from lightning_merge.callbacks._branch_run._own import OwnAttributes, Rates
 from lightning_merge.callbacks._branch_run._progress import Progress
 from lightning_merge.callbacks._branch_run._settings import Augmentation as Augmentation
 from lightning_merge.callbacks._branch_run._settings import Settings
+from lightning_merge.callbacks._lightning._batch_copies import own_copy
 from lightning_merge.callbacks._lightning._internals import accumulates
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
@@ -26,10 +29,9 @@ class Turns:
         settings: Say which batches are whose, and how they are augmented.
         steps: Counts the applied optimizer steps so far.
         trainer: The Trainer of the fit.
-        branches: The branches; if this process holds one only, that one has every turn.
+        fit: The branches; if this process holds one only, that one has every turn. It is told when groups are over.
         progress: Where turns and groups are counted.
         recent: Where batches are kept, if they are.
-        group_over: Called when every branch has had its turn.
     """
 
     def __init__(
@@ -37,29 +39,36 @@ class Turns:
         settings: Settings,
         steps: Callable[[], int],
         trainer: Any,
-        branches: Branches,
+        fit: Fit,
         progress: Progress,
         recent: RecentBatches | None,
-        group_over: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._steps = steps
         self._trainer = trainer
-        self._branches = branches
+        self._fit = fit
+        self._branches = branches = fit.branches
         self._progress = progress
         self._recent = recent
-        self._group_over = group_over
         self._apart = isinstance(branches, OnePerRank)  # the others train in other processes
         self._everyone = settings.batches == "same" and not self._apart
         self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
+        self._attributes = OwnAttributes(branches)
+        self._rates: Rates | None = None
+        self._counted: bool | None = None  # whether steps of the optimizer have been seen, once a turn was taken
 
     def wrap(self, patches: Patches) -> None:
         """Takes the place of the training step until the fit ends."""
         loop = self._trainer.fit_loop.epoch_loop
         patches.replace(loop.automatic_optimization, "run", self._automatic)
         patches.replace(loop.manual_optimization, "run", self._manual)
-        if self._settings.batches == "turns" and self._settings.schedulers == "group":
-            patches.replace(self._trainer.lightning_module, "lr_scheduler_step", self._step_scheduler)
+        if self._in_groups:
+            patches.replace(loop, "update_lr_schedulers", self._update_schedules)
+
+    @property
+    def _in_groups(self) -> bool:
+        """Whether batches of the loader are single steps, and schedules move once per group all the same."""
+        return self._settings.batches == "turns" and self._settings.schedulers == "group"
 
     def _automatic(self, original: Callable[..., Any], optimizer: Any, batch_idx: int, kwargs: dict[str, Any]) -> Any:
         trainer = self._trainer
@@ -74,13 +83,23 @@ class Turns:
     def _manual(self, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         progress = self._trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
         steps, calls = self._steps(), progress.total.completed
+        before = self._written()
 
         def ends() -> bool:
             # The module accumulates gradients as it likes: a turn is over when the optimizer has stepped. Processes
-            # have to agree on that also if a gradient scaler has skipped the step of one.
-            return self._steps() > steps or (self._apart and bool(progress.total.completed > calls))
+            # have to agree on that also if a gradient scaler has skipped the step of one. An optimizer whose `step` is
+            # never called, as that of SAM in two steps, is known by what it writes to.
+            if self._steps() > steps:
+                self._counted = True
+            called = self._apart and bool(progress.total.completed > calls)
+            return self._steps() > steps or called or (not self._counted and self._written() != before)
 
         return self._train(original, kwargs, progress, ends, keep_gradients=True)
+
+    def _written(self) -> list[int]:
+        """How often each parameter of the optimizer that ends turns was written to, as far as torch counts it."""
+        groups = self._trainer.optimizers[self._settings.optimizer].param_groups
+        return [parameter._version for group in groups for parameter in group["params"]]
 
     def _train(
         self,
@@ -100,27 +119,31 @@ class Turns:
             keep_gradients: Whether gradients are accumulated, so that each branch needs its own.
         """
         ours, branches = self._progress, self._branches
+        self._fit.look_before_turns()
         counted = progress.state_dict()
         output = None
         for branch in self._turns():
             if self._everyone:
                 progress.load_state_dict(counted)
+            self._fit.publisher.look()  # the turn before may have assigned a buffer anew
             branches.activate(branch)
-            with self._own_gradients(branch, self._everyone and keep_gradients):
+            with self._own_state(branch), self._own_gradients(branch, self._everyone and keep_gradients):
                 before = self._steps()
                 output = original(self._own_batch(branch, kwargs))
-                branches.steps[branch] += self._steps() - before
+                branches.steps[branch] += max(self._steps() - before, int(ends() and self._counted is None))
             if self._recent is not None:
                 self._recent.keep()
             if self._everyone or ends():
                 ours.turn = branches.count if self._apart else branch + 1
-            if ends():
-                ours.trained += 1
+            if ends() or not self._trainer.lightning_module.automatic_optimization:
+                ours.trained += 1  # whichever optimizer has stepped, of Lightning's or of the module's own
+        self._fit.publisher.look()
         if ours.turn == branches.count:
             ours.turn = 0
             if ends():
                 ours.groups += 1
-                self._group_over()
+                self._fit.end_group()
+        self._fit.mark()
         return output
 
     def _turns(self) -> Sequence[int]:
@@ -128,6 +151,23 @@ class Turns:
         if self._everyone:
             return range(self._progress.turn, self._branches.count)
         return [self._branches.active if self._apart else self._progress.turn]
+
+    @contextmanager
+    def _own_state(self, branch: int) -> Iterator[None]:
+        """What the module keeps of its steps is the branch's, and rates are those of the group."""
+        if self._apart or self._branches.count == 1:
+            yield
+            return
+        if self._rates is None:
+            self._rates = Rates(self._branches, [each.scheduler for each in self._trainer.lr_scheduler_configs])
+        shared = self._everyone or self._in_groups
+        self._attributes.enter(branch)
+        if shared:
+            self._rates.enter(first=self._progress.turn == 0 and branch == 0)
+        yield
+        self._attributes.leave(branch)
+        if shared:
+            self._rates.leave()
 
     def _own_batch(self, branch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of the training step with the batch as this branch sees it."""
@@ -138,7 +178,7 @@ class Turns:
             )
         batch = kwargs["batch"]
         if self._everyone and branch < self._branches.count - 1:
-            batch = apply_to_collection(batch, Tensor, torch.clone)  # a step may write to its batch
+            batch = own_copy(batch, self._settings.title)  # a step may write to its batch
         if self._settings.augmentations is not None:
             with torch.no_grad():
                 batch = self._settings.augmentations[branch](batch)
@@ -158,9 +198,15 @@ class Turns:
         yield
         self._gradients |= {(branch, parameter): parameter.grad for parameter in parameters}
 
-    def _step_scheduler(self, original: Callable[..., Any], scheduler: Any, metric: Any) -> None:
+    def _update_schedules(self, original: Callable[..., Any], interval: str, *args: Any, **kwargs: Any) -> None:
         """Schedules that count steps move when every branch of the group has trained at this rate."""
-        configs = self._trainer.lr_scheduler_configs
-        by_step = any(config.scheduler is scheduler and config.interval == "step" for config in configs)
-        if self._progress.turn == 0 or not by_step:
-            original(scheduler, metric)
+        configs = [each for each in self._trainer.lr_scheduler_configs if each.interval == "step"]
+        frequencies = [each.frequency for each in configs]
+        over = self._progress.turn == 0
+        try:
+            for each, frequency in zip(configs, frequencies, strict=True):
+                each.frequency = 1 if over and self._progress.groups % frequency == 0 else sys.maxsize
+            original(interval, *args, **kwargs)
+        finally:
+            for each, frequency in zip(configs, frequencies, strict=True):
+                each.frequency = frequency

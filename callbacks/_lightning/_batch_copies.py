@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from lightning_merge.callbacks._lightning._to_host import ToHost
 
@@ -60,6 +61,28 @@ class BatchCopy:
         return _copied(self.batch, lambda tensor: _another(tensor, target[next(left, False)]))[0]
 
 
+def own_copy(batch: Any, title: str) -> Any:
+    """A copy of a batch for another branch, on the devices where its tensors are.
+
+    Args:
+        batch: Whatever the loader gave.
+        title: Who trains several branches on it.
+
+    Raises:
+        ValueError: If it holds something that cannot be copied.
+    """
+    if is_plain(batch):
+        return tree_map_only(Tensor, torch.clone, batch)
+    try:
+        return _converted(batch, lambda tensor: _another(tensor, tensor.device))[0]
+    except Exception as error:
+        raise ValueError(
+            f"{title} trains several branches on each batch, and a step may write to it, but a batch"
+            f" ({type(batch).__name__}) cannot be copied: {type(error).__name__}: {error}. Give its class a"
+            " `__deepcopy__`, or take `batches='turns'`."
+        ) from error
+
+
 def is_plain(value: Any) -> bool:
     """Whether it is tensors, numbers, strings and ``None`` in dicts, lists and tuples, and of no other class."""
     if type(value) in (list, tuple):
@@ -71,6 +94,18 @@ def is_plain(value: Any) -> bool:
 
 def _copied(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, int]:
     """The batch with every tensor converted and all else copied, and the bytes of the arrays in it."""
+    try:
+        copied, memo = _converted(batch, convert)
+    except Exception as error:
+        raise ValueError(
+            f"a batch ({type(batch).__name__}) cannot be copied: {type(error).__name__}: {error}. Batches are kept for"
+            " measuring BatchNorm statistics again. Give its class a `__deepcopy__`, leave out of the batch what cannot"
+            " be copied, or choose another `buffers`."
+        ) from error
+    return copied, sum(each.nbytes for each in memo.values() if isinstance(each, np.ndarray))
+
+
+def _converted(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, dict[int, Any]]:
     memo: dict[int, Any] = {}
     pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -82,17 +117,10 @@ def _copied(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, int]:
                 setattr(new, key, _walk(value, converted, memo))
         return new
 
-    try:
-        with _ConvertedTensors(converted):
-            copied = _walk(batch, converted, memo)
-        _share_memory(pairs)
-    except Exception as error:
-        raise ValueError(
-            f"a batch ({type(batch).__name__}) cannot be copied: {type(error).__name__}: {error}. Batches are kept for"
-            " measuring BatchNorm statistics again. Give its class a `__deepcopy__`, leave out of the batch what cannot"
-            " be copied, or choose another `buffers`."
-        ) from error
-    return copied, sum(each.nbytes for each in memo.values() if isinstance(each, np.ndarray))
+    with _ConvertedTensors(converted):
+        copied = _walk(batch, converted, memo)
+    _share_memory(pairs)
+    return copied, memo
 
 
 def _walk(value: Any, convert: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:

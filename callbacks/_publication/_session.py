@@ -168,6 +168,11 @@ class Publisher(Exchange):
         """Whether the weights are not those that an earlier fit of the same callbacks left."""
         return self._went_on is not None and not self._went_on.startswith("the raw")
 
+    @property
+    def is_continued(self) -> bool:
+        """Whether the weights are those that an earlier fit of the same callbacks left."""
+        return self._went_on is not None and not self.is_apart
+
     def continue_fit(self, average: Average) -> None:
         """Says how the fit goes on from an earlier one."""
         how = f"; {self._went_on}" if self._went_on and average is self.primary else ""

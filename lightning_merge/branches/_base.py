@@ -1,7 +1,8 @@
 """What a set of branches can do, whichever way they are placed."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._checks import instance, one_of, sequence, whole
+from lightning_merge.branches import _counters as counters
 from lightning_merge.branches import _optimizer_states as optimizer_states
 from lightning_merge.branches._buffers import mix_buffers_
 from lightning_merge.branches._matrix import MOST, Matrix, unit
@@ -29,7 +31,8 @@ class Branches(ABC):
 
     Args:
         module: Its trainable parameters are branched; parameters outside ``selection`` are shared by all.
-        optimizers: The optimizers of the module; their state per parameter is branched.
+        optimizers: The optimizers of the module; their state per parameter is branched, and so is what their steps
+            change in parameter groups.
         count: Number of branches; at least 1.
         selection: Which parameters are branched. By default those that require gradients.
         buffers: ``"average"``: every branch has its own persistent buffers, and they mix with the weights (BatchNorm
@@ -63,12 +66,16 @@ class Branches(ABC):
         """Steps of the own branches since the last merge, counted by whoever trains them."""
         self.scorer: Callable[[Weights], float] | None = None
         """Measures weights in the place of the module's, higher is better; whoever trains the branches sets it."""
+        self.left_out: set[int] = set()
+        """Branches that were not in the last ``mean_of_finite``."""
         self.inventory = Inventory(module)
         self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(self.inventory))
         # Masks and bounds, which hold infinities from the start, are no statistics: there is one of each.
         self._constant = weights.nonfinite(self.inventory.buffers)
         self._live_buffers = self._branched_buffers()
-        self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self.optimizers]
+        self._stateful = optimizer_states.stateful(self.optimizers)
+        self._counters = counters.each_of(self._stateful)
+        self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self._stateful]
 
     # ---- which
 
@@ -148,8 +155,19 @@ class Branches(ABC):
         return self.scorer(candidate)
 
     @abstractmethod
-    def diverged(self) -> set[int]:
-        """The branches that hold a NaN or an infinity."""
+    def diverged(self, active: Mapping[str, Tensor] | None = None) -> set[int]:
+        """The branches that hold a NaN or an infinity.
+
+        Args:
+            active: The tensors of the active branch where others are in the module at the moment.
+        """
+
+    def mean_of_finite(self, active: Mapping[str, Tensor] | None = None) -> Weights:
+        """The mean of the branches that hold no NaN and no infinity; of all if there are no such."""
+        left_out = self.left_out = self.diverged(active)
+        count = self.count - len(left_out)
+        shares = [(branch not in left_out) / count for branch in range(self.count)] if left_out and count else None
+        return self.mean(shares, active)
 
     def revive(self, branches: set[int]) -> None:
         """Branches go on from the mean of the others, with optimizers as they were at the start."""
@@ -170,7 +188,25 @@ class Branches(ABC):
 
     @abstractmethod
     def average_optimizers(self) -> None:
-        """Moments of all branches become their mean, step counters the largest."""
+        """Moments of all branches become their mean, step counters the largest.
+
+        Raises:
+            ValueError: If an optimizer keeps something else, see ``check_optimizers``.
+        """
+
+    def check_optimizers(self) -> None:
+        """Checks that the states that there are by now can be averaged.
+
+        Raises:
+            ValueError: If one is of another shape than its parameter and no single number.
+        """
+        for optimizer in self._stateful:
+            optimizer_states.refuse_without_mean(optimizer)
+
+    def owned_settings(self, number: int) -> set[tuple[int, str]]:
+        """What the steps of an optimizer change in its groups, by the number of the group and the name."""
+        own = [each.owned for each in self._counters if each.optimizer is self.optimizers[number]]
+        return {where for each in own for where in each}
 
     # ---- a run that goes on
 
@@ -190,10 +226,23 @@ class Branches(ABC):
         """Takes over the states that ``save`` gave, once the optimizers have theirs of the branch that was active."""
 
     @abstractmethod
+    def restart(self) -> None:
+        """All branches go on from what is in the module and the optimizers."""
+
+    @abstractmethod
+    def take(self, names: Sequence[str]) -> None:
+        """All branches go on from what the module has of these tensors."""
+
     def to_host(self) -> None:
         """The fit is over: weights go to host memory, optimizer states are dropped."""
+        for each in self._counters:
+            each.forget()
 
     # ----
+
+    def look_at_constants(self) -> None:
+        """Which buffers are masks and bounds, of branches that begin."""
+        self.leave_alone(sorted(weights.nonfinite(self.inventory.buffers)))
 
     def leave_alone(self, constant: Sequence[str]) -> None:
         """Branches that go on have one of each of these buffers, whatever they hold by now."""
@@ -209,10 +258,26 @@ class Branches(ABC):
                     f"`{name}` was replaced while branches train, and the other branches have the one before it (shape"
                     f" {tuple(parameter.shape)}, now {tuple(everything[name].shape)}). Replace it before the fit."
                 )
-        chosen = self.selection.parameters(self.inventory)
+        chosen = self.selection.chosen(self.inventory)
         # What was branched once stays so, also while it is frozen.
         self._live_parameters = {n: t for n, t in everything.items() if n in chosen or n in self._live_parameters}
         self._live_buffers = self._branched_buffers()
+
+    def capture(self) -> None:
+        """Takes what the module has now as what is branched."""
+        self.inventory.refresh()
+        self._live_parameters = dict(self.selection.parameters(self.inventory))
+        self._live_buffers = self._branched_buffers()
+
+    def could_be(self, name: str) -> bool:
+        """Whether a tensor of this name is branched, or would be if it were not frozen."""
+        chosen = replace(self.selection, trainable=False).chosen(self.inventory)
+        return name in self._live_buffers or name in chosen
+
+    def _branch_also(self, names: Container[str]) -> None:
+        """What was branched in a run that goes on, and is frozen at the moment."""
+        found = {n: p for n, p in self.inventory.parameters.items() if n in names or n in self._live_parameters}
+        self._live_parameters = dict(found)
 
     def _branched_buffers(self) -> Weights:
         if self.buffers != "average":

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge._checks import flag, instance, seed, settle, whole
 from lightning_merge.branches._base import Branches
-from lightning_merge.branches._policy import Policy
+from lightning_merge.branches._policy import Policy, newly_branched
 from lightning_merge.search import Coefficients, Greedy, Grid, Method, search
 from lightning_merge.weights import State, Weights
 
@@ -72,6 +72,9 @@ class BestMix(Policy):
 
     def init(self, branches: Branches) -> State:
         return {"merged": weights.clone(branches.mean()), "history": []}
+
+    def look_again(self, state: State, branches: Branches) -> None:
+        state["merged"] = {**state["merged"], **newly_branched(state["merged"], branches)}
 
     def published(self, state: State, branches: Branches, active: Mapping[str, Tensor]) -> Weights:
         # What has become trainable since then is not in the last merge.

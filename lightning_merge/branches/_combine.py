@@ -8,7 +8,7 @@ import torch
 
 from lightning_merge._checks import instance, one_of
 from lightning_merge.branches._base import Branches
-from lightning_merge.branches._policy import Policy
+from lightning_merge.branches._policy import Policy, newly_branched
 from lightning_merge.combiners import Combiner, add_vector, task_vector
 from lightning_merge.combiners._vectors import refuse_unfit
 from lightning_merge.weights import State, Weights
@@ -63,6 +63,11 @@ class Combine(Policy):
         base = _parameters(branches, branches.mean())
         refuse_unfit(base, "of the branches")  # now, not at the first merge
         return {"base": base}
+
+    def look_again(self, state: State, branches: Branches) -> None:
+        new = newly_branched(state["base"], branches)
+        refuse_unfit(new, "of the branches")
+        state["base"] = {**state["base"], **new}
 
     @torch.no_grad()
     def merge(self, state: State, branches: Branches) -> None:

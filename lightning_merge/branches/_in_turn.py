@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._checks import one_of, whole
+from lightning_merge.branches import _counters as counters
 from lightning_merge.branches import _optimizer_states as optimizer_states
 from lightning_merge.branches._base import Branches, Buffers
 from lightning_merge.branches._buffers import pooled
@@ -69,19 +70,36 @@ class InTurn(Branches):
         self._active = 0
         # Of the active branch the module has the tensors. In host memory it has a place of its own all the same.
         self._waiting: list[Weights] = [{} if self._in_module(j) else self._copies() for j in range(count)]
-        self._states: list[list[dict[Any, Any]]] = [[{} for _ in self.optimizers] for _ in range(count)]
-        self._homes: list[dict[Any, dict[Any, torch.device]]] = [{} for _ in self.optimizers]
+        self._states: list[list[dict[Any, Any]]] = [[{} for _ in self._stateful] for _ in range(count)]
+        self._counts: list[list[counters.Counts]] = [[{} for _ in self._stateful] for _ in range(count)]
+        self._homes: list[dict[Any, dict[Any, torch.device]]] = [{} for _ in self._stateful]
         self.fork_optimizers()
 
     def restart(self) -> None:
         """All branches go on from what is in the module and the optimizers."""
-        self._waiting = [{} if self._in_module(j) else self._copies() for j in self.own]
+        self.capture()
+        self.look_at_constants()
+        self._waiting = [{} if self._in_module(j) else self._refilled(self._waiting[j]) for j in self.own]
         self.fork_optimizers()
+
+    def _refilled(self, waiting: Weights) -> Weights:
+        """What is in the module, in memory that a branch has already where it fits."""
+        live = self.live
+        kept = {n: t for n, t in waiting.items() if n in live and t.shape == live[n].shape and t.dtype == live[n].dtype}
+        weights.copy_(kept, {name: live[name] for name in kept})
+        return {**kept, **self._copies({name: t for name, t in live.items() if name not in kept})}
+
+    def take(self, names: Sequence[str]) -> None:
+        live = self.live
+        for branch, waiting in enumerate(self._waiting):
+            if not self._in_module(branch):
+                waiting.update(self._copies({name: live[name] for name in names if name in live}))
 
     def fork_optimizers(self) -> None:
         for branch in self.own:
             if branch != self._active:
-                self._states[branch] = [self._copy_of(number, o.state) for number, o in enumerate(self.optimizers)]
+                self._states[branch] = [self._copy_of(number, o.state) for number, o in enumerate(self._stateful)]
+                self._counts[branch] = [each.take() for each in self._counters]
 
     # ---- which
 
@@ -110,10 +128,11 @@ class InTurn(Branches):
                 weights.exchange(live, before, ties=self.inventory.ties)
                 raise
             self._waiting[self._active], self._waiting[branch] = before, {}
-        for number, optimizer in enumerate(self.optimizers):
+        for number, optimizer in enumerate(self._stateful):
             state = self._taken_out(number, self._states[branch][number])
             self._states[self._active][number] = self._put_away(number, optimizer_states.exchanged(optimizer, state))
             self._states[branch][number] = {}
+            self._counts[self._active][number] = self._counters[number].exchange(self._counts[branch][number])
         self._active = branch
 
     def weights(self, branch: int) -> Weights:
@@ -151,23 +170,37 @@ class InTurn(Branches):
     def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
         return [choose(self.weights(branch)) for branch in self.own]
 
-    def diverged(self) -> set[int]:
-        return {branch for branch in self.own if weights.nonfinite(self.weights(branch))}
+    def diverged(self, active: Mapping[str, Tensor] | None = None) -> set[int]:
+        sets = {branch: self.weights(branch) for branch in self.own}
+        if active is not None:
+            sets[self._active] = {name: active[name] for name in self.live}
+        return {branch for branch, own in sets.items() if weights.nonfinite(own)}
 
     # ---- optimizers
 
     def reset_optimizers(self, branches: set[int]) -> None:
         for branch in branches:
-            for number, optimizer in enumerate(self.optimizers):
+            for number, optimizer in enumerate(self._stateful):
+                first = self._counters[number].first()
                 if branch == self._active:
                     optimizer_states.exchanged(optimizer, optimizer_states.copied(self._fresh[number]))
+                    self._counters[number].exchange(first)
                 else:
                     self._states[branch][number] = self._copy_of(number, self._fresh[number])
+                    self._counts[branch][number] = first
 
     def average_optimizers(self) -> None:
-        for number, optimizer in enumerate(self.optimizers):
+        self.check_optimizers()
+        for number, optimizer in enumerate(self._stateful):
             states = [self._states[j][number] if j != self._active else optimizer.state for j in self.own]
             optimizer_states.average_(states)
+            own = self._counters[number]
+            # What a waiting branch has nothing of is as it was before its first step.
+            found = [own.take() if j == self._active else self._counts[j][number] for j in self.own]
+            new = counters.largest(found)
+            own.exchange(counters.copied(new))
+            for j in self.own:
+                self._counts[j][number] = counters.copied(new)
 
     # ---- a run that goes on
 
@@ -180,8 +213,12 @@ class InTurn(Branches):
             "optimizers": {
                 branch: [
                     optimizer_states.packed(optimizer, self._taken_out(number, self._states[branch][number]))
-                    for number, optimizer in enumerate(self.optimizers)
+                    for number, optimizer in enumerate(self._stateful)
                 ]
+                for branch in (others if self._states else ())
+            },
+            "counters": {
+                branch: [each.saved(self._counts[branch][number]) for number, each in enumerate(self._counters)]
                 for branch in (others if self._states else ())
             },
         }
@@ -194,19 +231,24 @@ class InTurn(Branches):
                 " its own. Go on with a branch in each process: `strategy=BranchStrategy()`."
             )
         self._active = saved["active"]
-        self._waiting = [{} if self._in_module(j) else self._copies() for j in self.own]
+        known = {name for waiting in saved["weights"].values() for name in waiting}
+        self._branch_also(known)
+        self._waiting = [{} if self._in_module(j) else self._refilled(self._waiting[j]) for j in self.own]
         for branch, waiting in saved["weights"].items():
-            weights.copy_(self._waiting[branch], waiting)
+            own = self._waiting[branch]
+            weights.copy_({name: own[name] for name in waiting if name in own}, waiting)
 
     def load_optimizers(self, saved: State) -> None:
         for branch, states in saved["optimizers"].items():
-            self._states[branch] = [
-                self._put_away(number, optimizer_states.unpacked(optimizer, state))
-                for number, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True))
-            ]
-        self._states[self._active] = [{} for _ in self.optimizers]
+            # Files of earlier versions have nothing of optimizers inside of others.
+            for number, (optimizer, state) in enumerate(zip(self._stateful, states, strict=False)):
+                self._states[branch][number] = self._put_away(number, optimizer_states.unpacked(optimizer, state))
+        self._states[self._active] = [{} for _ in self._stateful]
+        for branch, counts in saved.get("counters", {}).items():
+            self._counts[branch] = [own.restored(each) for own, each in zip(self._counters, counts, strict=True)]
 
     def to_host(self) -> None:
+        super().to_host()
         host = torch.device("cpu")
         self._waiting = [{name: t.to(host) for name, t in waiting.items()} for waiting in self._waiting]
         self._states = []
@@ -233,9 +275,10 @@ class InTurn(Branches):
         """A state of an optimizer as it is kept while its branch waits."""
         if self.inactive == "device":
             return dict(state)
-        self._homes[number] = {
-            p: {key: t.device for key, t in own.items() if isinstance(t, Tensor)} for p, own in state.items()
-        }
+        for p, own in state.items():
+            if isinstance(own, Mapping):  # of other branches too: one may not have stepped what another has
+                homes = self._homes[number].setdefault(p, {})
+                homes |= {key: t.device for key, t in own.items() if isinstance(t, Tensor)}
         return _moved(state, lambda parameter, key: torch.device("cpu"))
 
     def _copy_of(self, number: int, state: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -252,5 +295,7 @@ class InTurn(Branches):
 def _moved(state: Mapping[Any, Any], device: Callable[[Any, Any], torch.device]) -> dict[Any, Any]:
     return {
         parameter: {key: v.to(device(parameter, key)) if isinstance(v, Tensor) else v for key, v in own.items()}
+        if isinstance(own, Mapping)
+        else own
         for parameter, own in state.items()
     }

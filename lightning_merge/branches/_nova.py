@@ -8,7 +8,7 @@ import torch
 
 from lightning_merge._checks import number, settle
 from lightning_merge.branches._base import Branches
-from lightning_merge.branches._policy import Policy
+from lightning_merge.branches._policy import Policy, newly_branched
 from lightning_merge.branches._weighted_average import checked_amounts, shares_of
 from lightning_merge.weights import State
 
@@ -62,6 +62,9 @@ class Nova(Policy):
     def init(self, branches: Branches) -> State:
         start = branches.mean()
         return {"anchor": {name: start[name] for name, t in branches.live.items() if isinstance(t, torch.nn.Parameter)}}
+
+    def look_again(self, state: State, branches: Branches) -> None:
+        state["anchor"] |= newly_branched(state["anchor"], branches)
 
     @torch.no_grad()
     def merge(self, state: State, branches: Branches) -> None:

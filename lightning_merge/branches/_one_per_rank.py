@@ -63,6 +63,7 @@ class OnePerRank(Branches):
         self.others = others
         self._refuse_shared()
         self.placement = Placement(self.count) if placement is None else placement
+        self._broadcasts = broadcast
         if broadcast:
             self._broadcast()
 
@@ -121,9 +122,11 @@ class OnePerRank(Branches):
     def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
         return self._gathered(choose(self.weights(self.active)))
 
-    def diverged(self) -> set[int]:
-        device = next(iter(self.live.values())).device
-        bad = torch.tensor([float(bool(weights.nonfinite(self.live)))], device=device)
+    def diverged(self, active: Mapping[str, Tensor] | None = None) -> set[int]:
+        live = self.live
+        device = next(iter(live.values())).device
+        own = live if active is None else {name: active[name] for name in live}
+        bad = torch.tensor([float(bool(weights.nonfinite(own)))], device=device)
         return {branch for branch, flag in enumerate(self._gathered(bad)) if flag.item()}
 
     # ---- optimizers
@@ -133,11 +136,13 @@ class OnePerRank(Branches):
 
     def reset_optimizers(self, branches: set[int]) -> None:
         if self.active in branches:
-            for number, optimizer in enumerate(self.optimizers):
+            for number, optimizer in enumerate(self._stateful):
                 optimizer_states.exchanged(optimizer, optimizer_states.copied(self._fresh[number]))
+                self._counters[number].exchange(self._counters[number].first())
 
     def average_optimizers(self) -> None:
-        for optimizer in self.optimizers:
+        self.check_optimizers()
+        for optimizer in self._stateful:
             moments, counts = optimizer_states.parts(optimizer)
             if moments:
                 weights.copy_(moments, self._reduced(moments, 1 / self.count))
@@ -154,7 +159,7 @@ class OnePerRank(Branches):
             "weights": weights.to_devices(self.weights(self.active), torch.device("cpu")),
             "others": weights.to_devices(self._others(), torch.device("cpu")),
             "optimizers": weights.to_devices(
-                [optimizer.state_dict()["state"] for optimizer in self.optimizers], torch.device("cpu")
+                [optimizer.state_dict()["state"] for optimizer in self._stateful], torch.device("cpu")
             ),
         }
         collected: list[Any] | None = [None] * self.count if self.active == 0 else None
@@ -168,19 +173,29 @@ class OnePerRank(Branches):
             "optimizers": {branch: each["optimizers"] for branch, each in others},
         }
 
+    def restart(self) -> None:
+        self.capture()
+        self._refuse_shared()
+        self.look_at_constants()
+        if self._broadcasts:
+            self._broadcast()
+
+    def take(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self.live:
+                dist.broadcast(self.live[name].data, src=0)
+
     def load(self, saved: State) -> None:
+        self._branch_also({name for own in saved["weights"].values() for name in own})
         if self.active in saved["weights"]:
-            weights.copy_(self.live, saved["weights"][self.active])
+            waiting, live = saved["weights"][self.active], self.live
+            weights.copy_({name: live[name] for name in waiting if name in live}, waiting)
         own, everything = saved.get("others", {}).get(self.active, {}), weights.named_parameters(self.module)
         weights.copy_({name: everything[name] for name in own}, own)
 
     def load_optimizers(self, saved: State) -> None:
-        for number, state in enumerate(saved["optimizers"].get(self.active, ())):
-            optimizer = self.optimizers[number]
+        for optimizer, state in zip(self._stateful, saved["optimizers"].get(self.active, ()), strict=False):
             optimizer_states.exchanged(optimizer, optimizer_states.unpacked(optimizer, state))
-
-    def to_host(self) -> None:
-        """The module does."""
 
     # ---- between processes
 

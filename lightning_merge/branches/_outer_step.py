@@ -8,7 +8,7 @@ import torch
 from lightning_merge import weights
 from lightning_merge._checks import number, settle
 from lightning_merge.branches._base import Branches
-from lightning_merge.branches._policy import Policy
+from lightning_merge.branches._policy import Policy, newly_branched
 from lightning_merge.weights import State
 
 
@@ -56,6 +56,11 @@ class OuterStep(Policy):
         start = branches.mean()
         anchor = {name: start[name].cpu() for name in live}
         return {"anchor": anchor, "momentum": weights.zeros(anchor)}
+
+    def look_again(self, state: State, branches: Branches) -> None:
+        new = {name: tensor.cpu() for name, tensor in newly_branched(state["anchor"], branches).items()}
+        state["anchor"] |= new
+        state["momentum"] |= weights.zeros(new)
 
     @torch.no_grad()
     def merge(self, state: State, branches: Branches) -> None:

@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_merge import weights
 from lightning_merge.branches._base import Branches
 from lightning_merge.weights import State, Weights
 
@@ -28,15 +29,25 @@ class Policy(ABC):
     """Whether it measures weights (``branches.score``)."""
 
     def published(self, state: State, branches: Branches, active: Mapping[str, Tensor]) -> Weights:
-        """The weights that all branches stand for between merges: their mean.
+        """The weights that all branches stand for between merges: the mean of those that have not diverged.
 
         Args:
             state: What it remembers.
             branches: The branches.
             active: The tensors of the active branch, where others are in the module at the moment.
         """
-        return branches.mean(active=active)
+        return branches.mean_of_finite(active)
+
+    def look_again(self, state: State, branches: Branches) -> None:  # noqa: B027 (most remember no weights)
+        """Takes what is branched from here on, and was frozen before, into what it remembers of weights."""
 
     @abstractmethod
     def merge(self, state: State, branches: Branches) -> None:
         """Mixes the branches, by ``branches.mix`` or by ``mean``, ``assign`` and ``gather``; may change the state."""
+
+
+def newly_branched(kept: Mapping[str, Tensor], branches: Branches) -> Weights:
+    """Parameters that are branched and not among these, as all branches have them, in the precision of averages."""
+    own = branches.weights(branches.own[0])
+    new = {n: own[n] for n, t in branches.live.items() if isinstance(t, nn.Parameter) and n not in kept}
+    return weights.clone(new)

@@ -15,10 +15,11 @@ class PullToMean(Policy):
     """``branch j <- (1 - p) * branch j + p * mean``, ``p = pull * lr / lr_0``: the mean stays, the spread shrinks.
 
     Args:
-        pull: Share of the way to the mean at the first learning rate, in [0, 1]. The authors take 0.01 every 10 steps
+        pull: Share of the way to the mean at the largest learning rate, in [0, 1]. The authors take 0.01 every 10 steps
             from scratch, and 0.0005 for fine-tuning.
-        with_rate: Whether the pull follows the learning rate of the first parameter group: ``lr_0`` is what it was
-            given (a schedule's ``initial_lr``). Otherwise ``p = pull``.
+        with_rate: Whether the pull follows the learning rate of the first parameter group: ``lr_0`` is the largest of
+            its schedule, as far as that is known (``max_lr``, or else ``initial_lr``), or the largest at a merge so
+            far. Otherwise ``p = pull``.
 
     Raises:
         ValueError: If ``pull`` is out of range.
@@ -44,15 +45,18 @@ class PullToMean(Policy):
         settle(self, pull=number("pull", self.pull, "[0, 1]"), with_rate=flag("with_rate", self.with_rate))
 
     def merge(self, state: State, branches: Branches) -> None:
-        pull = min(1.0, self.pull * (_relative_rate(branches) if self.with_rate else 1.0))
+        pull = self.pull * (_relative_rate(state, branches) if self.with_rate else 1.0)
         count = branches.count
         branches.mix([[(1 - pull) * (i == j) + pull / count for i in range(count)] for j in range(count)])
 
 
-def _relative_rate(branches: Branches) -> float:
-    """The learning rate as a share of what it was given as."""
+def _relative_rate(state: State, branches: Branches) -> float:
+    """The learning rate as a share of the largest one, in [0, 1]."""
     if not branches.optimizers:
         return 1.0
     group = branches.optimizers[0].param_groups[0]
-    first = float(group.get("initial_lr", group["lr"]))  # without a schedule the rate stays
-    return float(group["lr"]) / first if first else 1.0
+    rate = float(group["lr"])
+    # Schedules that rise from the first rate, as OneCycleLR, say in the group how far, or are found out.
+    known = float(group.get("max_lr", group.get("initial_lr", rate)))
+    state["largest_rate"] = largest = max(rate, known, state.get("largest_rate", 0.0))
+    return rate / largest if largest else 1.0

@@ -25,6 +25,8 @@ DERIVED = {
     "mean": "made of the branches when it is asked for",
     "cache": "made of the snapshots when it is asked for",
     "_average": "the callback itself",
+    "outside": "watches the turns of one fit",
+    "_checked": "the optimizers of a fit are looked at",
 }
 """Attributes that need not come back, and why."""
 
@@ -47,6 +49,9 @@ class Snapshot(Checkpoint):
         self.saved: dict[str, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for average in self.averages:
+            if isinstance(average, merging.Branching):
+                average._running.begin()  # as the first batch does
         self.started = described(self.averages)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
