@@ -18,6 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -64,7 +65,7 @@ def contestants(module: Any) -> dict[str, Callable[[], Any]]:
     from timm.utils import ModelEmaV3
     from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
-    live = dict(weights.named_parameters(module))
+    live = weights.Fixed(weights.named_parameters(module))  # as a callback has them
     rule = ExponentialMean(DECAY)
     states = [rule.init(live) for _ in range(3)]
     flat = torch.randn(2, sum(t.numel() for t in live.values()))
@@ -77,9 +78,10 @@ def contestants(module: Any) -> dict[str, Callable[[], Any]]:
 
     def ours(averages: int, check: bool) -> None:
         if check:
-            weights.nonfinite(live)
-        for state in states[:averages]:
-            rule.update(state, live)
+            weights.find_nonfinite(live)
+        with weights.in_one_pass() if averages > 1 else nullcontext(), weights.joining():
+            for state in states[:averages]:
+                rule.update(state, live)
 
     return {
         "limit": lambda: flat[0].lerp_(flat[1], 1 - DECAY),
@@ -186,7 +188,7 @@ def training_steps(name: str, batch_size: int, steps: int = 6, rounds: int = 2) 
     with (
         patch.object(Publisher, "_after_step", hooks.around(Publisher._after_step)),
         patch.object(ExponentialMean, "update", work.around(ExponentialMean.update)),
-        patch.object(weights, "nonfinite", work.around(weights.nonfinite)),
+        patch.object(weights, "find_nonfinite", work.around(weights.find_nonfinite)),
     ):
         for _ in range(rounds):
             plain += fit([])

@@ -58,7 +58,8 @@ class Canary:
         writable = average.buffer_names | written_in_eval(publisher.module)
         kept = {name: t for name, t in merged.items() if name not in writable}
         raw = {name: t for name, t in average.tensors.items() if name not in average.buffer_names}
-        before = _fingerprint(raw), _fingerprint(kept)
+        everything = {**{("raw", name): t for name, t in raw.items()}, **{("merged", n): t for n, t in kept.items()}}
+        before = _fingerprints(everything)
         with ExitStack() as stack:
             for name, child in _comparable_children(publisher, average):
                 handle = child.register_forward_hook(self._compare(publisher, average, name), with_kwargs=True)
@@ -68,14 +69,13 @@ class Canary:
                 stack.callback(patches.undo)
                 patches.replace(publisher.module, "validation_step", self._compare_step(publisher, average))
             yield
-        after = _fingerprint(raw), _fingerprint(kept)
-        for kind, left, right in zip(("raw", "merged"), before, after, strict=True):
-            if changed := [name for name in left if not torch.equal(left[name], right[name])]:
-                raise RuntimeError(
-                    f"{average.title}: the {kind} weights after validation are not those before it. Something in"
-                    f" validation writes to parameters (`{changed[0]}`); remove that (`max_norm` of an embedding does"
-                    " it too), or validate with `validate='raw'`."
-                )
+        if changed := _changed(before, _fingerprints(everything)):
+            kind, name = changed[0]
+            raise RuntimeError(
+                f"{average.title}: the {kind} weights after validation are not those before it. Something in"
+                f" validation writes to parameters (`{name}`); remove that (`max_norm` of an embedding does"
+                " it too), or validate with `validate='raw'`."
+            )
 
     def _compare(self, publisher: Exchange, average: Average, name: str) -> Callable[..., None]:
         def hook(child: nn.Module, args: Any, kwargs: Any, merged_output: Any) -> None:
@@ -85,9 +85,11 @@ class Canary:
                 raw_output = _or_nothing(child.forward, args, kwargs)
             same = _same(merged_output, raw_output)
             self._sang = same is False
+            if not same:
+                return
             # The live tensors are the merged ones here.
             distance = _relative_distance(_below(name, average), publisher.raw(average))
-            if same and distance > _CLEARLY_DIFFERENT:
+            if distance > _CLEARLY_DIFFERENT:
                 self._sightings.append(_Sighting(name, distance))
 
         return hook
@@ -188,14 +190,26 @@ def _logged(module: nn.Module, *, through: bool) -> Iterator[dict[str, Any]]:
         patches.undo()
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A sum per tensor, as bits, so that a NaN equals itself."""
+def _fingerprints(tensors: Mapping[Any, Tensor]) -> dict[torch.device, tuple[list[Any], Tensor]]:
+    """A sum per tensor, as bits, so that a NaN equals itself: names and sums of each device, not waited for."""
+    sums: dict[torch.device, tuple[list[Any], list[Tensor]]] = {}
     with torch.inference_mode(False), torch.no_grad():
-        return {
-            name: t.sum(dtype=torch.float64).cpu().view(torch.int64)
-            for name, t in tensors.items()
-            if weights.is_averaged(t) and not t.is_complex()
-        }
+        for name, tensor in tensors.items():
+            if weights.is_averaged(tensor) and not tensor.is_complex():
+                names, found = sums.setdefault(tensor.device, ([], []))
+                names.append(name)
+                found.append(tensor.sum(dtype=torch.float64))
+        return {device: (names, torch.stack(found).view(torch.int64)) for device, (names, found) in sums.items()}
+
+
+def _changed(before: Mapping[torch.device, Any], after: Mapping[torch.device, Any]) -> list[Any]:
+    """The names whose sums differ; one read for each device."""
+    return [
+        name
+        for device, (names, sums) in before.items()
+        for name, differs in zip(names, (sums != after[device][1]).tolist(), strict=True)
+        if differs
+    ]
 
 
 def _same(left: Any, right: Any) -> bool | None:
@@ -215,6 +229,9 @@ def _same(left: Any, right: Any) -> bool | None:
 
 def _relative_distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     floats = [(t.detach().double(), right[name].double()) for name, t in left.items() if weights.is_averaged(t)]
-    difference = sum(float((a - b).square().sum()) for a, b in floats)
-    size = sum(float(b.square().sum()) for _, b in floats)
+    if not floats:
+        return 0.0
+    device = floats[0][0].device
+    squares = [torch.stack([(a - b).abs().square().sum(), b.abs().square().sum()]).to(device) for a, b in floats]
+    difference, size = torch.stack(squares).sum(0).tolist()  # one read
     return math.sqrt(difference / max(size, 1e-30))

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from device_counts import fake_cuda
 from golden.runs import METHODS, loaders, module, standing
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import Net, batches, differing, read, trainer, validation, values
@@ -17,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_merge.callbacks import ASWA, EMA, LAWA, SMA, SWA, SWAD, Extrapolate, PostHocEMA, WeightMerging
 from lightning_merge.callbacks._averaging_run._undecided import by_reference
+from lightning_merge.callbacks._publication import _canary
 from lightning_merge.rules import Mean, Rule
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Finding, made_anew
@@ -100,6 +102,15 @@ def test_a_read_at_a_step_is_counted(tmp_path: Path) -> None:
             module("ema"), *loaders()
         )
     assert sum(reads.found.values()) > 0
+
+
+def test_the_weights_before_and_after_a_validation_are_compared_with_one_read() -> None:
+    with fake_cuda() as counts:
+        tensors = {("raw", f"{i}"): torch.empty(8, 8, device="cuda") for i in range(160)}
+        before, after = _canary._fingerprints(tensors), _canary._fingerprints(tensors)
+        assert counts.reads == []
+        _canary._changed(before, after)
+        assert counts.reads == ["tolist"]
 
 
 # ---- an answer that comes after the step
