@@ -12,6 +12,7 @@ imported: a start of both costs ten seconds.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -219,6 +220,15 @@ def first_difference(left: Any, right: Any, where: str = "end") -> str | None:
     return None if left == right else where
 
 
+def warm_up(run: Run, method: str, folder: Path) -> None:
+    """A run in this process: what it imports on its way, each fork would import again."""
+    place = folder / "warm-up"
+    place.mkdir()
+    with (place / "log.txt").open("w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        run(method, place)
+    os.chdir(folder)
+
+
 def sweep(
     run: Run, events: Mapping[str, int], method: str, points: int, seed: int, folder: Path
 ) -> list[dict[str, Any]]:
@@ -271,6 +281,7 @@ def main(description: str | None, methods: Iterable[str], run: Run, events: Mapp
     rows: list[dict[str, Any]] = []
     part, parts = map(int, arguments.part.split("/"))
     with tempfile.TemporaryDirectory() as folder:
+        warm_up(run, arguments.methods[0], Path(folder))
         for method in arguments.methods[part - 1 :: parts]:
             rows += sweep(run, events, method, arguments.points, arguments.seed, Path(folder) / method)
     for row in rows:

@@ -26,11 +26,15 @@ DEADLINE = 120.0
 
 def launch(world: int, work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any]:
     """What ``work(root, *arguments)`` returned in each process, forked from this one."""
-    processes = start(world, work, root, *arguments)
-    wait(processes)
+    return returned(start(world, work, root, *arguments), root)
+
+
+def returned(processes: list[Any], root: Path, seconds: float = DEADLINE) -> list[Any]:
+    """What each of the processes that ``start`` began in this folder returned, once all have ended."""
+    wait(processes, seconds)
     failed = [rank for rank, process in enumerate(processes) if process.exitcode]
     assert not failed, "".join((root / f"error{rank}.txt").read_text() for rank in failed)
-    return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(world)]
+    return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(len(processes))]
 
 
 def start(world: int, work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any]:

@@ -1,13 +1,12 @@
 """A run that is killed goes on where its last file says, and ends as if nothing had happened."""
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import scripts
 import tiny
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -19,16 +18,13 @@ from lightning_merge.callbacks import EMA, RandomState
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "resume.py"
 
 
-def test_killed_runs_resume_to_the_bit_identical_end() -> None:
+def test_killed_runs_resume_to_the_bit_identical_end(tmp_path: Path) -> None:
     """Three points per method, one of each kind; the whole sweep is the benchmark's own command."""
-    command = [sys.executable, str(BENCHMARK), "--points", "3", "--seed", "1", "--part"]
-    halves = [
-        subprocess.Popen([*command, part], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for part in ("1/2", "2/2")
-    ]
+    options = ["--points", 3, "--seed", 1, "--part"]
+    halves = [scripts.start(BENCHMARK, *options, f"{part}/2", folder=tmp_path, log=f"{part}.txt") for part in (1, 2)]
     for half in halves:
-        printed, errors = half.communicate(timeout=600)
-        assert half.returncode == 0, printed + errors[-2000:]
+        code, printed = half.finish(600)
+        assert code == 0, printed
         assert "resumed runs equal the uninterrupted one bit for bit" in printed
 
 

@@ -1,20 +1,21 @@
 """Checkpoints of sharded runs, in parts and whole: what they hold, and that 1, 2 and 4 processes go on from any."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, launch, loaders, together
-from test_sharded import Witness, swad
+from ranks import DEADLINE, Even, Sharded, Wide, ddp, fit, fsdp2, launch, loaders, returned, start, together, whole
 from tiny import differing, raw_of, read, trainer
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from lightning_merge._commands._inspect import describe
-from lightning_merge.callbacks import EMA, LAWA, SWA, WeightMerging
+from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, WeightMerging
 from lightning_merge.cli import main
 from lightning_merge.files._layouts import open_file
 
@@ -25,13 +26,24 @@ FORMS = ("parts", "whole", "ddp", "tensor-parts", "tensor-whole")
 """FSDP2, DDP, and tensor parallelism: of two processes pure, of four with FSDP2 on a 2D mesh, of one FSDP2 alone."""
 
 
+class AtStart(Callback):
+    """Puts together what the processes hold when training starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.raw = whole(pl_module)
+        averages = (each for each in trainer.callbacks if isinstance(each, WeightMerging))
+        self.averages = {each.name: together(each, each.merged_weights()) for each in averages if each.ready}
+
+
 def averages() -> list[WeightMerging]:
+    """Two are validated, since files hold them. What ends a fit would take longest, and is seen elsewhere."""
+    quick: dict[str, Any] = {"final_validation": False, "final_checkpoint": False}
     return [
-        EMA(decay=0.8, validate="both"),
-        EMA(decay=0.9, compensated=True, name="compensated"),
-        SWA(start_epoch=0),
-        LAWA(k=2, every_n_steps=1, store="cpu"),
-        swad(),
+        EMA(decay=0.8, validate="both", **quick),
+        EMA(decay=0.9, compensated=True, name="compensated", **quick),
+        SWA(start_epoch=0, validate="raw", **quick),
+        LAWA(k=2, every_n_steps=1, store="cpu", validate="raw", **quick),
+        SWAD("val/loss", n_converge=1, n_tolerance=3, stop=False, validate="raw", **quick),
     ]
 
 
@@ -46,7 +58,7 @@ def a_run(form: str) -> tuple[Any, Any]:
 
 def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, save: bool = False) -> dict[str, Any]:
     callbacks, (module, strategy) = averages(), a_run(form)
-    witness = Witness(callbacks[0])
+    start = AtStart()
     files = [
         # Its metric is of the raw weights, since SWAD decides by it; the others' files hold the EMA.
         ModelCheckpoint(root, f"{form}-raw", monitor="val/loss"),
@@ -54,10 +66,10 @@ def a_fit(root: Path, form: str, epochs: int, ckpt_path: Path | None = None, sav
         ModelCheckpoint(root, f"{form}-weights", monitor="compensated/val/loss", save_weights_only=True),
     ]
     settings = {"max_epochs": epochs, "val_check_interval": 0.5}
-    run = fit(root, [*callbacks, witness, *files[: 3 * save]], module, strategy, ckpt_path=ckpt_path, **settings)
+    run = fit(root, [*callbacks, start, *files[: 3 * save]], module, strategy, ckpt_path=ckpt_path, **settings)
     return {
-        "start": witness.path[0],
-        "started": witness.started,
+        "start": start.raw,
+        "started": start.averages,
         "end": {average.name: together(average, average.merged_weights()) for average in callbacks if average.ready},
         "raw": together(callbacks[0], callbacks[0].raw_weights()),
         "momentum": [
@@ -88,16 +100,23 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("resume")
 
 
+def in_each_world(work: Callable[..., Any], root: Path, folder: str, *arguments: Any) -> dict[int, Any]:
+    """What the first process of each world returned. They run at once: processes of one mostly wait for each other."""
+    roots = {world: root / f"{folder}{world}" for world in WORLDS}
+    started = {world: start(world, work, place, *arguments) for world, place in roots.items()}
+    return {world: returned(started[world], place, 2 * DEADLINE)[0] for world, place in roots.items()}
+
+
 @pytest.fixture(scope="module")
 def written(root: Path) -> dict[int, Any]:
-    return {world: launch(world, write, root / f"by{world}")[0] for world in WORLDS}
+    return in_each_world(write, root, "by")
 
 
 @pytest.fixture(scope="module")
 def resumed(root: Path, written: dict[int, Any]) -> dict[int, Any]:
     paths = [root / f"by{world}" / form / f"{form}.ckpt" for world in WORLDS for form in FORMS]
     paths.append(root / "by2" / "parts" / "parts-raw.ckpt")
-    return {world: launch(world, resume, root / f"on{world}", paths)[0] for world in WORLDS}
+    return in_each_world(resume, root, "on", paths)
 
 
 def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:

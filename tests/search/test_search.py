@@ -3,11 +3,10 @@
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import scripts
 import torch
 
 from lightning_merge.search import (
@@ -341,9 +340,9 @@ def test_without_optuna_the_error_says_what_to_install(monkeypatch):
         search(loss, 3, Bayesian(), budget=5)
 
 
-def test_killed_searches_go_on_to_the_same_end_and_score_nothing_again() -> None:
+def test_killed_searches_go_on_to_the_same_end_and_score_nothing_again(tmp_path) -> None:
     """One point of each kind; the whole sweep is the benchmark's own command."""
-    options = ["--methods", "evolutionary", "--points", "3", "--seed", "1"]
-    done = subprocess.run([sys.executable, str(BENCHMARK), *options], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "3 of 3 resumed searches equal the uninterrupted one bit for bit" in done.stdout
+    options = ["--methods", "evolutionary", "--points", 3, "--seed", 1]
+    code, printed = scripts.start(BENCHMARK, *options, folder=tmp_path).finish()
+    assert code == 0, printed
+    assert "3 of 3 resumed searches equal the uninterrupted one bit for bit" in printed
