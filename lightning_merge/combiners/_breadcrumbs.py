@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +11,21 @@ from lightning_merge._checks import number, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
-from lightning_merge.combiners._trim import count_of, ranked_between
-from lightning_merge.weights import State, Weights, add_, on_host, stacked, unstacked, zero_, zeros
+from lightning_merge.combiners._trim import count_of, rank_level, reaching
+from lightning_merge.weights import (
+    State,
+    Weights,
+    add_,
+    array,
+    in_threads,
+    on_host,
+    part,
+    parts,
+    stacked,
+    unstacked,
+    zero_,
+    zeros,
+)
 
 
 @final
@@ -75,8 +89,21 @@ class Breadcrumbs(Combiner):
         if not on_host(vector):
             add_(state["sum"], self._masked_at_once(vector), factor)
             return
-        for name, tensor in vector.items():  # one at a time: the masked vector would be a further copy of the model
-            add_({name: state["sum"][name]}, {name: self._masked(tensor)}, factor)
+        in_threads(lambda name: self._add_tensor(state["sum"][name], vector[name], factor), vector)
+
+    def _add_tensor(self, total: Tensor, tensor: Tensor, factor: float) -> None:
+        """A piece at a time, since the masked vector would be a further copy of the model."""
+        (skipped, above), (level, room) = (rank_level(tensor, k) for k in self._ranks(tensor.numel()))
+        own, add = total.contiguous(), np.add if factor > 0 else np.subtract
+        for where in parts({"": own}):
+            into = array(part({"": own}, where)[""].view(-1))
+            new = array(part({"": tensor.detach()}, where)[""].to(total).reshape(-1))
+            magnitudes = np.abs(new)
+            out, above = reaching(magnitudes, skipped, above)
+            within, room = reaching(magnitudes, level, room)
+            add(into, new * (within > out), out=into)
+        if own is not total:
+            total.copy_(own)
 
     def _merged(self, state: State) -> Weights | None:
         return scaled_result(state, "sum", self.scale)
@@ -85,10 +112,6 @@ class Breadcrumbs(Combiner):
         """From which rank to before which one entries are kept."""
         skip = count_of(self.outliers, size)
         return skip, skip + max(1, count_of(self.density, size))
-
-    @torch.no_grad()
-    def _masked(self, tensor: Tensor) -> Tensor:
-        return tensor * ranked_between(tensor, *self._ranks(tensor.numel()))
 
     @torch.no_grad()
     def _masked_at_once(self, vector: Weights) -> Weights:

@@ -26,8 +26,10 @@ def additions(kept: Any, weight: float, counted: bool, keys: Any) -> Iterator[tu
         yield "votes", kept
     if weight != 1:
         kept = kept * weight
-    yield "positive", kept.clip(0, None)
-    yield "negative", kept.clip(None, 0)
+    # Of arrays too, since it is torch that does it without a look for NaN.
+    values = torch.as_tensor(kept)
+    for key, part in (("positive", values.clamp_min(0)), ("negative", values.clamp_max(0))):
+        yield key, part if values is kept else part.numpy()
 
 
 def signs(sums: Mapping[str, Tensor]) -> Tensor:

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import Any, Literal, final
+from typing import Literal, final
 
 import numpy as np
 import torch
@@ -54,7 +53,7 @@ class TIES(Combiner):
         density: Share of entries kept of each vector, in ``(0, 1]``.
         scale: In ``(0, 10]``, or shrinking with the number of tasks (``Sum``).
         scope: Whether entries are ranked within their ``"tensor"`` or over the whole vector (``"global"``, as in the
-            official code). Global ranking holds a copy of the vector meanwhile.
+            official code).
         topk_rule: ``"exact"`` keeps ``density * size`` rounded down, at least one, of equal ones those that come first,
             tensors by name; ``"official_plus_one"`` keeps one more, and all that equal the last one.
         zero_sign: Where positive and negative values cancel, the result is zero (``"zero"``), or they count as
@@ -130,20 +129,10 @@ class TIES(Combiner):
             for name in sorted(vector):  # the room for equal ones is given in an order that every source has
                 level = self._add(state, name, vector, weight, level)
         else:
-            # Memory for the largest tensor that the threads share: of their own each would keep what it once had.
-            most = max((tensor.numel() for tensor in vector.values()), default=0)
-            scratch = SimpleQueue[Any]()
-            for _ in range(torch.get_num_threads()):
-                scratch.put(np.empty(most * 8, np.uint8))
-            in_threads(lambda name: self._take_tensor(state, name, vector, weight, scratch), vector)
+            in_threads(lambda name: self._add(state, name, vector, weight, self._level(vector[name])), vector)
 
-    def _take_tensor(self, state: State, name: str, vector: Weights, weight: float, scratch: SimpleQueue[Any]) -> None:
-        memory = scratch.get()
-        try:
-            level = trim_level([vector[name]], self.density, self.topk_rule, memory)
-        finally:
-            scratch.put(memory)
-        self._add(state, name, vector, weight, level)
+    def _level(self, tensor: Tensor) -> tuple[float, int]:
+        return trim_level([tensor], self.density, self.topk_rule)
 
     def _add(
         self, state: State, name: str, vector: Weights, weight: float, level: tuple[float, int]
@@ -156,7 +145,7 @@ class TIES(Combiner):
             piece = {key: part({"": tensor}, where)[""] for key, tensor in source.items()}
             new = array(piece.pop("new").to(piece["positive"]).reshape(-1))
             into = {key: array(tensor.view(-1)) for key, tensor in piece.items()}
-            mask, room = reaching(new, threshold, room)
+            mask, room = reaching(np.abs(new), threshold, room)
             for key, addend in additions(new * mask, weight, self.divisor == "count", into):
                 into[key] += addend
         return threshold, room
