@@ -1,6 +1,7 @@
 """Sum of task vectors without their smallest and largest entries."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import final
 
 import numpy as np
@@ -19,8 +20,7 @@ from lightning_merge.weights import (
     array,
     in_threads,
     on_host,
-    part,
-    parts,
+    slices,
     stacked,
     unstacked,
     zero_,
@@ -95,13 +95,15 @@ class Breadcrumbs(Combiner):
         """A piece at a time, since the masked vector would be a further copy of the model."""
         (skipped, above), (level, room) = (rank_level(tensor, k) for k in self._ranks(tensor.numel()))
         own, add = total.contiguous(), np.add if factor > 0 else np.subtract
-        for where in parts({"": own}):
-            into = array(part({"": own}, where)[""].view(-1))
-            new = array(part({"": tensor.detach()}, where)[""].to(total).reshape(-1))
+        into, flat = array(own.view(-1)), array(tensor.detach().to(total).reshape(-1))
+        for where in slices(len(into)):
+            new = flat[where]
             magnitudes = np.abs(new)
-            out, above = reaching(magnitudes, skipped, above)
             within, room = reaching(magnitudes, level, room)
-            add(into, new * (within > out), out=into)
+            if skipped < inf:
+                out, above = reaching(magnitudes, skipped, above)
+                within &= ~out
+            add(into[where], new * within, out=into[where])
         if own is not total:
             total.copy_(own)
 

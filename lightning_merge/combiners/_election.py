@@ -10,26 +10,26 @@ ZeroSign: TypeAlias = Literal["zero", "official", "positive"]
 Divisor: TypeAlias = Literal["count", "weight_sum"] | None
 
 
-def additions(kept: Any, weight: float, counted: bool, keys: Any) -> Iterator[tuple[str, Any]]:
-    """What is added to each sum of the state that there is; of an array of NumPy or a tensor.
+def additions(new: Any, kept: Any, weight: float, counted: bool, keys: Any) -> Iterator[tuple[str, Any]]:
+    """What is added to each sum of the state that there is; of arrays of NumPy or tensors.
 
     Args:
-        kept: The vector with what was trimmed at 0.
+        new: The vector.
+        kept: A mask of what is not trimmed.
         weight: Of its task.
         counted: Whether agreeing values are counted, not their weights summed.
         keys: The sums that there are.
     """
-    if "positives" in keys:
-        for key, mask in (("positives", kept > 0), ("negatives", kept < 0)):
-            yield key, mask if counted else mask * weight
     if "votes" in keys:
-        yield "votes", kept
-    if weight != 1:
-        kept = kept * weight
-    # Of arrays too, since it is torch that does it without a look for NaN.
-    values = torch.as_tensor(kept)
-    for key, part in (("positive", values.clamp_min(0)), ("negative", values.clamp_max(0))):
-        yield key, part if values is kept else part.numpy()
+        yield "votes", new * kept
+    for key, sign in (("positive", new > 0), ("negative", new < 0)):
+        sign &= kept
+        if f"{key}s" in keys:
+            yield f"{key}s", sign if counted else sign * weight
+        values = new * sign
+        if weight != 1:
+            values *= weight
+        yield key, values
 
 
 def signs(sums: Mapping[str, Tensor]) -> Tensor:

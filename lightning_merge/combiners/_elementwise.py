@@ -5,7 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_merge.combiners._kept import Kept
-from lightning_merge.weights import Weights, array, in_threads, part, parts
+from lightning_merge.weights import Weights, array, in_threads, part, parts, slices
+
+_PART = 2**20
+"""Numbers that a thread takes at a time: to hand out few takes as long as to merge them."""
 
 
 class Elementwise(Kept):
@@ -27,10 +30,12 @@ class Elementwise(Kept):
         return out
 
     def _fold_in_pieces(self, kept: Weights, vector: Weights) -> None:
-        def fold(where: dict[str, slice]) -> None:
-            news = part(vector, where)
-            for name, tensor in part(kept, where).items():
-                old = array(tensor)
-                self._step(old, old, array(news[name].detach().to(tensor)))
+        def fold(share: dict[str, slice]) -> None:
+            news = part(vector, share)
+            for name, tensor in part(kept, share).items():
+                shape = (-1,) if tensor.is_contiguous() else tensor.shape
+                old, new = (array(each.detach().to(tensor).reshape(shape)) for each in (tensor, news[name]))
+                for where in slices(len(old)) if shape == (-1,) else [slice(None)]:
+                    self._step(old[where], old[where], new[where])
 
-        in_threads(fold, parts(kept))
+        in_threads(fold, parts(kept, size=_PART))

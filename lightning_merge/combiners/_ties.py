@@ -24,10 +24,9 @@ from lightning_merge.weights import (
     in_threads,
     joined,
     on_host,
-    part,
-    parts,
     rows,
     side_by_side,
+    slices,
     stacked,
     unstacked,
 )
@@ -139,15 +138,13 @@ class TIES(Combiner):
     ) -> tuple[float, int]:
         """Takes in what reaches the level of one tensor; returns it with the room that is left for equal ones."""
         threshold, room = level
-        sums = _sums(state, name)
-        source = {**sums, "new": vector[name]}
-        for where in parts({"": sums["positive"]}):
-            piece = {key: part({"": tensor}, where)[""] for key, tensor in source.items()}
-            new = array(piece.pop("new").to(piece["positive"]).reshape(-1))
-            into = {key: array(tensor.view(-1)) for key, tensor in piece.items()}
+        into = {key: array(tensor.view(-1)) for key, tensor in _sums(state, name).items()}
+        flat = array(vector[name].detach().to(state["positive"][name]).reshape(-1))
+        for where in slices(len(flat)):
+            new = flat[where]
             mask, room = reaching(np.abs(new), threshold, room)
-            for key, addend in additions(new * mask, weight, self.divisor == "count", into):
-                into[key] += addend
+            for key, addend in additions(new, mask, weight, self.divisor == "count", into):
+                into[key][where] += addend
         return threshold, room
 
     def _take_at_once(self, state: State, vector: Weights, weight: float) -> None:
@@ -157,7 +154,7 @@ class TIES(Combiner):
         counts = [trim_count(self._ranked(vector, matrix), self.density, self.topk_rule) for _, matrix in groups]
         masks = largest([matrix for _, matrix in groups], counts, exact=self.topk_rule == "exact")
         for (names, matrix), mask in zip(groups, masks, strict=True):
-            for key, addend in additions(matrix.mul_(mask), weight, self.divisor == "count", state):
+            for key, addend in additions(matrix, mask, weight, self.divisor == "count", state):
                 sums = {name: state[key][name] for name in names}
                 add_(sums, unstacked(addend.to(next(iter(sums.values())).dtype), names, vector))
 

@@ -17,8 +17,11 @@ ALL = 2**62
 _PIECE = 2**16
 """Numbers that are looked at while they stay in the cache."""
 
-_STRIDE = 31
-"""One of so many is in a sample; no size that tensors have, so that no column is sampled alone."""
+_FEW = 2**14
+"""Of no more numbers all are in a sample."""
+
+_LINE, _STRIDE = 16, 61
+"""Numbers of a line of memory; one of so many lines is in a sample, which is no size that tensors have."""
 
 _BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
@@ -69,7 +72,7 @@ def _around(arrays: Sequence[Any], k: int) -> tuple[int, Any]:
     To select from all takes eight times as long as to look at each once: a sample says where to look.
     """
     size, wide = sum(map(len, arrays)), np.result_type(*arrays)
-    sample = np.abs(np.concatenate([values[::_STRIDE] for values in arrays], dtype=wide))
+    sample = np.abs(np.concatenate([_sample(values) for values in arrays], dtype=wide))
     low, high = _bounds(sample, k / size)
     above, inside = 0, []
     scratch = np.empty(min(_PIECE, max(map(len, arrays))), wide)
@@ -87,10 +90,17 @@ def _around(arrays: Sequence[Any], k: int) -> tuple[int, Any]:
     return 0, np.abs(np.concatenate(arrays, dtype=wide))
 
 
+def _sample(values: Any) -> Any:
+    """Some of the numbers, a line of memory at a time: any other way all would be read."""
+    return (
+        values[: len(values) // _LINE * _LINE].reshape(-1, _LINE)[::_STRIDE].ravel() if len(values) > _FEW else values
+    )
+
+
 def _bounds(sample: Any, share: float) -> tuple[Any, Any]:
     """Between which magnitudes that is, of which this share is larger, as far as a sample tells."""
     expected = share * len(sample)
-    margin = 4.0 * sqrt(expected * (1.0 - share)) + 4.0
+    margin = 6.0 * sqrt(expected * (1.0 - share)) + 4.0
     first, last = len(sample) - 1 - int(expected + margin), len(sample) - 1 - int(expected - margin)
     ranks = sorted({rank for rank in (first, last) if 0 <= rank < len(sample)})
     sample.partition(ranks or 0)

@@ -21,6 +21,7 @@ from lightning_merge.weights._chunks import part as part
 from lightning_merge.weights._chunks import parts as parts
 from lightning_merge.weights._chunks import rows as rows
 from lightning_merge.weights._chunks import side_by_side as side_by_side
+from lightning_merge.weights._chunks import slices as slices
 from lightning_merge.weights._chunks import stacked as stacked
 from lightning_merge.weights._chunks import unflatten as unflatten
 from lightning_merge.weights._chunks import unstacked as unstacked

@@ -161,6 +161,15 @@ def unstacked(rows: Tensor, names: Sequence[str], reference: Mapping[str, Tensor
 
 def in_threads(function: Callable[[Any], object], items: Iterable[Any]) -> None:
     """Calls the function for every item, on as many threads as torch uses; the first exception is raised."""
+    if torch.get_num_threads() == 1:
+        for item in items:
+            function(item)
+        return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for _ in pool.map(function, items):
             pass
+
+
+def slices(numbers: int, size: int = 2**16) -> Iterator[slice]:
+    """Where pieces of this size lie, for what stays in the cache while several operations run."""
+    return (slice(start, min(start + size, numbers)) for start in range(0, numbers, size))

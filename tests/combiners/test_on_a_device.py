@@ -89,11 +89,11 @@ BARS = {
     Average: (5, 1),
     ExponentialAverage: (5, 1),
     MagMax: (11, 1),
-    TIES: (230, 3),
+    TIES: (240, 3),
     Breadcrumbs: (250, 2),
     ModelStock: (230, 1),
     SLERP: (630, 1),
-    DARE: (260, 3),
+    DARE: (270, 3),
 }
 
 
