@@ -14,7 +14,7 @@ from lightning_merge.callbacks._lightning._internals import checkpoint_connector
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._recalibrate import recalibrate
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
-from lightning_merge.callbacks._task_run._beside import refuse_order
+from lightning_merge.callbacks._task_run._beside import note_finished, refuse_order
 from lightning_merge.callbacks._task_run._ending import Ending
 from lightning_merge.callbacks._task_run._files import KEY, TaskSaved, write_merged
 from lightning_merge.callbacks._task_run._fit import Fit
@@ -52,7 +52,10 @@ class ContinualMerging(Callback):
         heads: ``"grow"``: after a task the head's rows of its classes are as trained and all others as before (if the
             data module names ``classes``; else all are as trained). ``"per_task"``: each task has a head of its own,
             which starts as the base's (``head_of``). ``"freeze"``: it is not trained.
-        head: Globs over parameter names; by default the last ``nn.Linear`` of the module.
+        head: Globs over parameter names, ``[]`` for none. By default it is looked for, in the loss of the first batch:
+            the layer that makes the logits, with its bias, its temperature and its like in a list of heads. Where heads
+            are frozen or adapters are trained it has to be known before: the last ``nn.Linear``, which is then held
+            against that loss.
         selection: Which other parameters are merged, and what becomes of buffers: ``"recompute"`` measures BatchNorm
             statistics under the merged weights on the task's last batches, ``"average"`` takes the mean over tasks,
             ``"copy"`` the last task's. By default all that are trainable, and ``"recompute"``.
@@ -64,8 +67,12 @@ class ContinualMerging(Callback):
             class numbers. **This is replay**: leave it at 0 where samples may not be kept.
 
     Raises:
-        ValueError: If an argument is out of range; at fit start if the model is not the bank's, the Trainer has
-            nothing left to train, or a class was in an earlier task; at fit end if no step was applied.
+        ValueError: If an argument is out of range. Before a step is trained: if the model is not the bank's, the
+            Trainer has nothing left to train, a class was in an earlier task or has no row in the head, the task's name
+            is in the bank, one cannot tell the head, or another callback has an earlier task's weights or files. At fit
+            end if no step was applied, a weight is not finite, or something was trained that no vector has a place for.
+            Whatever fails there: the raw weights are in the module, and a note of the error names the file that the
+            task is in, which ``Bank.rebuild`` takes in.
 
     Example:
         >>> ContinualMerging("magmax", bank="bank/").init_from
@@ -256,6 +263,7 @@ class ContinualMerging(Callback):
         fit.leave(module)
         self._fit, self._left_off = None, False
         FINISHED[module] = str(self.folder.resolve())
+        note_finished(trainer.callbacks)  # type: ignore[attr-defined]
         write_merged(trainer, module, fit.task, fit.title)
         rank_zero_info(f"The model now holds the merged weights of {fit.task + 1} tasks ({self.combiner}).")
 

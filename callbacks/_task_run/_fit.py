@@ -1,5 +1,6 @@
 """One fit of one task on the way: how it starts, what it keeps, and what it learns of the head."""
 
+import sys
 from typing import Any, final
 
 import torch
@@ -136,7 +137,7 @@ class Fit:
             self.recent.hold(batch)
         if self.samples is not None and trainer.is_global_zero:
             is_first = not self.samples.by_class
-            self.samples.take(batch, self._rows(module))
+            self.samples.take(batch, self.classes or range(self._rows(module)))
             if is_first and self.samples.by_class and self.head is not None:
                 # A head that cannot be trained alone is better refused now than when the task is trained.
                 reaching(trainer, module, self.head.layer(module), next(iter(self.samples.by_class.values())))
@@ -179,10 +180,10 @@ class Fit:
         self.head = found
         self._announce(found)
 
-    def _rows(self, module: LightningModule) -> int | None:
+    def _rows(self, module: LightningModule) -> int:
         live = weights.named_parameters(module)
         rows = [len(live[name]) for name in (self.head.names if self.head else ()) if live[name].dim() > 1]
-        return min(rows, default=None)
+        return min(rows, default=sys.maxsize)  # as long as the head is not known
 
     def _refuse_late(self, module: LightningModule) -> None:
         """Checks, around the first batch, that no layer was made after the base was taken.

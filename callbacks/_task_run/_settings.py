@@ -51,7 +51,14 @@ class Settings:
         chosen = [name for name in self.selection.parameters(module) if name not in head]
         names = list(self.lora.targets(module, chosen)) if self.lora else chosen
         if not names:
-            raise ValueError(f"there is nothing to merge: {self.selection} leaves only the head, {list(head)}.")
+            frozen = sorted(self.named(module) - set(head))
+            cure = ""
+            if frozen and self.selection.trainable:
+                cure = (
+                    f" `{frozen[0]}` and {len(frozen) - 1} more are frozen: if they are trained later in the fit, or in"
+                    " a later task, choose `selection=Selection(buffers='recompute')`, which merges frozen ones too."
+                )
+            raise ValueError(f"there is nothing to merge: {self.selection} leaves only the head, {list(head)}.{cure}")
         live = weights.named_parameters(module)
         refuse_unfit({name: live[name] for name in names}, "of the model")  # now, not after the task
         return names

@@ -1,6 +1,7 @@
 """A few samples of each class, stored to train the shared head on once its rows come from several tasks."""
 
 from collections import defaultdict
+from collections.abc import Container
 from typing import Any, final
 
 import torch
@@ -32,12 +33,12 @@ class StoredSamples:
         self.by_class: dict[int, Tensor] = dict(kept or {})
         self._said = False
 
-    def take(self, batch: Any, rows: int | None = None) -> None:
+    def take(self, batch: Any, wanted: Container[int]) -> None:
         """Copies the samples that are still wanted, before the step can change them.
 
         Args:
             batch: Inputs and class numbers.
-            rows: Classes of the head. Samples of others, or of none (-1, say), are left out, which is said once.
+            wanted: Classes of the task. Samples of others, or of none (-1, say), are left out, which is said once.
 
         Raises:
             ValueError: If the batch is not a pair of inputs and class numbers.
@@ -50,8 +51,8 @@ class StoredSamples:
         inputs, labels = batch
         fresh: dict[int, list[Tensor]] = defaultdict(list)
         for number, label in enumerate(labels.tolist()):
-            if label < 0 or (rows is not None and label >= rows):
-                self._say_left_out(label, rows)
+            if label not in wanted:
+                self._say_left_out(label, wanted)
             elif len(self.by_class.get(label, ())) + len(fresh[label]) < self.per_class:
                 fresh[label].append(inputs[number].detach().to("cpu", copy=True))
         for label, samples in fresh.items():
@@ -59,12 +60,12 @@ class StoredSamples:
                 new = torch.stack(samples)
                 self.by_class[label] = torch.cat([self.by_class[label], new]) if label in self.by_class else new
 
-    def _say_left_out(self, label: int, rows: int | None) -> None:
+    def _say_left_out(self, label: int, wanted: Container[int]) -> None:
         if not self._said:
             self._said = True
             rank_zero_warn(
-                f"No sample of label {label} is stored: `store_samples_per_class` keeps those of classes that are rows"
-                f" of the head, {'at least 0' if rows is None else f'in [0, {rows})'}."
+                f"No sample of label {label} is stored: `store_samples_per_class` keeps those of the classes of the"
+                f" task, {wanted}."
             )
 
 

@@ -7,9 +7,15 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from stream_modules import BuiltLate, Cosine, Segmenter, Task, TwoHeads, images, rows
-from tiny import Net, trainer, values
+from tiny import Net, batches, trainer, values
 from torch import nn
 
 from lightning_merge.callbacks import EMA, ContinualMerging
@@ -237,6 +243,37 @@ def test_labels_without_a_row_are_not_stored_and_said(tmp_path: Path) -> None:
     labels[0] = -1
     cl = ContinualMerging("average", tmp_path / "bank", store_samples_per_class=1)
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=4)
-    with pytest.warns(UserWarning, match=r"No sample of label -1 is stored.*in \[0, 4\)"):
+    with pytest.warns(UserWarning, match=r"No sample of label -1 is stored.*range\(0, 4\)"):
         trainer(tmp_path, [cl], max_epochs=1).fit(Unlabelled(), data)
     assert sorted(cl._stream.load(1)["samples"]) == ["0", "1", "3"]
+
+
+def test_others_of_an_earlier_task_are_refused_too(tmp_path: Path) -> None:
+    for name, other in (("a", WeightAveraging()), ("b", EarlyStopping("train/loss", patience=9))):
+        module, cl = Net(), ContinualMerging("average", tmp_path / name)
+
+        def train(module: Any = module, cl: Any = cl, other: Any = other) -> None:
+            trainer(tmp_path, [other, cl], max_epochs=1, check_val_every_n_epoch=1).fit(module, batches())
+
+        train()
+        with pytest.raises(ValueError, match=r"of an earlier fit.* of its own"):
+            train()
+        assert cl.completed == 1
+
+
+def test_a_module_of_which_all_but_the_head_is_frozen_is_told_how_to_unfreeze_later(tmp_path: Path) -> None:
+    for selection in (None, Selection(buffers="recompute")):
+        module, later = Segmenter(), BackboneFinetuning(1)
+        module.backbone = module.stem  # what the callback of Lightning unfreezes
+        cl = ContinualMerging("average", tmp_path / str(selection), selection=selection, head="classify.*")
+        module.excite.requires_grad_(False)
+
+        def train(module: Any = module, cl: Any = cl, later: Any = later) -> None:
+            trainer(tmp_path, [later, cl], max_epochs=2).fit(module, datamodule=Task(images, None, (0, 1)))
+
+        if selection is None:
+            with pytest.raises(ValueError, match=r"nothing to merge.*are frozen: if they are trained later"):
+                train()
+        else:
+            train()
+            assert bool((cl.merged_vector() or {})["stem.weight"].any())
