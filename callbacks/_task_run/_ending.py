@@ -111,9 +111,16 @@ class Ending:
 
         def write() -> None:
             stream, done = self.store.stream, self.fit.task + 1
-            stream.save(done, parts)
-            # From here on the task is part of the stream.
-            self.store.bank(self.base).add(self.vector, task=self.fit.title)
+            bank = self.store.bank(self.base)
+            with bank.alone():
+                if bank.added != self.fit.task:
+                    raise ValueError(
+                        f"the bank {self.store.folder} got other tasks while {self.fit.title} was trained: it holds"
+                        f" {bank.tasks}. Nothing was written to it; one run at a time goes on with a stream."
+                    )
+                stream.save(done, parts)
+                # From here on the task is part of the stream.
+                bank.add(self.vector, task=self.fit.title)
             with suppress(OSError):  # the next task drops them
                 stream.forget_before(done)
 

@@ -1,8 +1,9 @@
 """A stream of task vectors on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from lightning_merge.combiners import Combiner
 from lightning_merge.combiners._base import label
 from lightning_merge.combiners._vectors import check_finite, check_vector
 from lightning_merge.continual._bank_files import damage, damage_of, fingerprint, safetensors_torch, write
+from lightning_merge.continual._bank_lock import alone
+from lightning_merge.continual._bank_state import hashes_of, put_together, taken_apart
 from lightning_merge.continual._manifest import (
     COPY,
     MANIFEST,
@@ -22,11 +25,14 @@ from lightning_merge.continual._manifest import (
     manifest_in,
     new_manifest,
     read_manifest,
+    stamp,
     write_manifest,
 )
 from lightning_merge.continual._rescue import Rescue
 from lightning_merge.continual._stream_state import StreamState
 from lightning_merge.weights import State, Weights
+
+_T = TypeVar("_T")
 
 
 @final
@@ -35,8 +41,9 @@ class Bank:
 
     ``bank.json`` names the tasks, the combiner, the base and every other file with its hash; tensors are in safetensors
     files. All files of a step are written and flushed before ``bank.json`` is replaced in one go, so a process that is
-    killed leaves the bank as it was before the step or as it is after. Nothing is held in memory between calls. Only
-    one process may write at a time.
+    killed leaves the bank as it was before the step or as it is after. No vector is held in memory between calls.
+    Several processes may have it open: they write one after the other, one that knows an older state of it is told so
+    and changes nothing, and one that reads beside a writer reads what is there now.
 
     Args:
         folder: Made by the first ``add``.
@@ -81,10 +88,11 @@ class Bank:
             raise ValueError(f"there is no bank in {self.folder}: name the `combiner` of a new one.")
         self.combiner = combiner if combiner is not None else combiner_of(found["combiner"])  # type: ignore[index]
         self._manifest = found if found is not None else new_manifest(self.combiner, keep_vectors)
+        self._writes = False
         self._refuse_other(keep_vectors)
         safetensors_torch()  # what is missing is said here, not after a task was trained
         if base is not None:
-            self._refuse_other_base(base)
+            self._manifest = {**self._manifest, "base": hashes_of(base, self._manifest["base"], self.folder)}
 
     # ---- what is in it
 
@@ -114,7 +122,7 @@ class Bank:
         Raises:
             ValueError: If a file that it takes is damaged.
         """
-        return self.combiner.result(self._state()) if self.tasks else None
+        return self._reading(lambda: self.combiner.result(self._state()) if self.tasks else None)
 
     def vector(self, task: int | str) -> Weights:
         """A task's vector as it was added.
@@ -122,13 +130,23 @@ class Bank:
         Raises:
             ValueError: If there is no such task, its vector was not kept, or its file is damaged.
         """
-        entry = self._entry(task)
-        if entry["file"] is None:
-            raise ValueError(f"the bank {self.folder} has not kept the vector of task {task}: see `keep_vectors`.")
-        return self._vector_of(entry)
+
+        def read() -> Weights:
+            entry = self._entry(label("task", task))
+            if entry["file"] is None:
+                raise ValueError(f"the bank {self.folder} has not kept the vector of task {task}: see `keep_vectors`.")
+            return self._vector_of(entry)
+
+        return self._reading(read)
 
     def verify(self) -> list[str]:
         """What is damaged: a sentence for each file that is missing or not as it was written; empty if all is well."""
+        found = self._problems()
+        while found and self._is_behind():
+            found = self._problems()
+        return found
+
+    def _problems(self) -> list[str]:
         manifests = [self.folder / name for name in (MANIFEST, COPY)] if self.added else []
         if len(self._manifest["tasks"]) == 1 and not (self.folder / COPY).exists():
             manifests = manifests[:1]  # a process killed during the first write leaves no copy; the next write makes it
@@ -150,16 +168,21 @@ class Bank:
         Raises:
             ValueError: As ``add``.
         """
-        state = self._updated(_on_cpu(named("vector", vector)), label("task", task))
-        return self.combiner.result(state) or {}
+        vector, task = _on_cpu(named("vector", vector)), label("task", task)
+        return self._reading(lambda: self.combiner.result(self._updated(vector, task)) or {})
 
     def add(self, vector: Mapping[str, Tensor], *, task: int | str) -> None:
         """Merges the vector of a further task.
 
         Raises:
-            ValueError: If the task is in the bank already, or the vector does not fit the others or holds a NaN.
+            ValueError: If the task is in the bank already, the vector does not fit the others or holds a NaN, or
+                another process has changed the bank.
         """
         vector, task = _on_cpu(named("vector", vector)), label("task", task)
+        with self.alone():
+            self._add(vector, task)
+
+    def _add(self, vector: Weights, task: int | str) -> None:
         state = self._updated(vector, task)
         entry = {"task": task, "removed": False, "fingerprint": fingerprint(vector), "file": None, "sha256": None}
         if self.keeps_vectors:
@@ -179,9 +202,14 @@ class Bank:
 
         Raises:
             TypeError: If the rule is not linear and a vector is handed in.
-            ValueError: If there is no such task, it was removed before, or it takes a vector that is not there.
+            ValueError: If there is no such task, it was removed before, it takes a vector that is not there, or another
+                process has changed the bank.
         """
-        entry = self._entry(label("task", task))
+        with self.alone():
+            self._remove(label("task", task), vector)
+
+    def _remove(self, task: int | str, vector: Mapping[str, Tensor] | None) -> None:
+        entry = self._entry(task)
         if vector is not None:
             vector = _on_cpu(named("vector", vector))
             if fingerprint(vector) != entry["fingerprint"]:
@@ -207,17 +235,58 @@ class Bank:
         Raises:
             ValueError: If vectors are not kept, or one is damaged; or if the rescued task does not come next.
         """
-        if rescue is not None:
-            self._take_in(Rescue.read(Path(checked_path("rescue", rescue))))
+        with self.alone():
+            if rescue is not None:
+                self._take_in(Rescue.read(Path(checked_path("rescue", rescue))))
+                return
+            if not self.keeps_vectors:
+                raise ValueError(
+                    f"the bank {self.folder} has not kept its vectors, so there is nothing to rebuild it from."
+                )
+            self._commit(self._folded(self._merged_entries()))
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process changes the bank in the block.
+
+        Raises:
+            ValueError: If one has changed it since it was opened here, or last read.
+        """
+        if self._writes:
+            yield
             return
-        if not self.keeps_vectors:
-            raise ValueError(
-                f"the bank {self.folder} has not kept its vectors, so there is nothing to rebuild it from."
-            )
-        self._commit(self._folded(self._merged_entries()))
+        with alone(self.folder):
+            known = self.tasks
+            if self._is_behind():
+                raise ValueError(
+                    f"another process has changed the bank {self.folder} since it was read here: its tasks were"
+                    f" {known} and are {self.tasks}. Nothing was written. Repeat the step if it still has to be done."
+                )
+            self._writes = True
+            try:
+                yield
+            finally:
+                self._writes = False
+
+    def _is_behind(self) -> bool:
+        """Whether the bank on the disk is another one than is known here, which it is from now on."""
+        found = read_manifest(self.folder)
+        if found is None or stamp(found) == stamp(self._manifest):
+            return False
+        self._manifest = found
+        return True
+
+    def _reading(self, read: Callable[[], _T]) -> _T:
+        """What ``read`` gives; again, if a file was gone since another process has put a new one in its place."""
+        while True:
+            try:
+                return read()
+            except (ValueError, OSError):
+                if self._writes or not self._is_behind():
+                    raise
 
     def _take_in(self, rescued: Rescue) -> None:
-        if rescued.number != self.added:
+        if rescued.number > self.added:
             raise ValueError(
                 f"`rescue` must be of task {self.added} of the bank {self.folder}, the next one, got that of task"
                 f" {rescued.number}."
@@ -225,7 +294,7 @@ class Bank:
         stream = StreamState(self.folder)
         if stream.has_base:
             base = stream.base()
-            self._refuse_other_base({name: base[name] for name in rescued.vector})
+            hashes_of({name: base[name] for name in rescued.vector}, self._manifest["base"], self.folder)
         before = stream.load(self.added) if self.added else {}
         earlier = {part: tensors for part, tensors in before.items() if part.startswith(("head", "classes"))}
         parts = {part: {**earlier.pop(part, {}), **tensors} for part, tensors in rescued.parts.items()}
@@ -247,15 +316,8 @@ class Bank:
         if self.combiner.needs_every_vector:
             return self._folded(self._merged_entries())
         saved = self._manifest["state"]
-        state: State = dict(saved["numbers"])
-        for key in saved["groups"]:
-            state[key] = {}
-        for path, tensor in self._load(saved["file"], saved["sha256"]).items():
-            key, _, name = path.partition("/")
-            state[key][name] = tensor
         order = list(self._manifest["tensors"])
-        for key in saved["groups"]:
-            state[key] = {name: state[key][name] for name in order}
+        state = put_together(saved, self._load(saved["file"], saved["sha256"]), order)
         return self.combiner.load(state, {name: torch.device("cpu") for name in order})
 
     def _folded(self, entries: list[dict[str, Any]]) -> State:
@@ -280,17 +342,14 @@ class Bank:
         """Writes the state, then replaces ``bank.json``: only then anything has happened."""
         saved = dict(NO_STATE)
         if not self.combiner.needs_every_vector:
-            state = self.combiner.save(state)
-            groups = {key: value for key, value in state.items() if isinstance(value, dict)}
-            flat = {f"{key}/{name}": tensor for key, group in groups.items() for name, tensor in group.items()}
-            saved["numbers"] = {key: value for key, value in state.items() if key not in groups}
-            saved["groups"] = list(groups)
-            saved["file"], saved["sha256"] = write(self.folder, "state", flat)
+            rest, flat = taken_apart(self.combiner.save(state))
+            file, digest = write(self.folder, "state", flat)
+            saved |= {**rest, "file": file, "sha256": digest}
         manifest = {**self._manifest, **changes, "state": saved}
         write_manifest(self.folder, manifest)
         self._manifest = manifest
         named = {saved["file"], *(entry["file"] for entry in manifest["tasks"])}
-        for pattern in ("state-*", "vector-*"):
+        for pattern in ("state-*", "vector-*", "*.part"):  # of the step before, and of writers that were killed
             for path in self.folder.glob(pattern):
                 if path.name not in named:
                     path.unlink()
@@ -328,18 +387,6 @@ class Bank:
             raise ValueError(f"the bank {self.folder} has not kept earlier vectors: `keep_vectors` must stay False.")
         if self.combiner.needs_every_vector and not self.keeps_vectors:
             raise ValueError(f"{self.combiner} needs every vector: make the bank with `keep_vectors=True`.")
-
-    def _refuse_other_base(self, base: Mapping[str, Tensor]) -> None:
-        hashes = {name: fingerprint({name: tensor.detach().cpu()}) for name, tensor in base.items()}
-        known = self._manifest["base"] or hashes
-        for name in [*known, *hashes]:
-            if known.get(name) != hashes.get(name):
-                there, here = (found.get(name, "of no tensor")[:16] for found in (known, hashes))
-                raise ValueError(
-                    f"the bank {self.folder} is of another base: `{name}` has hash {there} in it and {here} here. Its"
-                    " vectors add up only on the weights they were measured against."
-                )
-        self._manifest = {**self._manifest, "base": hashes}
 
 
 def _on_cpu(vector: Mapping[str, Tensor]) -> Weights:

@@ -49,6 +49,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     )
 
 
+def stamp(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What differs between two states of a bank: entries of tasks are only added, or marked as removed."""
+    return manifest["tasks"], manifest["state"]
+
+
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Replaces the manifest, then its copy."""
     text = json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)

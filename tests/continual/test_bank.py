@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -367,3 +370,87 @@ def test_process_killed_at_random_goes_on_to_the_same_bank(tmp_path):
     assert kills > 3
     filled(tmp_path / "b", MagMax(), 30)
     assert content(tmp_path / "a") == content(tmp_path / "b")
+
+
+def weights(number: float) -> Weights:
+    return {"w": torch.full((2,), number)}
+
+
+STEPS = {
+    "add": lambda bank: bank.add(weights(7.0), task="own"),
+    "remove": lambda bank: bank.remove("first"),
+    "rebuild": lambda bank: bank.rebuild(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_writer_that_knows_an_older_state_is_told_and_loses_nothing(step, tmp_path):
+    Bank(tmp_path, Sum(1.0), keep_vectors=True).add(weights(1.0), task="first")
+    one, other = Bank(tmp_path), Bank(tmp_path)
+    one.add(weights(2.0), task="second")
+    before = content(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"another process has changed .* were \['first'\] and are \['first', 'second'\]"
+    ):
+        STEPS[step](other)
+    assert content(tmp_path) == before
+    STEPS[step](other)  # it knows now
+    assert "second" in Bank(tmp_path).tasks
+    assert Bank(tmp_path).verify() == []
+
+
+def test_a_bank_that_two_begin_holds_what_the_first_has_written(tmp_path):
+    one, other = (Bank(tmp_path, Sum(1.0)) for _ in range(2))
+    one.add(weights(1.0), task="first")
+    with pytest.raises(ValueError, match="another process has changed"):
+        other.add(weights(2.0), task="second")
+    assert Bank(tmp_path).tasks == ["first"]
+
+
+def test_a_reader_beside_a_writer_reads_what_is_there_now(tmp_path):
+    writer = Bank(tmp_path, Sum(1.0), keep_vectors=True)
+    writer.add(weights(1.0), task="first")
+    readers = [Bank(tmp_path) for _ in range(4)]
+    writer.add(weights(2.0), task="second")
+    expected = writer.result()
+    assert torch.equal(readers[0].result()["w"], expected["w"])
+    assert readers[1].verify() == []
+    assert torch.equal(readers[2].preview(weights(0.0), task="third")["w"], expected["w"])
+    writer.remove("first")
+    with pytest.raises(ValueError, match="'first' was removed"):
+        readers[3].vector("first")
+    next(tmp_path.glob("state-*")).unlink()
+    with pytest.raises(ValueError, match="missing"):  # nothing that a writer did
+        readers[0].result()
+
+
+def test_processes_that_add_at_once_lose_nothing(tmp_path):
+    Bank(tmp_path, Sum(1.0)).add(weights(0.0), task="first")
+    code = (
+        "import sys, torch; from lightning_merge.continual import Bank\n"
+        "name = sys.argv[1]; like = torch.zeros(2)\n"
+        "for task in range(5):\n"
+        "    while True:\n"
+        f"        try: Bank({str(tmp_path)!r}).add({{'w': like + 1}}, task=f'{{name}}-{{task}}'); break\n"
+        "        except ValueError as error: assert 'another process has changed' in str(error), error\n"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    bank = Bank(tmp_path)
+    assert len(bank.tasks) == 11
+    assert float(bank.result()["w"][0]) == 10.0
+    assert bank.verify() == []
+
+
+def test_what_killed_writers_left_goes_with_the_next_step(tmp_path):
+    bank = Bank(tmp_path, Sum(1.0), keep_vectors=True)
+    for name in ("state.part", "bank.json.part", "vector-0009-0123456789abcdef.safetensors"):
+        (tmp_path / name).write_text("cut")
+    bank.add(weights(1.0), task=np.str_("first"))
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == [
+        "bank",
+        "bank.json",
+        "state",
+        "vector",
+    ]
+    assert torch.equal(bank.vector(np.str_("first"))["w"], weights(1.0)["w"])
