@@ -25,6 +25,7 @@ from lightning_merge.continual._manifest import (
     manifest_in,
     new_manifest,
     read_manifest,
+    refuse_other,
     stamp,
     write_manifest,
 )
@@ -89,7 +90,7 @@ class Bank:
         self.combiner = combiner if combiner is not None else combiner_of(found["combiner"])  # type: ignore[index]
         self._manifest = found if found is not None else new_manifest(self.combiner, keep_vectors)
         self._writes = False
-        self._refuse_other(keep_vectors)
+        refuse_other(self._manifest, self.combiner, keep_vectors, self.folder)
         safetensors_torch()  # what is missing is said here, not after a task was trained
         if base is not None:
             self._manifest = {**self._manifest, "base": hashes_of(base, self._manifest["base"], self.folder)}
@@ -376,17 +377,6 @@ class Bank:
             raise ValueError(f"task {task!r} was removed from the bank {self.folder} already. Its tasks: {self.tasks}.")
         entry: dict[str, Any] = known[-1]
         return entry
-
-    def _refuse_other(self, keep_vectors: bool) -> None:
-        if self._manifest["combiner"] != repr(self.combiner):
-            raise ValueError(
-                f"the bank {self.folder} was merged by {self._manifest['combiner']}, and `combiner` is {self.combiner}:"
-                " use the same, or a new folder."
-            )
-        if keep_vectors and not self.keeps_vectors:
-            raise ValueError(f"the bank {self.folder} has not kept earlier vectors: `keep_vectors` must stay False.")
-        if self.combiner.needs_every_vector and not self.keeps_vectors:
-            raise ValueError(f"{self.combiner} needs every vector: make the bank with `keep_vectors=True`.")
 
 
 def _on_cpu(vector: Mapping[str, Tensor]) -> Weights:

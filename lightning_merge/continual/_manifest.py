@@ -78,6 +78,19 @@ def manifest_in(path: Path) -> dict[str, Any] | None:
     return manifest if digest == _digest(manifest) else None
 
 
+def refuse_other(manifest: Mapping[str, Any], combiner: Combiner, keep_vectors: bool, folder: Path) -> None:
+    """Raises a ``ValueError`` if a bank was made with another combiner, or keeps vectors where it must not, or not."""
+    if manifest["combiner"] != repr(combiner):
+        raise ValueError(
+            f"the bank {folder} was merged by {manifest['combiner']}, and `combiner` is {combiner}: use the same, or a"
+            " new folder."
+        )
+    if keep_vectors and not manifest["keep_vectors"]:
+        raise ValueError(f"the bank {folder} has not kept earlier vectors: `keep_vectors` must stay False.")
+    if combiner.needs_every_vector and not manifest["keep_vectors"]:
+        raise ValueError(f"{combiner} needs every vector: make the bank with `keep_vectors=True`.")
+
+
 def combiner_of(text: str) -> Combiner:
     """The combiner whose ``repr`` this is."""
 
