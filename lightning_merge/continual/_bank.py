@@ -1,5 +1,6 @@
 """A stream of task vectors on disk."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -271,7 +272,9 @@ class Bank:
 
     def _is_behind(self) -> bool:
         """Whether the bank on the disk is another one than is known here, which it is from now on."""
-        found = read_manifest(self.folder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a copy that serves was warned of when the bank was opened
+            found = read_manifest(self.folder)
         if found is None or stamp(found) == stamp(self._manifest):
             return False
         self._manifest = found
