@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any, Unpack
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 
 from lightning_merge import calibration, weights
 from lightning_merge._ranks import several
@@ -56,7 +55,6 @@ class Published(Average, Callback):
         self._buffers: Weights = {}  # copies of the buffers that are published as they were at the last update
         self._calibrated_at: list[int] | None = None  # `version` when the statistics in `_buffers` were measured
         self._recent: RecentBatches | None = None
-        self._layers: tuple[int, list[nn.Module]] | None = None  # with statistics, at a version of the inventory
         self._resumed = False
         self._publisher: Publisher | None = None
         self._module: LightningModule | None = None
@@ -204,13 +202,5 @@ class Published(Average, Callback):
         if not calibration.batch_norm_layers(module):
             return
         self._recent = self._recent or RecentBatches()
-        self._recent.is_needed = self._trains_statistics
+        self._recent.is_needed = self._session.trains_statistics
         prepare(self._session.trainer, module, self.title, self._recent)
-
-    def _trains_statistics(self) -> bool:
-        """Whether training itself measures any: layers in eval mode are frozen, and keep what they have."""
-        inventory = self._session.inventory
-        if self._layers is None or self._layers[0] != inventory.version:
-            modules = self._session.module.modules()
-            self._layers = inventory.version, [m for m in modules if getattr(m, "running_mean", None) is not None]
-        return any(layer.training for layer in self._layers[1])

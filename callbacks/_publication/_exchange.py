@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement
@@ -50,7 +50,15 @@ class Exchange:
         self.busy = False
         self.watches_training = False  # whether what is merged depends on which parameters require gradients
         self._vectors: tuple[int, set[str]] | None = None
+        self._measuring: tuple[int, list[nn.Module]] | None = None  # layers with statistics
         self._trained: tuple[bool, ...] = ()  # which parameters require gradients
+
+    def trains_statistics(self) -> bool:
+        """Whether training itself measures any: layers in eval mode are frozen, and keep what they have."""
+        if self._measuring is None or self._measuring[0] != self.inventory.version:
+            layers = [each for each in self.module.modules() if getattr(each, "running_mean", None) is not None]
+            self._measuring = self.inventory.version, layers
+        return any(layer.training for layer in self._measuring[1])
 
     @property
     def primary(self) -> Average:

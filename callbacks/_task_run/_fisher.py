@@ -54,7 +54,8 @@ def prepare_fisher(
         )
 
     def attempt(copy: BatchCopy) -> None:
-        recent.way = _way(trainer, module, held(module), recent, copy)
+        if parameters := held(module):
+            recent.way = _way(trainer, module, parameters, recent, copy)
 
     recent.trial = attempt
 
@@ -76,6 +77,8 @@ def fisher_information(
     Raises:
         ValueError: If the module's step was not tried before, and does not give the loss of a sample.
     """
+    if not held:
+        return {}
     total, count, left_out = weights.zeros(held), 0, _LeftOut()
     copies = recent.on(trainer.strategy.root_device)
     if recent.way is None and copies:
@@ -141,9 +144,8 @@ def _way(
             losses = [_loss(module, sample) for sample in few]
             for loss in losses:
                 _refuse_not_finite(torch.autograd.grad(loss, list(held.values()), allow_unused=True))
-            if len(few) > 1 and max(abs(float(loss)) for loss in losses) <= 1e-6 * abs(
-                whole := float(_loss(module, batch))
-            ):
+            alone = max(abs(float(loss.detach())) for loss in losses)
+            if len(few) > 1 and alone <= 1e-6 * abs(whole := float(_loss(module, batch).detach())):
                 raise ValueError(
                     f"the loss of {singles.count} samples is {whole:.3g}, and 0 of each alone: it compares them"
                     " with each other, as a contrastive one, so samples have no information of their own"

@@ -113,9 +113,10 @@ class LossGraph:
 
     def _layer(self, node: Any, is_logits: bool) -> LastLayer | None:
         """The layer that an operation is, if it sums over a parameter or over what is made of one."""
-        for place, (child, _) in enumerate(node.next_functions):
-            if child is None or self._sums_below[child]:
-                continue
+        takes = [(place, child) for place, (child, _) in enumerate(node.next_functions) if child is not None]
+        plain = [each for each in takes if not self._sums_below[each[1]]]
+        computed = [each for each in takes if self._sums_below[each[1]] and _is_computed(self._leaves(each[1]))]
+        for place, child in plain + computed[-1:]:  # an activation comes before the weight
             names = sorted(self._leaves(child), key=list(self._dimensions).index)
             if any(self._dimensions[name] >= 2 for name in names):
                 # `x @ weight` takes the parameter itself, `nn.Linear` its transpose.
@@ -153,6 +154,11 @@ class LossGraph:
 
     def _name_of(self, node: Any) -> str | None:
         return self._names.get(id(node.variable)) if node.name().endswith(_LEAF) else None
+
+
+def _is_computed(names: Iterable[str]) -> bool:
+    """Whether all of it is what weights are computed from, be it by sums as spectral norm's."""
+    return all(".parametrizations.weight." in name or name.endswith("weight_orig") for name in names)
 
 
 def _children(node: Any) -> Iterator[Any]:

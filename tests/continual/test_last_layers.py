@@ -21,6 +21,8 @@ class Parts(nn.Module):
         self.rows, self.columns = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(8, 3))
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+        self.bounded = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 3))
+        self.inner = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8, bias=False))
 
 
 X, Y = torch.randn(6, 4), torch.arange(6) % 3
@@ -40,6 +42,11 @@ def pixels(m: Any, f: Tensor) -> Tensor:
 LOSSES: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, bool], list[str]]] = {
     "linear": (lambda m, f: cross_entropy(m.head(f), Y), {"head.weight": True}, []),
     "words": (lambda m, f: cross_entropy(m.head(f.view(2, 3, 8)).flatten(0, 1), Y), {"head.weight": True}, []),
+    "spectral norm": (
+        lambda m, f: cross_entropy(m.bounded(m.inner(f).relu()), Y),
+        {"bounded.parametrizations.weight.original": True},
+        [],
+    ),
     "some classes": (lambda m, f: cross_entropy(m.head(f)[:, [0, 2]], Y % 2), {"head.weight": True}, []),
     "independent classes": (
         lambda m, f: binary_cross_entropy_with_logits(m.head(f), torch.rand(6, 3)),
