@@ -10,7 +10,8 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start, whole
 from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._averaging_run._elsewhere import Taken
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import GatedMean
 from lightning_merge.schedules import EveryNEpochs
@@ -38,7 +39,7 @@ class ASWA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under each candidate, on the last training batches.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first
@@ -64,7 +65,7 @@ class ASWA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
@@ -77,7 +78,7 @@ class ASWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )
         self.decides_by = monitor
         self.mode = mode_of(type(self).__name__, monitor, mode)
@@ -95,11 +96,11 @@ class ASWA(WeightMerging):
         refuse_without_validation(self.title, trainer)
         super().on_fit_start(trainer, pl_module)
 
-    def _update(self) -> bool:
-        """Offers the live weights to the mean."""
+    def _update(self, taken: Taken) -> bool:
+        """Offers the weights to the mean."""
         rule = self._active_rule
         assert isinstance(rule, GatedMean)
-        return rule.offer(self._kept, self._tensors.live, self._score)
+        return rule.offer(self._kept, taken.averaged, self._score)
 
     def _score(self, candidate: Weights) -> float:
         """The score of weights in the place of the mean, higher is better."""

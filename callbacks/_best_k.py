@@ -4,7 +4,7 @@ from typing import Unpack
 
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._choice import Mode, mode_of
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import BestMean
 from lightning_merge.schedules import AtValidations
@@ -26,7 +26,7 @@ class BestK(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and BatchNorm
             statistics are measured again under the merged weights.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, ``mode`` is needed, or at the first validation if it does not
@@ -47,7 +47,7 @@ class BestK(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         monitor = checked_monitor("monitor", monitor)
         super().__init__(
@@ -59,5 +59,5 @@ class BestK(WeightMerging):
             optimizer=optimizer,
             monitor=monitor,
             mode=mode_of("BestK", monitor, mode),
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )

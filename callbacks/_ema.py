@@ -3,7 +3,7 @@
 from typing import Literal, Unpack
 
 from lightning_merge._checks import start, whole
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ExponentialMean
 from lightning_merge.schedules import EveryNSteps
@@ -28,7 +28,7 @@ class EMA(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
             floating-point buffers averaged along.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -57,7 +57,7 @@ class EMA(WeightMerging):
         compensated: bool = False,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         start_step = start("start_step", start_step)
@@ -70,5 +70,5 @@ class EMA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )

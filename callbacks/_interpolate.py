@@ -3,7 +3,7 @@
 from typing import Literal, Unpack, final
 
 from lightning_merge._checks import real, whole
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import WeightMerging
 from lightning_merge.rules import Interpolation
 from lightning_merge.schedules import EveryNEpochs, FromStart
@@ -24,7 +24,7 @@ class Interpolate(WeightMerging):
         selection: Which tensors, and what becomes of buffers.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics and files when it is not the first average.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -38,7 +38,7 @@ class Interpolate(WeightMerging):
         selection: Selection | None = None,
         validate: Literal["merged", "raw", "both"] = "merged",
         name: str = "interpolated",
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         alpha = real("alpha", alpha, "a number in (0, 1]")
         if not 0.0 < alpha <= 1.0:
@@ -50,7 +50,7 @@ class Interpolate(WeightMerging):
             selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )
 
 
@@ -65,7 +65,7 @@ class Extrapolate(WeightMerging):
         selection: Which tensors, and what becomes of buffers.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics and files when it is not the first average.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -79,7 +79,7 @@ class Extrapolate(WeightMerging):
         selection: Selection | None = None,
         validate: Literal["merged", "raw", "both"] = "merged",
         name: str = "extrapolated",
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         alpha = real("alpha", alpha, "a number in (1, 10]")
         if not 1.0 < alpha <= 10.0:
@@ -91,5 +91,5 @@ class Extrapolate(WeightMerging):
             selection=chosen(selection, Selection()),
             validate=validate,
             name=name,
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )

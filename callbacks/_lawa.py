@@ -4,7 +4,7 @@ from typing import Literal, Unpack
 
 from lightning_merge._checks import start as checked_start
 from lightning_merge._checks import whole
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import WindowMean
 from lightning_merge.schedules import EveryNEpochs, EveryNSteps, Schedule
@@ -27,7 +27,7 @@ class LAWA(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
             BatchNorm statistics are measured again under the mean.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or both intervals are given.
@@ -55,7 +55,7 @@ class LAWA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         if every_n_epochs is not None and every_n_steps is not None:
             raise ValueError(
@@ -74,5 +74,5 @@ class LAWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )

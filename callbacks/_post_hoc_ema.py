@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Unpack
 
 from lightning_merge._checks import whole
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import PowerMeans
 from lightning_merge.schedules import EveryNSteps
@@ -25,7 +25,7 @@ class PostHocEMA(WeightMerging):
         name: Prefix of its metrics when it is not the first average, and of its files.
         selection: Which tensors are averaged, and what becomes of buffers.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -48,7 +48,7 @@ class PostHocEMA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         super().__init__(
             PowerMeans(sigmas, every, directory),
@@ -57,7 +57,7 @@ class PostHocEMA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )
 
     def synthesise(self, sigma: float, step: int | None = None) -> Weights:

@@ -8,7 +8,7 @@ from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start
 from lightning_merge._choice import Mode, mode_of
 from lightning_merge.callbacks._accept_if_better import refuse_other_mode, refuse_without_validation
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import SelectedMean
 from lightning_merge.schedules import EveryNSteps
@@ -30,7 +30,7 @@ class SMA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under the mean (the authors average them along).
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first
@@ -55,7 +55,7 @@ class SMA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         monitor = checked_monitor("monitor", monitor)
         refuse_other_mode(mode)
@@ -73,7 +73,7 @@ class SMA(WeightMerging):
             optimizer=optimizer,
             monitor=monitor,
             mode=mode_of(type(self).__name__, monitor, mode),
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )
 
     @property

@@ -7,7 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_merge._checks import number, numbers, one_of, start, whole
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNEpochs, anneal
@@ -33,7 +33,7 @@ class SWA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under the merged weights, on the last training batches.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or at fit start if a share is asked of a run of unknown length.
@@ -58,7 +58,7 @@ class SWA(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         swa_lr = None if swa_lr is None else checked_rates("swa_lr", swa_lr)
         anneal_epochs = whole("anneal_epochs", anneal_epochs, 0)
@@ -72,7 +72,7 @@ class SWA(WeightMerging):
             validate=validate,
             name=name,
             optimizer=optimizer,
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )
         self.swa_lr = swa_lr
         self.anneal_epochs = anneal_epochs

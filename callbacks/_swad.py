@@ -4,7 +4,7 @@ from typing import Literal, Unpack
 
 from lightning_merge._checks import flag
 from lightning_merge._checks import monitor as checked_monitor
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import ValleyMean
 from lightning_merge.schedules import EveryNSteps
@@ -29,7 +29,7 @@ class SWAD(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and BatchNorm
             statistics are measured again under the merged weights.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or at the first validation if it does not log ``monitor``.
@@ -55,7 +55,7 @@ class SWAD(WeightMerging):
         *,
         selection: Selection | None = None,
         optimizer: int = 0,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         super().__init__(
             ValleyMean(n_converge, n_tolerance, tolerance, preset),
@@ -66,5 +66,5 @@ class SWAD(WeightMerging):
             optimizer=optimizer,
             monitor=checked_monitor("monitor", monitor),
             stop_when_finished=flag("stop", stop),
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )

@@ -13,7 +13,7 @@ from lightning_merge._ranks import several
 from lightning_merge.callbacks._averaging_run._by_rule import MergingByRule
 from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Validate
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, Moment, Schedule
 from lightning_merge.selections import Selection, chosen
@@ -43,7 +43,7 @@ class WeightMerging(MergingByRule):
             the raw weights or of the merged ones, as the rule says.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is; by default lower.
         stop_when_finished: Stop training once nothing more can change what such a rule merges.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
     Attributes:
         steps: Applied optimizer steps counted so far.
@@ -75,7 +75,7 @@ class WeightMerging(MergingByRule):
         monitor: str | None = None,
         mode: Mode | None = None,
         stop_when_finished: bool = False,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
         instance("rule", rule, Rule)
         if (monitor is not None) != (rule.wants_score is not None):
@@ -97,7 +97,7 @@ class WeightMerging(MergingByRule):
             None if monitor is None else checked_monitor("monitor", monitor),
             "min" if mode is None else mode,
             flag("stop_when_finished", stop_when_finished),
-            **known(options, AverageOptions, self),
+            **known(options, RuleOptions, self),
         )
 
     # ---- a fit begins and ends
@@ -129,7 +129,7 @@ class WeightMerging(MergingByRule):
         self._session.look()
         self._check_fit()
         if self._state is None and self._active_schedule.started(moment):
-            self._start(weights.nonfinite(self.checked))
+            self._start(weights.nonfinite(self.checked), self.steps, self._tensors.taken())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""

@@ -1,6 +1,6 @@
 """What an average by a rule is: its state, what there is of it, and what a file keeps."""
 
-from typing import Any, Unpack
+from typing import Any, Literal, Unpack
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -8,12 +8,13 @@ from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge._choice import Mode
+from lightning_merge.callbacks._averaging_run._elsewhere import Background
 from lightning_merge.callbacks._averaging_run._remarks import adopted
 from lightning_merge.callbacks._averaging_run._state import AveragingState
 from lightning_merge.callbacks._averaging_run._tensors import Tensors
 from lightning_merge.callbacks._averaging_run._undecided import Decided, Undecided
 from lightning_merge.callbacks._publication._callback import Published, Validate
-from lightning_merge.callbacks._publication._options import AverageOptions, known
+from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import Schedule
 from lightning_merge.selections import Selection
@@ -33,7 +34,7 @@ class AverageByRule(Published):
         monitor: The metric that the rule is told, if it wants one.
         mode: Whether lower or higher is better.
         stop_when_finished: Stop training once nothing more can change what the rule merges.
-        options: See ``AverageOptions``.
+        options: See ``RuleOptions``.
     """
 
     # What an update changes, and whoever reads it wants decided.
@@ -42,6 +43,7 @@ class AverageByRule(Published):
     update_window: Decided[tuple[int, int] | None] = Decided()
     skipped_nonfinite: Decided[int] = Decided()
     _undecided: Undecided | None = None
+    _background: Background | None = None  # of this fit, once an update was made in host memory
 
     def __init__(
         self,
@@ -54,9 +56,14 @@ class AverageByRule(Published):
         monitor: str | None,
         mode: Mode,
         stop_when_finished: bool,
-        **options: Unpack[AverageOptions],
+        **options: Unpack[RuleOptions],
     ) -> None:
-        super().__init__(validate, name, optimizer, **known(options, AverageOptions, self))
+        device, others = options.get("device"), dict(known(options, RuleOptions, self))
+        others.pop("device", None)
+        super().__init__(validate, name, optimizer, **others)  # type: ignore[arg-type]
+        if device not in (None, "cpu"):
+            raise ValueError(f"`device` must be None (where the weights are) or 'cpu' (host memory), got {device!r}.")
+        self.device: Literal["cpu"] | None = device
         self.rule = rule
         self.schedule = schedule
         self.selection = selection
@@ -72,10 +79,14 @@ class AverageByRule(Published):
         self._active_schedule = schedule
         self._state = None
         self._last_epoch = 0  # epochs completed when an epoch end was last handled
-        self._tensors = Tensors(self.title, selection)
+        self._tensors = Tensors(self.title, selection, on_host=device is not None)
 
     def decide(self) -> None:
         """Reads whether the weights of the last update were fit for it, and takes it back if they were not."""
+        if self._background is not None and self._background.is_busy:
+            if self._background.is_here:
+                return
+            self._background.finish()
         undecided, self._undecided = self._undecided, None
         if undecided is None or not (culprits := undecided.finding.names() & undecided.names):
             return
@@ -173,9 +184,11 @@ class AverageByRule(Published):
         """What is merged and what it takes, in a few words."""
         numbers = sum(tensor.numel() for tensor in self._tensors.live.values())
         size = sum(t.numel() * weights.average_dtype(t).itemsize for t in self._tensors.live.values())
+        where = ", in this process" if self.is_sharded else ""
+        where += ", in host memory" if self._tensors.is_elsewhere else ""
         return (
-            f"{numbers:,} numbers in {len(self._tensors.live)} tensors ({size / 1e6:,.1f} MB a copy"
-            f"{', in this process' if self.is_sharded else ''}), buffers: {self.selection.buffers}"
+            f"{numbers:,} numbers in {len(self._tensors.live)} tensors ({size / 1e6:,.1f} MB a copy{where}), buffers:"
+            f" {self.selection.buffers}"
         )
 
     def __repr__(self) -> str:
@@ -226,6 +239,10 @@ class AverageByRule(Published):
     def to_host(self) -> None:
         """Follows the module to host memory after a fit, so no accelerator memory stays taken."""
         host = torch.device("cpu")
+        self.decide()
+        if self._background is not None:
+            self._background.close()
+            self._background = None
         if self._state is not None:
             self._state = self._active_rule.load(self._state, dict.fromkeys(self.tensors, host))
         self._buffers = weights.to_devices(self._buffers, host)

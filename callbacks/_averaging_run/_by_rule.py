@@ -11,6 +11,7 @@ from lightning_merge import weights
 from lightning_merge._ranks import agreed
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
+from lightning_merge.callbacks._averaging_run._elsewhere import Background, Taken, placed, refuse_without_room
 from lightning_merge.callbacks._averaging_run._remarks import mostly_the_start
 from lightning_merge.callbacks._averaging_run._state import AveragingState
 from lightning_merge.callbacks._averaging_run._undecided import Undecided, by_reference, has_room
@@ -24,12 +25,16 @@ from lightning_merge.weights import Finding, Weights
 class MergingByRule(AverageByRule):
     """An average that is told what happens in a fit."""
 
+    _had_begun = False  # before the update that is under way in host memory
+
     # ---- taking weights in
 
     def wants(self, moment: Moment) -> bool:
         """Whether the average starts or takes weights in at this moment."""
         schedule = self._active_schedule
-        return schedule.due(moment) if self._state is not None else schedule.started(moment)
+        # An update that is under way is not waited for where it is known that there is an average.
+        is_known = self._had_begun and self._background is not None and self._background.is_busy
+        return schedule.due(moment) if is_known or self._state is not None else schedule.started(moment)
 
     def take_in(self, moment: Moment, finding: Finding) -> None:
         """Starts the average if it has not started, and takes the live weights in if that is due.
@@ -41,40 +46,55 @@ class MergingByRule(AverageByRule):
             moment: Now.
             finding: Which live tensors hold a NaN or an infinity.
         """
+        if self._tensors.is_elsewhere and self._active_rule.can_be_undone:
+            self._take_in_beside(moment, finding)
+            return
         if finding.is_there or not self._active_rule.can_be_undone or not has_room(self.tensors):
-            self._take_in(moment, finding.names())
+            self._take_in(moment, finding.names(), self._tensors.taken())
             return
         state, buffers = by_reference(self._state), by_reference(self._buffers)
         before = Undecided(finding, set(self.captured), self.steps, state, buffers, self.update_window)
         with weights.made_anew():
-            self._take_in(moment, set())
+            self._take_in(moment, set(), self._tensors.taken())
         self._undecided = before
 
-    def _take_in(self, moment: Moment, nonfinite: set[str]) -> None:
-        if not self._start(nonfinite) or not self._active_schedule.due(moment):
-            return
-        if not self._update():
-            return
-        self._note_update(moment.step)
+    def _take_in_beside(self, moment: Moment, finding: Finding) -> None:
+        """Copies the weights into host memory, where they are taken in while the device goes on."""
+        self._had_begun = self._state is not None  # which waits for the update before
+        taken = self._tensors.sent()
 
-    def _note_update(self, step: int) -> None:
-        weights.copy_(self._buffers, self._tensors.live_copied)
+        def update() -> None:
+            taken.way.wait()
+            self._take_in(moment, finding.names(), taken)
+
+        self._background = self._background or Background()
+        self._background.begin(update)
+
+    def _take_in(self, moment: Moment, nonfinite: set[str], taken: Taken) -> None:
+        if not self._start(nonfinite, moment.step, taken) or not self._active_schedule.due(moment):
+            return
+        if not self._update(taken):
+            return
+        self._note_update(moment.step, taken)
+
+    def _note_update(self, step: int, taken: Taken) -> None:
+        weights.copy_(self._buffers, taken.copied)
         self.update_window = (self.update_window[0] if self.update_window else step, step)
 
-    def _update(self) -> bool:
-        """Hands the live weights to the rule; whether they were taken in."""
+    def _update(self, taken: Taken) -> bool:
+        """Hands the weights to the rule; whether they were taken in."""
         with weights.joining() if self._active_rule.can_be_undone else nullcontext():
-            self._active_rule.update(self._kept, self._tensors.live)
+            self._active_rule.update(self._kept, taken.averaged)
         return True
 
-    def _start(self, nonfinite: set[str]) -> bool:
+    def _start(self, nonfinite: set[str], step: int, taken: Taken) -> bool:
         """Whether there is an average, and weights fit for it."""
         if nonfinite and (culprits := nonfinite & self.captured.keys()):
-            self._skip(min(culprits), self.steps)
+            self._skip(min(culprits), step)
             return False
         if self._state is None:
-            self._state = self._active_rule.init(self._tensors.live)
-            self._buffers = weights.copies(self._tensors.live_copied)
+            self._state = self._active_rule.init(taken.averaged)
+            self._buffers = weights.copies(taken.copied)
         return True
 
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
@@ -87,9 +107,10 @@ class MergingByRule(AverageByRule):
             self._skip(min(culprits), self.steps)
             return
         updates = self.updates
-        rule.evaluate(self._kept, score if self.mode == "min" else -score, self._tensors.live)
+        taken = self._tensors.taken() if rule.merges_when_scored else Taken(self._tensors.live, {})
+        rule.evaluate(self._kept, score if self.mode == "min" else -score, taken.averaged)
         if self.updates != updates and rule.merges_when_scored:
-            self._note_update(self.steps)
+            self._note_update(self.steps, taken)
         self.evaluations += of_raw
         if self.stop_when_finished and rule.finished(self._kept):
             trainer.should_stop = True
@@ -124,11 +145,11 @@ class MergingByRule(AverageByRule):
         if change.gone or change.fresh:
             self._active_rule.forget(self._state, [*change.gone, *change.fresh])
         if change.fresh:
-            self._active_rule.extend(self._state, weights.local(change.fresh))
+            self._active_rule.extend(self._state, placed(weights.local(change.fresh), self._tensors.is_elsewhere))
         live = self._tensors.live_copied
         fitting = {n: b for n, b in self._buffers.items() if n in live and b.shape == live[n].shape}
         new = {name: tensor for name, tensor in live.items() if name not in fitting}
-        self._buffers = {**fitting, **weights.copies(new)}
+        self._buffers = {**fitting, **placed(weights.copies(new), self._tensors.is_elsewhere)}
 
     def remarks(self) -> list[str]:
         pulled = self.selection.pulled_along(self._session.inventory)
@@ -141,10 +162,12 @@ class MergingByRule(AverageByRule):
                 known = set(self._active_rule.stored(self._state) or ())
         self._tensors.start(self._session, known, self._buffers)
         self.is_sharded = self._tensors.is_sharded
+        if self._tensors.is_elsewhere and self._state is None:
+            refuse_without_room(self.title, self.tensors)
 
     def _go_on(self) -> None:
         """Brings a state from before to the model's devices."""
-        devices = {name: tensor.device for name, tensor in self.tensors.items()}
+        devices = self._tensors.devices
         path = "an earlier fit" if self._publisher is None else self._publisher.checkpoints.path
         with as_written(f"{path}: the state of the average `{self.name}`"):
             self._state = self._active_rule.load(self._kept, devices)
@@ -181,6 +204,7 @@ class MergingByRule(AverageByRule):
         """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""
         live = self._tensors.live
         fresh = {name: tensor for name, tensor in live.items() if name not in average}
+        fresh = placed(fresh, self._tensors.is_elsewhere)
         gone = [name for name in average if name not in live]
         if fresh or gone:
             self._active_rule.forget(self._kept, gone)
@@ -211,6 +235,12 @@ class MergingByRule(AverageByRule):
 
     def note_the_end(self) -> None:
         """One line if nothing was merged, or if much of what was merged is the start."""
+        self.decide()
+        if self._background is not None and (waited := self._background.waited) >= 1.0:
+            rank_zero_info(
+                f"{self.title}: training waited {waited:.1f} s in all for updates in host memory. Take weights in less"
+                " often to wait less."
+            )
         if self._state is not None and (sentence := self._active_rule.conclude(self._state)):
             rank_zero_info(f"{self.title}: {sentence}")
         if not self.ready:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge.callbacks._averaging_run._elsewhere import Taken
 from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
@@ -32,6 +33,7 @@ class Tensors:
     Args:
         title: What messages call the average.
         selection: Which are merged, and what becomes of buffers.
+        on_host: Whether the average is to be in host memory.
 
     Attributes:
         averaged: Those that go through the rule, as the module has them: parameters and averaged buffers.
@@ -39,9 +41,10 @@ class Tensors:
         is_sharded: Whether this process holds a part only of some.
     """
 
-    def __init__(self, title: str, selection: Selection) -> None:
+    def __init__(self, title: str, selection: Selection, on_host: bool = False) -> None:
         self.title = title
         self.selection = selection
+        self._on_host = on_host
         self.averaged: dict[str, Tensor] = {}
         self.copied: dict[str, Tensor] = {}
         self.is_sharded = False
@@ -59,6 +62,29 @@ class Tensors:
     def live_copied(self) -> Weights:
         """The copied ones, of sharded ones the part that is here."""
         return weights.local(self.copied) if self.is_sharded else self.copied
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the average is in host memory and the weights are not."""
+        return self._on_host and any(not t.is_cpu for t in (*self.averaged.values(), *self.copied.values()))
+
+    @property
+    def devices(self) -> dict[str, torch.device]:
+        """Where the average of each tensor is, or its copy."""
+        found = {**self.averaged, **self.copied}
+        return {name: torch.device("cpu") if self.is_elsewhere else t.device for name, t in found.items()}
+
+    def taken(self) -> Taken:
+        """The live ones as a rule takes them in: where the average is."""
+        if not self.is_elsewhere:
+            return Taken(self.live, self.live_copied)
+        taken = self.sent()
+        taken.way.wait()
+        return taken
+
+    def sent(self) -> Taken:
+        """Copies of the live ones, on their way into host memory."""
+        return Taken.to_host(self.live, self.live_copied)
 
     @property
     def checked(self) -> Weights:

@@ -86,6 +86,7 @@ class Published(Average, Callback):
         if merged is None or self.accepted is None or self._publisher is None:
             return merged
         raw = self._publisher.apart.of_first(self._publisher.raw(self))
+        merged = weights.to_devices(merged, {name: tensor.device for name, tensor in raw.items()})
         return {**between(raw, merged, self.accepted), **self._buffers} if self.accepted else raw
 
     def raw_weights(self) -> Weights:

@@ -1,6 +1,6 @@
 """The options that every callback that publishes an average takes."""
 
-from typing import TypedDict, TypeVar
+from typing import Literal, TypedDict, TypeVar
 
 
 class AverageOptions(TypedDict, total=False):
@@ -14,6 +14,20 @@ class AverageOptions(TypedDict, total=False):
 
     final_validation: bool
     final_checkpoint: bool
+
+
+class RuleOptions(AverageOptions, total=False):
+    """What every callback that averages by a rule takes beside its own arguments.
+
+    Args:
+        final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them;
+            by default they are.
+        final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on; by default it is.
+        device: Where the average is: ``None`` for where the weights are, ``"cpu"`` for host memory. Weights on a device
+            are then copied beside what it computes, and taken in while it goes on.
+    """
+
+    device: Literal["cpu"] | None
 
 
 Options = TypeVar("Options", bound=AverageOptions)

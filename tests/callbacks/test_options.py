@@ -13,6 +13,7 @@ from lightning_merge.callbacks import ForkMerge, Published, WeightMerging
 
 OTHER = {
     "final_validation": False,
+    "device": "cpu",
     "final_checkpoint": False,
     "optimizer_state": "average",
     "inactive": "cpu",

@@ -1,0 +1,110 @@
+"""Averages that are held in host memory while their weights are on a device."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from lightning_merge import weights
+from lightning_merge.callbacks._lightning._to_host import ToHost
+from lightning_merge.rules._snapshots import free_bytes
+from lightning_merge.weights import Weights
+
+
+@final
+@dataclass
+class Taken:
+    """The weights of a step, as a rule and the buffers take them in.
+
+    Args:
+        averaged: What goes through the rule.
+        copied: What is copied.
+        way: How copies get into host memory, if they are such; to be waited for.
+    """
+
+    averaged: Weights
+    copied: Weights
+    way: ToHost = field(default_factory=ToHost)
+
+    @classmethod
+    def to_host(cls, averaged: Mapping[str, Tensor], copied: Mapping[str, Tensor]) -> "Taken":
+        """Copies of the weights as they are now, on their way into host memory."""
+        way = ToHost()
+        first, second = ({name: way.copy(t) for name, t in each.items()} for each in (averaged, copied))
+        sent = cls(first, second, way)
+        way.sent()
+        return sent
+
+
+@final
+class Background:
+    """One update at a time that is made in host memory while training goes on.
+
+    Attributes:
+        waited: Seconds that training has waited for one to be done, in all.
+    """
+
+    def __init__(self) -> None:
+        self.waited = 0.0
+        self._pool = ThreadPoolExecutor(1, "an average in host memory")
+        self._future: Future[None] | None = None
+        self._thread: int | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether an update is under way, and may be done by now."""
+        return self._future is not None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is asked by the update itself."""
+        return threading.get_ident() == self._thread
+
+    def begin(self, update: Callable[[], None]) -> None:
+        """Starts an update; the one before is finished."""
+
+        def work() -> None:
+            self._thread = threading.get_ident()
+            update()
+
+        self._future = self._pool.submit(work)
+
+    def finish(self) -> None:
+        """Waits for the update that is under way; what it raised is raised here."""
+        future, self._future = self._future, None
+        if future is not None:
+            start = time.perf_counter()
+            try:
+                future.result()
+            finally:
+                self.waited += time.perf_counter() - start
+
+    def close(self) -> None:
+        """Lets go of the thread."""
+        self._pool.shutdown()
+
+
+def refuse_without_room(title: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raises before training if an average, and weights on their way to it, do not fit into host memory.
+
+    Raises:
+        MemoryError: With the figures.
+    """
+    needed = 2 * sum(t.numel() * weights.average_dtype(t).itemsize for t in tensors.values())
+    free = free_bytes(torch.device("cpu"))
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"{title} with `device='cpu'` needs {needed:,} bytes of host memory, for the average and for weights on"
+            f" their way to it, and {free:,} are available. Leave `device` out, or average fewer tensors:"
+            " `selection=`."
+        )
+
+
+def placed(nested: Any, on_host: bool) -> Any:
+    """Weights in host memory if they belong there, else as they are."""
+    return weights.to_devices(nested, torch.device("cpu")) if on_host else nested
