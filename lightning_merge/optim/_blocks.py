@@ -147,8 +147,3 @@ def spread_out(within: Tensor, numel: int) -> Tensor:
     """Indices of a tensor of so many elements: in each of equal parts, how far into it; in the last dimension."""
     parts = torch.arange(within.shape[-1], device=within.device, dtype=within.dtype)
     return within.add_(parts).mul_(numel / within.shape[-1]).long().clamp_(max=numel - 1)
-
-
-def ranges(numel: int) -> Iterator[slice]:
-    """Slices of a piece's size, which bound what is computed at once."""
-    return (slice(i, min(i + PIECE, numel)) for i in range(0, numel, PIECE))

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Unpack, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_merge.optim._blocks import Draw, blocks, ranges, within
-from lightning_merge.optim._cut import find_cut
+from lightning_merge.optim._blocks import PIECE, Draw, blocks, within
+from lightning_merge.optim._cut import Cut, find_cut
 from lightning_merge.optim._magnitudes import magnitude, magnitudes
 from lightning_merge.optim._online import OnlineMerging
 from lightning_merge.optim._rounding import add_
@@ -16,6 +17,7 @@ from lightning_merge.optim._settings import Form, OnlineOptions, OnlineSettings,
 from lightning_merge.optim._side import Side
 from lightning_merge.optim._task_vector import Source
 from lightning_merge.optim._turn import Moment, Turn
+from lightning_merge.weights import array
 from lightning_merge.weights._held import Part
 
 
@@ -127,17 +129,24 @@ class OnTIES(OnlineMerging):
 
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
         after.sub_(before)
+        index, cut = turn.tau.index, None
         if not self.is_dense(turn.part):
-            self._trim(after, turn.part, turn.draw)
-        index = turn.tau.index
-        if index is None:
-            for here in ranges(after.numel()):
-                after[here] = self._elect(after[here], turn.tau.values[here].to(after.dtype), turn)
-        else:
+            if self.rescale == "l1" or index is not None:
+                self._trim(after, turn.part, turn.draw)
+            else:
+                cut = find_cut(after, turn.part, turn.draw, self.density)
+        if index is not None:
             elected = self._elect(after.index_select(0, index), turn.tau.values.to(after.dtype), turn)
             after.mul_(turn.update).index_copy_(0, index, elected)
-        for here in ranges(after.numel()):
-            add_(after[here], before[here], turn)
+        # All that is done to a piece while it is in the cache.
+        for block in blocks(turn.part.start, turn.part.stop, PIECE):
+            here = within(turn.part.start, *block)
+            update = after[here]
+            if cut is not None:
+                self._cut(update, cut, here, turn.draw, block)
+            if index is None:
+                update.copy_(self._elect(update, turn.tau.values[here].to(after.dtype), turn))
+            add_(update, before[here], turn)
 
     def _elect(self, update: Tensor, tau: Tensor, turn: Moment) -> Tensor:
         """The two weighted terms together, without the one that the elected sign is not."""
@@ -145,6 +154,8 @@ class OnTIES(OnlineMerging):
         if self.form == "official":
             positive = update + tau >= 0
             ours_lose, theirs_lose = (update >= 0) != positive, (tau >= 0) != positive
+        elif isinstance(array(ours), np.ndarray):
+            return _larger_of_opposite(ours, theirs)
         else:
             opposite = ours.signbit() != theirs.signbit()
             ours_lose, theirs_lose = opposite & (ours.abs() < theirs.abs()), opposite & (theirs.abs() < ours.abs())
@@ -154,13 +165,32 @@ class OnTIES(OnlineMerging):
         """``values <- F(values)``, in place."""
         cut = find_cut(values, whole, draw, self.density)
         sums = torch.zeros(2, dtype=torch.float64, device=values.device)
-        for block, low, high in blocks(whole.start, whole.stop):
-            here = within(whole.start, block, low, high)
-            kept = values[here]
-            sums[0] += magnitude(kept) if self.rescale == "l1" else 0.0
-            kept.mul_(cut.keep(kept, here, draw, (block, low, high)).to(kept.dtype))
-            sums[1] += magnitude(kept) if self.rescale == "l1" else 0.0
+        for block in blocks(whole.start, whole.stop, PIECE):
+            here = within(whole.start, *block)
+            sums[0] += magnitude(values[here]) if self.rescale == "l1" else 0.0
+            self._cut(values[here], cut, here, draw, block)
+            sums[1] += magnitude(values[here]) if self.rescale == "l1" else 0.0
+        if self.rescale == "l1":
+            values.mul_(self._l1(sums, whole))
+
+    def _cut(self, values: Tensor, cut: Cut, here: slice, draw: Draw, block: tuple[int, int, int]) -> None:
+        """A piece of ``F(values)`` but for a factor that the whole tensor has."""
+        cut.keep_(values, here, draw, block)
         if self.rescale == "inverse_p":
             values.div_(self.density)
-        elif self.rescale == "l1":
-            values.mul_(self._l1(sums, whole))
+
+
+def _larger_of_opposite(a: Tensor, b: Tensor) -> Tensor:
+    """``a + b``, of two of opposite signs the larger alone; by bits, since torch's masks take ten times as long."""
+    left, right = a.numpy(), b.numpy()
+    less = np.abs(left) - np.abs(right)
+    more = -less
+    ours, theirs, lose, win = (values.view(f"i{values.itemsize}") for values in (left, right, less, more))
+    opposite = ours ^ theirs
+    for bits in (opposite, lose, win):
+        bits >>= 8 * bits.itemsize - 1  # ones where negative
+    lose &= opposite
+    win &= opposite
+    ours &= ~lose
+    theirs &= ~win
+    return a.add_(b)
