@@ -73,6 +73,8 @@ class Branches(ABC):
         # Masks and bounds, which hold infinities from the start, are no statistics: there is one of each.
         self._constant = weights.nonfinite(self.inventory.buffers)
         self._live_buffers = self._branched_buffers()
+        for optimizer in self.optimizers:
+            optimizer_states.refuse_divided("branches", optimizer)
         self._stateful = optimizer_states.stateful(self.optimizers)
         self._counters = counters.each_of(self._stateful)
         self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self._stateful]

@@ -133,3 +133,16 @@ def average_(states: Sequence[Mapping[Any, Any]]) -> None:
                 new = torch.stack([value.to(values[0]) for value in values]).amax(0)
             for value in values:
                 value.copy_(new)
+
+
+def refuse_divided(owner: str, optimizer: Optimizer) -> None:
+    """For what needs the state of an optimizer, or its steps of single tensors.
+
+    Raises:
+        ValueError: If it keeps its state elsewhere, divided among processes, as ``ZeroRedundancyOptimizer`` does.
+    """
+    if hasattr(optimizer, "consolidate_state_dict"):
+        raise ValueError(
+            f"{owner} need an optimizer that steps all parameters in every process, and {type(optimizer).__name__}"
+            " divides them and its state among processes. Use the optimizer that it wraps."
+        )

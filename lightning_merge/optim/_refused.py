@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_merge._mergeable import why_not
+from lightning_merge.branches._optimizer_states import refuse_divided
 
 
 def check_optimizer(optimizer: Optimizer, chunk_size: int | None) -> None:
@@ -16,6 +17,7 @@ def check_optimizer(optimizer: Optimizer, chunk_size: int | None) -> None:
         raise TypeError(f"`base_optimizer` must be a torch optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, LBFGS):
         raise ValueError("`base_optimizer` must update once per step, got LBFGS, which searches along a line.")
+    refuse_divided("OnDARE and OnTIES", optimizer)
     clips = any(settings.get("max_grad_norm") for settings in (optimizer.defaults, *optimizer.param_groups))
     if clips and chunk_size is not None:
         raise ValueError(

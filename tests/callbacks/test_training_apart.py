@@ -12,9 +12,20 @@ from lightning.pytorch.strategies import DDPStrategy
 from ranks import Wide, WideParts, ddp, fit, launch, loaders
 from tiny import of
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_merge.callbacks import EMA, LAWA, SWAD, TWA, AcceptIfBetter, BranchStrategy, Doctor, LocalSGD
+from lightning_merge.callbacks import (
+    EMA,
+    LAWA,
+    SWAD,
+    TWA,
+    AcceptIfBetter,
+    BranchStrategy,
+    Doctor,
+    LocalSGD,
+    OnlineMerging,
+)
 from lightning_merge.selections import Selection
 
 pytestmark = pytest.mark.multiprocess
@@ -108,6 +119,16 @@ def work(root: Path) -> dict[str, Any]:
         fit(root, [LocalSGD(branches=2)], Wide(), Unsent(process_group_backend="gloo"), max_epochs=1)
     except ValueError as error:
         found["in turn"] = str(error)
+    start = {name: torch.zeros_like(p) for name, p in Wide().named_parameters()}
+    for callback in (OnlineMerging(pretrained=start, alpha=0.1), LocalSGD(branches=2)):
+        module = Wide()
+        module.configure_optimizers = lambda net=module: ZeroRedundancyOptimizer(
+            net.parameters(), torch.optim.SGD, lr=0.1
+        )
+        try:
+            fit(root, [callback], module, ddp(), max_epochs=1)
+        except ValueError as error:
+            found[type(callback).__name__] = str(error), module.trainer.global_step
     return found
 
 
@@ -142,3 +163,13 @@ def test_branches_in_turn_are_refused_by_name(found: list[dict[str, Any]]) -> No
     for each in found:
         assert "LocalSGD 'localsgd' merges weights that are the same in all processes, and `net." in each["in turn"]
         assert "take an average" in each["in turn"]
+
+
+@pytest.mark.parametrize("owner", ["OnlineMerging", "LocalSGD"])
+def test_an_optimizer_whose_state_is_divided_is_refused_before_training(
+    owner: str, found: list[dict[str, Any]]
+) -> None:
+    for each in found:
+        message, steps = each[owner]
+        assert "ZeroRedundancyOptimizer divides them and its state among processes. Use the optimizer" in message
+        assert steps == 0
