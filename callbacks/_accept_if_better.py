@@ -46,6 +46,8 @@ class AcceptIfBetter(Judge, Callback):
         (0.0, 0.25, 0.5, 0.75, 1.0)
     """
 
+    brings = ("scores",)
+
     def __init__(
         self, monitor: str, mode: Mode | None = None, shares: Sequence[float] = (0.0, 0.25, 0.5, 0.75)
     ) -> None:
@@ -57,6 +59,7 @@ class AcceptIfBetter(Judge, Callback):
         self.mode = mode_by_name(self.monitor) if mode is None else mode
         self.shares = (*sorted({float(share) for share in shares} - {1.0}), 1.0)
         self.scores: dict[str, dict[float, float]] = {}
+        self.expect()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a run in which it could not measure."""

@@ -38,11 +38,14 @@ class Doctor(Judge, Callback):
         'val/loss'
     """
 
+    brings = ("examinations",)
+
     def __init__(self, monitor: str = "val/loss", points: int = 3) -> None:
         self.monitor = checked_monitor("monitor", monitor)
         refuse_higher_is_better(type(self).__name__, self.monitor)
         self.points = whole("points", points, 1, MOST_POINTS)
         self.examinations: dict[str, Examination] = {}
+        self.expect()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a run in which it could not measure."""

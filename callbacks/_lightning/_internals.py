@@ -46,3 +46,14 @@ def loaders_of(loop: Any) -> list[Any]:
 def is_compiled_whole(module: Any) -> bool:
     """Whether ``torch.compile`` was applied to a LightningModule, which Lightning unwraps again."""
     return getattr(module, "_compiler_ctx", None) is not None
+
+
+def launcher_of(trainer: Any) -> Any:
+    """What starts processes for a fit alone and brings results of it back (fork, spawn); else ``None``."""
+    launcher = trainer.strategy.launcher
+    return launcher if hasattr(launcher, "get_extra_results") else None
+
+
+def starts_afresh(launcher: Any) -> bool:
+    """Whether its processes get pickled copies of everything, instead of being forked."""
+    return bool(launcher._start_method != "fork")

@@ -21,6 +21,7 @@ PRIVATE = {
     "_results": "of a loop: what is logged in it",
     "_save_checkpoint": "of a ModelCheckpoint: writes a file",
     "_should_accumulate": "of a fit loop: whether a gradient is kept for a later step",
+    "_start_method": "of a launcher: how it starts processes",
     "_trainer": "of a module: whether it is in a fit, without the error of `trainer`",
 }
 """What each is."""

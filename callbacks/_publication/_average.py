@@ -240,7 +240,8 @@ class Ending:
     raw: Weights
     primary: Average
     buffers: Weights
-    """The published buffers, which are those of all ranks while an average has its own."""
+    """The published buffers, which are those of all ranks while an average has its own; after a fit in processes of
+    its own all that was published."""
 
     def is_live(self, module: nn.Module) -> bool:
         """Whether the module still holds what was published."""

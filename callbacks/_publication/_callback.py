@@ -11,7 +11,8 @@ from lightning_merge._ranks import several
 from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import restore_loader_position
-from lightning_merge.callbacks._publication._average import Average, Validate
+from lightning_merge.callbacks._publication._average import Average, Ending, Validate
+from lightning_merge.callbacks._publication._homecoming import Traveller
 from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.diagnostics import between
@@ -22,7 +23,7 @@ from lightning_merge.weights import Weights
 __all__ = ["Published", "Validate"]
 
 
-class Published(Average, Callback):
+class Published(Traveller, Average, Callback):
     """A callback whose merged weights are measured, saved and left in the model by the Trainer's one publisher.
 
     Args:
@@ -58,6 +59,8 @@ class Published(Average, Callback):
         self._resumed = False
         self._publisher: Publisher | None = None
         self._module: LightningModule | None = None
+        self.expect()
+        self._came_home: Weights | None = None  # the merged weights of a fit in processes of its own
 
     @property
     def _session(self) -> Publisher:
@@ -76,6 +79,8 @@ class Published(Average, Callback):
         process holds.
         """
         merged = self.merged()
+        if self._publisher is None and self.ending is not None:  # the fit was in processes of its own
+            return self._came_home if self._came_home is not None else merged
         if merged is None or self._publisher is None:
             return merged
         return self._publisher.under_every_name({**self.shared, **merged})
@@ -95,6 +100,8 @@ class Published(Average, Callback):
         A tensor that has several names in the module is there under each of them. Of sharded ones it is the part that
         this process holds.
         """
+        if self._publisher is None and self.ending is not None:
+            return dict(self.ending.raw)
         if self._publisher is None:
             raise RuntimeError(f"{self.title} has not been part of a fit yet, so there are no raw weights.")
         return self._publisher.under_every_name({**self.shared, **self._publisher.raw(self)})
@@ -151,6 +158,33 @@ class Published(Average, Callback):
                 "lightning-merge: raw weights are in place in this process. If it lost the connection to another"
                 " process, that one failed first, and its error is the cause."
             )
+
+    # ---- a fit in processes of its own
+
+    def luggage(self) -> dict[str, Any]:
+        """What a full file would keep, and what the fit left."""
+        session, merged = self._session, self.merged_weights()
+        ending = session.ending
+        published = None if ending is None else {**(ending.primary.published_weights() or {}), **ending.buffers}
+        return {
+            "saved": self.save(),
+            "label": self.label(),
+            "merged": merged,
+            "raw": None if ending is None else {**ending.raw, **self.raw_weights()},
+            "published": published,
+            "is primary": session.primary is self,
+            "attributes": {name: getattr(self, name) for name in ("accepted", "final_path", "final_metrics")},
+        }
+
+    def come_home(self, luggage: dict[str, Any]) -> None:
+        """As from a file, with the raw weights set aside as after a fit."""
+        self._publisher = None
+        self.load(luggage["saved"], luggage["label"])
+        for name, value in luggage["attributes"].items():
+            setattr(self, name, value)
+        self._came_home, self._resumed = luggage["merged"], False
+        if luggage["raw"] is not None:
+            self.ending = Ending(luggage["raw"], self, luggage["published"])
 
     # ---- for the session
 

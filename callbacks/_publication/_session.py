@@ -19,13 +19,23 @@ from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
 from lightning_merge.callbacks._publication._average import Average, Ending
 from lightning_merge.callbacks._publication._checkpoint import Checkpoints
 from lightning_merge.callbacks._publication._exchange import Exchange
+from lightning_merge.callbacks._publication._homecoming import Traveller, pack_for_home
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import reshard, sharded_tensors
 
 
-class Judge(ABC):
+class Judge(Traveller, ABC):
     """A callback that looks at the averages at the end of a fit: a doctor, or a judge of what is published."""
+
+    brings: tuple[str, ...] = ()
+    """Attributes with what it found."""
+
+    def luggage(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.brings}
+
+    def come_home(self, luggage: dict[str, Any]) -> None:
+        self.__dict__.update(luggage)
 
     @abstractmethod
     def consider(self, publisher: "Publisher") -> None:
@@ -249,6 +259,8 @@ class Publisher(Exchange):
         # The strategy's teardown is the one place that every fit passes, also those that fail.
         if self._hooks and self.ending is None and not self.interrupted:
             self._publish()  # a finished run was resumed: Lightning trains nothing and calls no `on_train_end`
+        if self._hooks and not self.interrupted:
+            pack_for_home(self.trainer)
         original()
         for hook in self._hooks:
             hook.remove()
