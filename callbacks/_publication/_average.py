@@ -238,7 +238,7 @@ class Ending:
     """How a fit ended: the raw weights it set aside, and what took their place."""
 
     raw: Weights
-    primary: Average
+    primary: Average | None
     buffers: Weights
     """The published buffers, which are those of all ranks while an average has its own; after a fit in processes of
     its own all that was published."""
@@ -247,7 +247,7 @@ class Ending:
         """Whether the module still holds what was published."""
         reshard(module)
         live = weights.local(named_tensors(module))
-        published = {**(self.primary.published_weights() or {}), **self.buffers}
+        published = {**((self.primary and self.primary.published_weights()) or {}), **self.buffers}
         same = all(
             name in live and live[name].shape == tensor.shape and torch.equal(live[name], tensor.to(live[name]))
             for name, tensor in published.items()

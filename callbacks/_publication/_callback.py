@@ -1,5 +1,6 @@
 """The callback that every published average is: it hands Lightning's hooks on to the Trainer's one session."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Unpack
@@ -8,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_merge import calibration, weights
 from lightning_merge._ranks import several
+from lightning_merge.callbacks._lightning._internals import launcher_of
 from lightning_merge.callbacks._lightning._recalibrate import prepare, recalibrate
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import restore_loader_position
@@ -116,6 +118,8 @@ class Published(Traveller, Average, Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what cannot work and, for a fit, takes hold of the save and load paths."""
         if stage == "fit":
+            if launcher_of(trainer) is not None and self.ending is not None:
+                self._own_memory()
             self._resumed = False
             self._publisher = Publisher.attach(trainer, pl_module)
 
@@ -165,16 +169,22 @@ class Published(Traveller, Average, Callback):
         """What a full file would keep, and what the fit left."""
         session, merged = self._session, self.merged_weights()
         ending = session.ending
-        published = None if ending is None else {**(ending.primary.published_weights() or {}), **ending.buffers}
+        published = None if ending is None else {**(session.primary.published_weights() or {}), **ending.buffers}
         return {
             "saved": self.save(),
             "label": self.label(),
             "merged": merged,
             "raw": None if ending is None else {**ending.raw, **self.raw_weights()},
             "published": published,
-            "is primary": session.primary is self,
             "attributes": {name: getattr(self, name) for name in ("accepted", "final_path", "final_metrics")},
         }
+
+    def _own_memory(self) -> None:
+        """Spawned processes are handed tensors in memory that all of them share, and each would write to it."""
+        self.load(copy.deepcopy(self.save()), self.label())
+        if self.ending is not None:
+            ending = self.ending
+            self.ending = Ending(weights.copies(ending.raw), ending.primary, weights.copies(ending.buffers))
 
     def come_home(self, luggage: dict[str, Any]) -> None:
         """As from a file, with the raw weights set aside as after a fit."""
@@ -184,7 +194,7 @@ class Published(Traveller, Average, Callback):
             setattr(self, name, value)
         self._came_home, self._resumed = luggage["merged"], False
         if luggage["raw"] is not None:
-            self.ending = Ending(luggage["raw"], self, luggage["published"])
+            self.ending = Ending(luggage["raw"], None, luggage["published"])
 
     # ---- for the session
 
