@@ -20,7 +20,7 @@ from lightning_merge.callbacks._task_run._files import KEY, TaskSaved, write_mer
 from lightning_merge.callbacks._task_run._fit import Fit
 from lightning_merge.callbacks._task_run._heads import Heads
 from lightning_merge.callbacks._task_run._low_rank import LowRank
-from lightning_merge.callbacks._task_run._presets import chosen_preset, scaled
+from lightning_merge.callbacks._task_run._presets import chosen_preset
 from lightning_merge.callbacks._task_run._settings import Settings
 from lightning_merge.callbacks._task_run._start import FINISHED
 from lightning_merge.callbacks._task_run._store import Store
@@ -94,7 +94,7 @@ class ContinualMerging(Callback):
         store_samples_per_class: int = 0,
     ) -> None:
         chosen = chosen_preset(preset)
-        self.combiner = chosen.combiner if scale is None else scaled(chosen.combiner, scale)
+        self.combiner = chosen.combiner if scale is None else chosen.combiner.with_scale(scale)
         self.init_from: InitFrom = chosen.init_from if init_from is None else one_of("init_from", init_from, InitFrom)
         self.heads: Heads = one_of("heads", heads, Heads)
         self.head = None if head is None else list(names("head", head))

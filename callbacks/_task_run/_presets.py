@@ -1,7 +1,5 @@
 """What a preset of ``ContinualMerging`` stands for."""
 
-from dataclasses import replace
-
 from lightning_merge._checks import one_of
 from lightning_merge.combiners import Combiner
 from lightning_merge.continual import PRESETS, Preset
@@ -16,15 +14,3 @@ def chosen_preset(preset: str | Combiner) -> Preset:
     if isinstance(preset, Combiner):
         return Preset(preset, "base")
     return PRESETS[one_of("preset", preset, tuple(PRESETS), f"a combiner or one of {', '.join(map(repr, PRESETS))}")]
-
-
-def scaled(combiner: Combiner, scale: float) -> Combiner:
-    """The combiner with another ``scale``.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    if not hasattr(combiner, "scale"):
-        raise ValueError(f"`scale` must be left out for {combiner!r}, which has none, got {scale}.")
-    other: Combiner = replace(combiner, scale=scale)  # type: ignore[type-var]
-    return other

@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import fields, is_dataclass, replace
 from itertools import count
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 
@@ -41,6 +42,16 @@ class Combiner(ABC):
     def locality(self) -> Locality:
         """The smallest part of a model that can be merged without seeing the rest."""
         return "element"
+
+    def with_scale(self, scale: float | str) -> Self:
+        """The same rule with another ``scale``.
+
+        Raises:
+            ValueError: If it has none, or the value is outside its range.
+        """
+        if not is_dataclass(self) or "scale" not in {field.name for field in fields(self)}:
+            raise ValueError(f"`scale` must be left out for {self!r}, which has none, got {scale}.")
+        return replace(self, scale=scale)
 
     @abstractmethod
     def init(self, like: Weights) -> State:

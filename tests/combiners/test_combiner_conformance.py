@@ -89,6 +89,17 @@ def devices(weights: Weights) -> dict[str, torch.device]:
     return {name: tensor.device for name, tensor in weights.items()}
 
 
+@every_combiner
+def test_a_combiner_with_another_scale_differs_in_nothing_else(combiner: Combiner) -> None:
+    if "scale" in (settings := vars(combiner)):
+        assert vars(combiner.with_scale(0.7)) == {**settings, "scale": 0.7}
+        with pytest.raises(ValueError, match=r"`scale` must be .*got 11"):
+            combiner.with_scale(11)
+    else:
+        with pytest.raises(ValueError, match=rf"`scale` must be left out for {type(combiner).__name__}\("):
+            combiner.with_scale(0.7)
+
+
 def updated(combiner: Combiner, stream: list[Weights], first_task: int = 0) -> dict[str, object]:
     state = combiner.init(stream[0])
     for task, vector in enumerate(stream, first_task):
