@@ -3,12 +3,11 @@
 import ast
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scripts
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path for path in BENCHMARKS.glob("*.py") if not path.stem.startswith("_"))
@@ -16,10 +15,11 @@ NEEDS = ("ema_pytorch", "scipy", "transformers", "timm")
 
 
 @pytest.mark.slow
-def test_every_benchmark_explains_itself() -> None:
+def test_every_benchmark_explains_itself(tmp_path: Path) -> None:
     for package in NEEDS:
         pytest.importorskip(package)
-    script = f"""
+    script = tmp_path / "all.py"
+    script.write_text(f"""
 import contextlib, io, runpy, sys
 sys.path.insert(0, {str(BENCHMARKS)!r})
 for path in {list(map(str, SCRIPTS))!r}:
@@ -27,9 +27,9 @@ for path in {list(map(str, SCRIPTS))!r}:
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         runpy.run_path(path, run_name="__main__")
     assert "--output" in text.getvalue(), path
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+""")
+    code, printed = scripts.start(script, folder=tmp_path).finish()
+    assert code == 0, printed
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)

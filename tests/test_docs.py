@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import scripts
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +110,8 @@ def test_readme_names_every_command() -> None:
 def test_the_readme_script_pasted_into_an_empty_file_leaves_a_file_that_loads_without_us(tmp_path: Path) -> None:
     script, *_ = snippets(ROOT / "README.md")
     (tmp_path / "train.py").write_text(script)
-    subprocess.run([sys.executable, "train.py"], cwd=tmp_path, check=True, timeout=120)
+    code, printed = scripts.start(tmp_path / "train.py", folder=tmp_path).finish()
+    assert code == 0, printed
     definition = script.partition("def loader")[0].replace("from lightning_merge.callbacks import EMA\n", "")
     load = f"""{definition}
 import glob, sys

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = {"optuna", "safetensors", "fsspec"}  # the engine imports them inside functions that say what to install
 RECIPES_ONLY = {"timm", "torchvision", "yaml", "omegaconf", "jsonargparse", "sklearn", "matplotlib", "rich"}
@@ -83,24 +85,28 @@ def test_only_weights_calls_the_private_foreach_functions():
     assert callers == {"lightning_merge/weights"}
 
 
-def loaded_after(statement: str) -> set[str]:
-    """Packages in memory after a statement in a fresh interpreter."""
-    script = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
-
-
-def test_package_and_command_load_no_torch():
-    assert "torch" not in loaded_after("import lightning_merge, lightning_merge.cli, lightning_merge.recipes")
-
-
-def test_engine_loads_no_lightning():
+@pytest.fixture(scope="module")
+def loaded() -> list[set[str]]:
+    """Packages in memory of one fresh interpreter after the command, the engine, and all with torchmetrics."""
     names = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in ENGINE)
     assert "lightning_merge.rules" in names
     plain = [name for name in names if not name.startswith("lightning_merge.continual")]
-    loaded = loaded_after(f"import {', '.join(plain)}")
-    assert "torch" in loaded
-    assert not loaded & {"lightning", "pytorch_lightning", "lightning_fabric", *OPTIONAL, *RECIPES_ONLY}
+    stages = ("lightning_merge, lightning_merge.cli, lightning_merge.recipes", ", ".join(plain), ", ".join(names))
+    show = "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    script = "\n".join(["import sys", *(f"import {stage}\n{show}" for stage in stages)])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return [set(line.split()) for line in done.stdout.splitlines()]
+
+
+def test_package_and_command_load_no_torch(loaded):
+    assert "lightning_merge" in loaded[0]
+    assert "torch" not in loaded[0]
+
+
+def test_engine_loads_no_lightning(loaded):
+    _, plain, everything = loaded
+    assert "torch" in plain
+    assert not plain & {"lightning", "pytorch_lightning", "lightning_fabric", *OPTIONAL, *RECIPES_ONLY}
     # torchmetrics imports matplotlib and torchvision by itself where they are installed.
-    everything = loaded_after(f"import {', '.join(names)}")
+    assert "torchmetrics" in everything
     assert not everything & {"lightning", "pytorch_lightning", "lightning_fabric", "omegaconf", "jsonargparse"}
