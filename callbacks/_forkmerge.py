@@ -138,9 +138,11 @@ class ForkMerge(Branching):
             for logger in trainer.loggers:
                 logger.log_metrics({**metrics, f"{self.name}/score": history[-1]["score"]}, step=trainer.global_step)
 
-    def _weighted(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _weighted(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any] | None:
         """What ``training_step`` returns, with the sum of its losses under the branch's weights as the loss."""
         output = original(*args, **kwargs)
+        if output is None:
+            return None  # this batch is skipped
         fit = self._running
         losses = output.get("losses") if isinstance(output, Mapping) else None
         if not isinstance(losses, Mapping):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_merge._checks import instance, number, one_of, whole
 from lightning_merge._checks import seed as checked_seed
+from lightning_merge.callbacks._branch_run._outside import sums
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.optim import OnDARE, OnTIES
 from lightning_merge.optim._settings import AlphaSchedule, Form, Rescale, checked_chunk_size
@@ -114,6 +116,7 @@ class OnlineMerging(Callback):
         )
         chosen = self.selection.parameters(pl_module)
         left_out = [name for name in named_parameters(pl_module) if name not in chosen]
+        once_trainable = replace(self.selection, trainable=False).parameters(pl_module).keys() & set(left_out)
         wrap: Any = _METHODS[self.method]
         self.optimizers = []
         unwrapped = list(trainer.optimizers)
@@ -125,13 +128,27 @@ class OnlineMerging(Callback):
             }
             if self.reference is None and self._resumed:
                 source = {"tau": self._resumed[i]}
-            self.optimizers.append(wrap(optimizer, **source, module=pl_module, exempt=left_out, **self.settings))
+            wrapped = wrap(optimizer, **source, module=pl_module, exempt=left_out, **self.settings)
+            wrapped.later = frozenset(once_trainable)
+            self.optimizers.append(wrapped)
+            if "reference" in source and self.reference is None:
+                self._renew_at_the_first_step(wrapped, pl_module)
         trainer.strategy.optimizers = list(self.optimizers)
         for config in trainer.lr_scheduler_configs:
             if config.scheduler.optimizer in unwrapped:
                 config.scheduler.optimizer = self.optimizers[unwrapped.index(config.scheduler.optimizer)]
         self._resumed = []
         rank_zero_info(self._announcement())
+
+    def _renew_at_the_first_step(self, optimizer: OnDARE | OnTIES, module: LightningModule) -> None:
+        """The reference is what the module holds when training begins: hooks may load weights until then."""
+        before = [sums(named_parameters(module))]
+
+        def renew(*_: Any) -> None:
+            if before and sums(named_parameters(module)) != before.pop():
+                optimizer.renew()
+
+        optimizer.register_step_pre_hook(renew)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A reference that was live can be read from no file later, so the difference goes into this one."""

@@ -59,7 +59,9 @@ def teacher(module: LightningModule, name: str) -> AbstractContextManager[None]:
 @contextmanager
 def _in_place(module: LightningModule, average: Published) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
-    module.eval()
+    # Flags rather than eval(), in which LoRA layers merge their weights, for one.
+    for part in modes:
+        part.training = False
     try:
         with torch.no_grad(), average.in_place():
             yield

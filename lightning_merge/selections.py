@@ -1,6 +1,7 @@
 """Selections: which tensors are merged, and what happens to the buffers."""
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, final
 
@@ -27,7 +28,8 @@ class Selection:
 
     Raises:
         TypeError: If patterns are no texts, or ``trainable`` no flag.
-        ValueError: If ``buffers`` is none of these, ``include`` is empty, or at fit start if no parameter matches.
+        ValueError: If ``buffers`` is none of these, ``include`` is empty, or at fit start if a pattern matches no
+            name, or no parameter is selected.
 
     Example:
         >>> from torch import nn
@@ -58,7 +60,21 @@ class Selection:
         if not (chosen := self.chosen(found)):
             some = ", ".join(list(found.parameters)[:5]) or "none"
             raise ValueError(f"{self} matches no parameter of {found.title}; its first parameters are: {some}.")
+        self._refuse_unmatched(found)
         return chosen
+
+    def _refuse_unmatched(self, inventory: Inventory) -> None:
+        """Checks that every pattern is of something that is there."""
+        known = [*inventory.tensors, *inventory.aliases]
+        for argument, patterns in (("include", self.include), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if known and not any(fnmatchcase(name, pattern) for name in known):
+                    near = [n for n in known if pattern.strip("*.") in n] if pattern.strip("*.") else []
+                    near = near or get_close_matches(pattern, known, 5, 0.3) or known
+                    raise ValueError(
+                        f"`{argument}` has the pattern {pattern!r}, which matches no parameter of {inventory.title}."
+                        f" Patterns are of whole names; near ones are: {', '.join(near[:5])}."
+                    )
 
     def chosen(self, inventory: Inventory) -> dict[str, nn.Parameter]:
         """``parameters``, which may be none."""

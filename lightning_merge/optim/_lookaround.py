@@ -1,5 +1,6 @@
 """Lookaround as an optimizer, for loops without a Trainer and for ``configure_optimizers``."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,17 +8,18 @@ from typing import Any, final
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_merge import weights
 from lightning_merge._checks import one_of, whole
 from lightning_merge.branches import Average, InTurn
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.branches._matrix import MOST
+from lightning_merge.optim._around import Around
 
 
 @final
-class Lookaround(Optimizer):
+class Lookaround(Around):
     """Steps of d branches in turn, which all go on from their mean every k steps: ``w_j <- (w_1 + ... + w_d) / d``.
 
     After each ``step`` the parameters are those of the next branch, so a loop over batches needs no change: forward,
@@ -42,7 +44,8 @@ class Lookaround(Optimizer):
 
     Raises:
         TypeError: If ``base_optimizer`` is not an optimizer.
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, or ``base_optimizer`` evaluates the loss several times in a step, as
+            LBFGS and SAM do.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor(4.0))
@@ -63,20 +66,21 @@ class Lookaround(Optimizer):
     ) -> None:
         if not isinstance(base_optimizer, Optimizer):
             raise TypeError(f"`base_optimizer` must be a torch optimizer, got {base_optimizer!r}.")
+        refuse_several_evaluations(base_optimizer)
         branches = whole("branches", branches, 1, MOST)
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         one_of("inactive", inactive, Inactive)
-        self._ready = False
         super().__init__(base_optimizer.param_groups, dict(base_optimizer.defaults))
         self.base = base_optimizer
         self.every_n_steps = every_n_steps
         self.merges = 0
         self._groups = 0  # rounds of one step in every branch
-        self._share()
         self._parameters = nn.ParameterList(self._listed())
         self._set = InTurn(self._parameters, [base_optimizer], branches, inactive=inactive)
         if hasattr(base_optimizer, "_step_supports_amp_scaling"):
             self._step_supports_amp_scaling = base_optimizer._step_supports_amp_scaling
+        self._trained: list[bool] = []  # which parameters require gradients
+        self._begun = False  # whether branches have been forked by a first step
         self._ready = True
 
     @property
@@ -100,6 +104,7 @@ class Lookaround(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._look()
         # A gradient scaler leaves the scale and the test for infinities to fused optimizers.
         handed_over = {name: value for name, value in vars(self).items() if name in ("grad_scale", "found_inf")}
         vars(self.base).update(handed_over)
@@ -127,6 +132,7 @@ class Lookaround(Optimizer):
             >>> with optimizer.averaged():
             ...     published = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         """
+        self._look()
         live = self._set.live
         before: weights.Weights = {}
         mean = weights.like(self._set.mean(), live)
@@ -142,13 +148,24 @@ class Lookaround(Optimizer):
             super().add_param_group(param_group)
             return
         self.base.add_param_group(param_group)
-        self._share()
+        self._look()
+
+    def _look(self) -> None:
+        """Forks at the first step, and branches what was added, assigned or unfrozen since the last."""
+        listed = self._listed()
+        trained = [parameter.requires_grad for parameter in listed]
         known = {id(parameter) for parameter in self._parameters}
-        self._parameters.extend(p for p in self._listed() if id(p) not in known)
-        self._set.refresh()
+        self._parameters.extend(p for p in listed if id(p) not in known)
+        if not self._begun:
+            self._begun = True
+            self._set.restart()
+        elif len(listed) != len(known) or trained != self._trained:
+            self._set.refresh()
+        self._trained = trained
 
     def state_dict(self) -> dict[str, Any]:
         """What the wrapped optimizer saves, and the branches that are not in place; save the model's weights too."""
+        self._look()
         own = {"groups": self._groups, "merges": self.merges, **self._set.save()}
         return {**self.base.state_dict(), "lookaround": own}
 
@@ -159,15 +176,16 @@ class Lookaround(Optimizer):
         """
         own = state_dict.get("lookaround")
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "lookaround"})
-        self._share()
         if own is None:
-            self._set.restart()
+            self._begun = False
             return
         if len(own["weights"]) != self._set.count - 1:
             raise ValueError(
                 f"the state is of {len(own['weights']) + 1} branches, and `branches` is {self._set.count}."
             )
         self._groups, self.merges = own["groups"], own["merges"]
+        self._begun = False
+        self._look()
         self._set.load(own)
         self._set.load_optimizers(own)
 
@@ -195,6 +213,23 @@ class Lookaround(Optimizer):
                 raise TypeError(f"the optimizer must hold `torch.nn.Parameter`, got {type(parameter).__name__}.")
         return parameters
 
-    def _share(self) -> None:
-        self.state = self.base.state
-        self.param_groups = self.base.param_groups
+
+def refuse_several_evaluations(optimizer: Optimizer) -> None:
+    """Checks that a step takes the gradients that there are.
+
+    Raises:
+        ValueError: If the optimizer wants a closure, or has a step of two halves.
+    """
+    name = type(optimizer).__name__
+    step = inspect.unwrap(type(optimizer).step)
+    closure = inspect.signature(step).parameters.get("closure")
+    if isinstance(optimizer, LBFGS) or (closure is not None and closure.default is inspect.Parameter.empty):
+        raise ValueError(
+            f"`base_optimizer` must step on the gradients that there are, got {name}, which evaluates the loss several"
+            " times in a step. The callback `Lookaround` takes it."
+        )
+    if hasattr(optimizer, "first_step") and hasattr(optimizer, "second_step"):
+        raise ValueError(
+            f"`base_optimizer` must take its step by `step()`, got {name}, whose step has two halves (`first_step`,"
+            " `second_step`) with a backward pass between. The callback `Lookaround` takes it."
+        )

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from lightning_merge._checks import instance
 from lightning_merge.optim._blocks import Draw, Generators
-from lightning_merge.optim._parameter_names import names_of
+from lightning_merge.optim._late import TakesLate
+from lightning_merge.optim._parameter_names import LateSource, names_of
 from lightning_merge.optim._refused import check_optimizer, refuse_unmergeable
 from lightning_merge.optim._rounding import dither_of
 from lightning_merge.optim._settings import OnlineSettings
@@ -30,7 +31,7 @@ from lightning_merge.weights._precision import work_dtype
 _SPARSE_BELOW = 0.25  # a kept element takes 12 bytes, a dense one 4
 
 
-class OnlineMerging(Optimizer):
+class OnlineMerging(TakesLate):
     """Base of ``OnDARE`` and ``OnTIES``, which say how an update is merged with the task vector.
 
     Attributes:
@@ -62,7 +63,6 @@ class OnlineMerging(Optimizer):
                 "give either `reference` and `pretrained`, of which the difference is merged, or `tau`. `pretrained`"
                 " may be 'zero' if `reference` is a difference already."
             )
-        self._ready = False
         super().__init__(base_optimizer.param_groups, dict(base_optimizer.defaults))
         self.base = base_optimizer
         self.density = settings.density
@@ -74,9 +74,9 @@ class OnlineMerging(Optimizer):
         self.min_numel = settings.min_numel
         self.chunk_size = settings.chunk_size
         self._wrapped = Wrapped(base_optimizer, settings.merge_every, settings.chunk_size)
-        self._share()
-        base_optimizer.register_load_state_dict_post_hook(lambda _: self._share())
+        self._ready = True
         self._names = names_of(base_optimizer, module, reference)
+        self._source = LateSource(reference, pretrained, module, tau or {}, settings.tau_dtype)
         self._start_groups(settings.alpha)
         merged = self._merged(settings.exempt)
         self._parts = {name: part_held(name, p) for name, p in merged.items()}
@@ -87,7 +87,6 @@ class OnlineMerging(Optimizer):
         self._fingerprint = magnitude(self.tau, self._parts, self.density)
         for group in self.param_groups:
             group["merge_fingerprint"] = self._fingerprint
-        self._ready = True
 
     def _start_groups(self, alpha: float) -> None:
         self._defaults = {"merge": True, "merge_alpha": alpha, "merge_step": 0, "merge_pending": 0.0}
@@ -107,6 +106,8 @@ class OnlineMerging(Optimizer):
             or not parameter.is_floating_point()
             or any(fnmatchcase(self._names[parameter], pattern) for pattern in exempt)
         }
+        self._patterns = tuple(exempt)
+        self._known = {parameter for group in self.param_groups for parameter in group["params"]}
         refuse_unmergeable(self.param_groups, self._names, exempt)
         merged = {self._names[p]: p for g in self.param_groups for p in g["params"] if p not in self._exempt}
         if not merged:
@@ -159,6 +160,7 @@ class OnlineMerging(Optimizer):
 
     def _shares(self) -> list[Share]:
         """What has gradients, of every group."""
+        self._look()
         shares = []
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
@@ -242,10 +244,6 @@ class OnlineMerging(Optimizer):
         full, left = whole.total_(sums).tolist()
         return float(full / left) if left else 1.0
 
-    def _share(self) -> None:
-        self.state = self.base.state
-        self.param_groups = self.base.param_groups
-
     # ---- the task vector
 
     @abstractmethod
@@ -279,25 +277,6 @@ class OnlineMerging(Optimizer):
             found[name] = Stored.of(dense, index if sparse else None, dtype or work)
         return found
 
-    def add_param_group(self, param_group: Group) -> None:
-        """Adds a group that is not merged, ``{"params": ..., "merge": False}``: there is no task vector for others.
-
-        Raises:
-            ValueError: If the group does not say ``"merge": False``.
-        """
-        if not self._ready:
-            super().add_param_group(param_group)
-            return
-        if param_group.get("merge", True):
-            raise ValueError("a group added after construction has no task vector: give it `merge` False.")
-        self.base.add_param_group(param_group)
-        for key, value in self._defaults.items():
-            param_group.setdefault(key, value)
-        param_group["merge_top_lr"] = float(param_group["lr"])
-        param_group["merge_fingerprint"] = self._fingerprint
-        self._exempt.update(param_group["params"])
-        self._share()
-
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, which loads into it as well. The task vector is not in it: ``tau_state`` is."""
         return self.base.state_dict()
@@ -310,14 +289,14 @@ class OnlineMerging(Optimizer):
         """
         for group in state_dict["param_groups"]:
             saved = group.get("merge_fingerprint", self._fingerprint)
-            if abs(saved - self._fingerprint) > 1e-4 * self._fingerprint:
+            late = any(each.get("merge_late") for each in state_dict["param_groups"])
+            if not late and abs(saved - self._fingerprint) > 1e-4 * self._fingerprint:
                 raise ValueError(
                     f"the state was saved with another task vector (sum of magnitudes {saved:.6g} instead of"
                     f" {self._fingerprint:.6g}): give `reference`, `pretrained`, `density` and `seed` of the saved run."
                 )
         ours = [{key: g[key] for key in g if key.startswith("merge")} for g in self.param_groups]
         self.base.load_state_dict(state_dict)
-        self._share()
         for group, defaults in zip(self.param_groups, ours, strict=True):
             for key, value in defaults.items():
                 group.setdefault(key, value)

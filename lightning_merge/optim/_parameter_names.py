@@ -1,5 +1,10 @@
 """The names of an optimizer's parameters."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,3 +30,40 @@ def names_of(optimizer: Optimizer, module: nn.Module | None, reference: Source |
                     f" {type(optimizer).__name__} updates, or build it from `model.named_parameters()`."
                 )
     return known
+
+
+@dataclass(frozen=True)
+class LateSource:
+    """What the task vector of parameters that come later is made of, as it was given for those there were.
+
+    Attributes:
+        reference: Of ``OnDARE`` and ``OnTIES``, like the next three.
+        pretrained: See there.
+        module: See there.
+        tau: See there; empty if ``reference`` was given.
+        dtype: How it is stored.
+    """
+
+    reference: Source | None
+    pretrained: Source | Literal["zero"] | None
+    module: nn.Module | None
+    tau: Mapping[str, Mapping[str, Any]]
+    dtype: torch.dtype | None
+
+    def names(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> dict[Tensor, str]:
+        """The names of parameters that came later.
+
+        Raises:
+            ValueError: If one has none.
+        """
+        try:
+            known = names_of(optimizer, self.module, self.reference)
+        except ValueError:
+            known = {}
+        for parameter in parameters:
+            if parameter not in known:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} was added after construction and has no name, so no"
+                    " task vector: give `module`; or, to a group that is not merged, give it `merge` False."
+                )
+        return {parameter: known[parameter] for parameter in parameters}

@@ -12,7 +12,7 @@ from lightning_merge._mergeable import named
 from lightning_merge.optim._basis import block_norms, mean_of, orthonormal
 from lightning_merge.optim._spread import gathered, owners_of, rank, send_to_all, sum_over_ranks_
 from lightning_merge.rules._snapshots import free_bytes
-from lightning_merge.weights import State, Weights, average_dtype
+from lightning_merge.weights import State, Weights, average_dtype, nonfinite
 
 Form: TypeAlias = Literal["centred", "iclr", "journal"]
 Store: TypeAlias = Literal["device", "cpu"]
@@ -76,6 +76,11 @@ class Subspace:
         momentum, weight_decay = check_settings(form, store, optimizer, momentum, weight_decay)
         capacity = whole("capacity", capacity, 2)
         named("like", like)
+        if numbers := [name for name, tensor in like.items() if tensor.is_complex()]:
+            raise ValueError(
+                f"a subspace has real coefficients, and `{numbers[0]}` holds complex numbers. Leave it out, or hand in"
+                " `torch.view_as_real` of it."
+            )
         self.form = form
         self.store = store
         self.optimizer = optimizer
@@ -121,8 +126,13 @@ class Subspace:
         """Copies the weights.
 
         Raises:
-            ValueError: If there is no room left, or training has begun.
+            ValueError: If there is no room left, training has begun, or a tensor holds a NaN or an infinity.
         """
+        if broken := nonfinite({name: weights[name] for name in self.names}):
+            raise ValueError(
+                f"`{min(broken)}` holds a NaN or an infinity, of which no mean and no basis can be made. Leave these"
+                " weights out."
+            )
         capacity = next(iter(self._rows.values())).shape[0] if self._rows else self.count + 1
         if self.begun or self.count >= capacity:
             raise ValueError(f"`capacity` is {capacity}, and {self.count} weights are collected already.")
@@ -175,8 +185,11 @@ class Subspace:
         for index, name in enumerate(self.names):
             gradient = gradients.get(name)
             if name in self._rows and gradient is not None:
-                rows = self._rows[name]
-                products[index] = torch.mv(rows, gradient.reshape(-1).to(rows))
+                rows, dense = (
+                    self._rows[name],
+                    gradient.to_dense() if gradient.layout is not torch.strided else gradient,
+                )
+                products[index] = torch.mv(rows, dense.reshape(-1).to(rows))
         sum_over_ranks_(products)
         if not bool(products.isfinite().all()):
             return False
