@@ -62,7 +62,8 @@ class Extrapolate(WeightMerging):
         alpha: How many times the change is made, in (1, 10]; 1.1 to 1.5 is published for preference tuning.
         anchor: A checkpoint to measure the change from instead of the weights when the fit starts.
         every_n_epochs: Epochs between updates; at least 1. The end of the last one is what is published.
-        selection: Which tensors, and what becomes of buffers.
+        selection: Which tensors, and what becomes of buffers; by default statistics are measured again, since a line
+            that goes on beyond two variances ends below 0 where they fell.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics and files when it is not the first average.
         options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
@@ -88,7 +89,7 @@ class Extrapolate(WeightMerging):
         super().__init__(
             Interpolation(alpha, anchor),
             schedule=FromStart(EveryNEpochs(every_n_epochs)),
-            selection=chosen(selection, Selection()),
+            selection=chosen(selection, Selection(buffers="recompute")),
             validate=validate,
             name=name,
             **known(options, RuleOptions, self),

@@ -116,6 +116,8 @@ class Counters:
             before = self._before.get(where, _ABSENT)
             version, kept = self._tensors.get(where, (None, before))
             is_new = value is not before or (version is not None and version != value._version)
+            if where[0] < 0 and before is _ABSENT:
+                continue  # an attribute that was no number: something that is worked out once
             if is_new and where not in known and _differ(kept, value):
                 self._own(where, kept)
         self._before, self._tensors = {}, {}

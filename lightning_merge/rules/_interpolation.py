@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+import torch
+
 from lightning_merge._checks import number, path, settle
 from lightning_merge.files._read import read
 from lightning_merge.files._sets import weights_in
@@ -15,6 +17,8 @@ from lightning_merge.weights import State, Weights, clone, copy_, first_mismatch
 @dataclass(frozen=True)
 class Interpolation(Rule):
     """``anchor + alpha * (weights - anchor)``, of the weights last taken in; the anchor is where the run began.
+
+    Running variances that would be 0 or less beyond the weights are those of the weights.
 
     Args:
         alpha: 0 is the anchor, 1 the trained weights, between them WiSE-FT, above 1 ExPO, which goes on beyond; in
@@ -63,6 +67,11 @@ class Interpolation(Rule):
     def update(self, state: State, weights: Weights) -> None:
         copy_(state["merged"], state["anchor"])
         lerp_(state["merged"], weights, self.alpha)
+        for name, tensor in state["merged"].items():
+            if self.alpha > 1 and name.endswith("running_var"):
+                # Beyond both ends a variance may be negative, whose root is a NaN.
+                last = weights[name].to(tensor)
+                tensor.copy_(torch.where((tensor <= 0) & (last > 0), last, tensor))
         state["updates"] += 1
 
     def stored(self, state: State) -> Weights | None:

@@ -119,7 +119,7 @@ METHODS: dict[str, Callable[[], list[Any]]] = {
     "posthoc-ema": lambda: [merging.PostHocEMA(every=4)],
     "posthoc-ema-folder": lambda: [merging.PostHocEMA(every=4, directory="copies")],
     "interpolate": lambda: [merging.Interpolate(0.4)],
-    "extrapolate": lambda: [merging.Extrapolate(1.3)],
+    "extrapolate": lambda: [merging.Extrapolate(1.3, selection=Selection())],
     "weight-merging": lambda: [
         merging.WeightMerging(Mean(), EveryNSteps(2), Selection(include=("net.0.*", "net.1.*"), buffers="copy"))
     ],
