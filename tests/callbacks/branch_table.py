@@ -237,9 +237,11 @@ def branching(policy: str, **settings: Any) -> Branching:
     )
 
 
-def outcome(module: Plain, callback: Branching, root: Path, data: Any = None, **settings: Any) -> dict[str, Tensor]:
-    """What is published and what is raw after a fit."""
-    run = trainer(root, [callback], max_epochs=2, **settings)
+def outcome(
+    module: Plain, callback: Branching, root: Path, data: Any = None, make: Any = None, **settings: Any
+) -> dict[str, Tensor]:
+    """What is published and what is raw after a fit, by the strategy that ``make`` makes."""
+    run = trainer(root, [callback], max_epochs=2, **settings, **({} if make is None else {"strategy": make()}))
     run.fit(module, batches(DATA[:5] if data is None else data), batches(DATA[8:]))
     published = {f"published {name}": tensor for name, tensor in module.state_dict().items()}
     return published | {f"raw {name}": tensor for name, tensor in callback.raw_weights().items()}
