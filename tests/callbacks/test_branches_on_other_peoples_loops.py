@@ -391,3 +391,16 @@ def test_the_counter_of_a_group_survives_a_resume(tmp_path: Path) -> None:
     run(SlowsByGroup(), 1)
     again = run(SlowsByGroup(), 2, ckpt_path=tmp_path / "1" / "epoch=0.ckpt")
     assert not differences(again, run(Slows(), 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*was changed between two training steps")
+def test_weights_that_a_hook_changes_right_after_a_merge_resume_as_they_are(tmp_path: Path) -> None:
+    def run(epochs: int, **resume: Any) -> dict[str, Tensor]:
+        module = Clips()
+        callbacks = [Lookaround(2, 3, VIEWS), ModelCheckpoint(tmp_path / str(epochs), "{epoch}", save_top_k=-1)]
+        trainer(tmp_path, callbacks, max_epochs=epochs).fit(module, batches(DATA[:6]), **resume)
+        return dict(module.state_dict())
+
+    whole = run(3)
+    run(2)
+    assert not differences(run(3, ckpt_path=tmp_path / "2" / "epoch=1.ckpt"), whole, 0.0)

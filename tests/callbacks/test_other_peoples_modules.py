@@ -127,7 +127,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "papa": lambda: PAPA(branches=2, every_n_steps=2),
     "twa": lambda: TWA(every="1 epochs", stage="30%"),
 }
-NOT = {("papa", TiedAtTheStart): "of another model", ("twa", TiedAtTheStart): "`back.weight` was"}
+NOT = {("twa", TiedAtTheStart): "`back.weight` was"}
 """Refused by name."""
 
 
