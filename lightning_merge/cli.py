@@ -7,12 +7,14 @@ each command is a module of ``_commands``, with its parser and what it runs.
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from signal import SIGTERM
 from types import ModuleType
+from typing import NoReturn
 
 from lightning_merge import __version__
-from lightning_merge._commands._mistakes import users_mistake
+from lightning_merge._commands._mistakes import users_mistake, worker_was_told_to_end
 
 _PASSED_ON = {"run": "run", "fit": "fit", "validate": "fit", "test": "fit", "predict": "fit"}
 """Commands whose arguments LightningCLI reads, with the module of each."""
@@ -63,10 +65,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             return error.code or 0
         return _fail(str(error.code))
     except Exception as error:
+        if worker_was_told_to_end(error):
+            return _terminated(arguments)
         message = users_mistake(error)
         if message is None:
             raise
         return _fail(message)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes options in full only, and names the one that was likely meant."""
+
+    options: list[str] = []  # noqa: RUF012 (of the command, once it is known)
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with code 2."""
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        near = [match for word in unknown for match in get_close_matches(word, self.options, n=1)]
+        mean = f" Did you mean {' or '.join(near)}?" if near and message.startswith("unrecognized") else ""
+        super().error(f"{message}.{mean}" if mean else message)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -74,12 +91,13 @@ def _dispatch(arguments: list[str]) -> int:
     if command in _PASSED_ON:
         passed_on = import_module(f"lightning_merge._commands.{_PASSED_ON[command]}")
         return int(passed_on.main(arguments[1:] if command == "run" else arguments))
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="lightning-merge",
         description="Merge model weights during PyTorch Lightning training.",
         epilog=_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="lightning-merge [--help] [--version] COMMAND ...",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lightning-merge {__version__}")
     commands = parser.add_subparsers(prog="lightning-merge", dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
@@ -89,7 +107,9 @@ def _dispatch(arguments: list[str]) -> int:
             commands.add_parser(name)
             continue
         module = import_module(f"lightning_merge._commands.{name}")
-        module.add_arguments(commands.add_parser(name, description=module.DESCRIPTION))
+        own = commands.add_parser(name, description=module.DESCRIPTION, allow_abbrev=False)
+        module.add_arguments(own)
+        parser.options = list(own._option_string_actions)
     options = parser.parse_args(arguments)
     if module is None:
         parser.print_help()

@@ -4,8 +4,12 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -31,15 +35,23 @@ _PLAINER = (
     (r'Parser key "([^"]+)":', r"`\1`:"),
     (r"Expected an? <class '([^']+)'>", r"expected \1"),
     (r"(Given|Got) value:", "given value:"),
+    (r"required: (?:fit|validate|test|predict)\.(\S+)", r"required: `--\1`"),
 )
 
 
 class Parser(LightningArgumentParser):
+    """Takes options in full only: an abbreviation would be another option, or none, after the next release."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits with code 2 and the message only; a hundred lines of usage would push it off the screen."""
         if not self.exit_on_error:  # a parser of a nested class, whose error becomes part of another
             super().error(message, ex)
-        print(f"lightning-merge: error: {condensed(message)}\n`--help` lists all options.", file=sys.stderr)
+        said = condensed(message)
+        mean = _meant(message, list(_options_of(self)))
+        print(f"lightning-merge: error: {said}{mean}\n`--help` lists all options.", file=sys.stderr)
         self.exit(2)
 
 
@@ -108,11 +120,33 @@ def condensed(message: str) -> str:
         '`n`: expected int; given value: x'
     """
     lines = [line.strip() for line in message.splitlines()]
-    reasons = dict.fromkeys(line.removeprefix("- ") for line in lines if line and not _ROUTE.match(line))
+    reasons = list(dict.fromkeys(line.removeprefix("- ") for line in lines if line and not _ROUTE.match(line)))
+    while len(reasons) > 1 and reasons[-1].endswith(":"):  # a way that was tried, of which no reason is left
+        reasons.pop()
     text = " ".join(reason if reason.endswith((":", ".", ",")) else f"{reason};" for reason in reasons).rstrip(";")
     for pattern, plain in _PLAINER:
         text = re.sub(pattern, plain, text)
     return text
+
+
+def _options_of(parser: Any) -> Iterator[str]:
+    """All options of a parser and of its subcommands."""
+    yield from parser._option_string_actions
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for inner in action.choices.values():
+                yield from getattr(inner, "_option_string_actions", ())
+
+
+def _meant(message: str, options: list[str]) -> str:
+    """Which option, or argument of a class, was likely meant by one that there is not."""
+    unknown = re.search(r"[Uu]nrecognized arguments: (--[^\s=]+)", message)
+    near = get_close_matches(unknown[1], options, n=1) if unknown else []
+    refused = re.search(r"class_path '([\w.]+)'\D*Option '(\w+)' is not accepted", message)
+    if refused:
+        module, _, name = refused[1].rpartition(".")
+        near = get_close_matches(refused[2], signature(getattr(import_module(module), name)).parameters, n=1)
+    return f". Did you mean `{near[0]}`?" if near else ""
 
 
 def _is_no_tip(record: logging.LogRecord) -> bool:

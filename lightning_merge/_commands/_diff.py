@@ -1,7 +1,7 @@
 """``lightning-merge diff``: how far apart two sets of weights are, and where."""
 
 from lightning_merge.diagnostics import cosine, distance, norm, parameters, sign_conflicts
-from lightning_merge.files._layouts import open_file, open_set
+from lightning_merge.files._layouts import open_set
 from lightning_merge.files._sets import match
 from lightning_merge.weights import Weights, nonfinite
 
@@ -15,13 +15,11 @@ def diff(first: str, second: str | None) -> str:
         ValueError: If a file cannot be read, holds no such set, or the two are of different models.
     """
     if second is None:
-        file = open_file(first)
-        others = [name for name in file.sets if name != file.default]
+        file, chosen = open_set(first)
+        others = [name for name in file.sets if name != chosen]
         if not others:
-            raise ValueError(
-                f"{first} holds one set of weights only ({file.default}): give a second FILE, or FILE:SET."
-            )
-        one, other = (file, file.default), (file, others[0])
+            raise ValueError(f"{first} holds one set of weights only ({chosen}): give a second FILE, or FILE:SET.")
+        one, other = (file, chosen), (file, others[0])
     else:
         one, other = open_set(first), open_set(second)
     left, right = (file.choose(name).weights for file, name in (one, other))

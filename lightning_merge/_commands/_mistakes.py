@@ -1,6 +1,7 @@
 """Which errors are mistakes of the user, and which are bugs."""
 
 from collections.abc import Iterator
+from signal import SIGTERM
 
 
 def users_mistake(error: Exception) -> str | None:
@@ -21,6 +22,23 @@ def users_mistake(error: Exception) -> str | None:
         if str(link).startswith("Error(s) in loading state_dict"):
             return " ".join(line.strip() for line in str(link).splitlines()[:2])
     return None
+
+
+def worker_was_told_to_end(error: Exception) -> bool:
+    """Whether a worker of a loader died of SIGTERM.
+
+    What goes to the whole process group, as from ``timeout``, SLURM or docker, reaches workers too, and torch reports
+    their end before Lightning has ended the run.
+    """
+    if "DataLoader worker" not in str(error):
+        return False
+    trace = error.__traceback__
+    while trace is not None:
+        workers = getattr(trace.tb_frame.f_locals.get("self"), "_workers", None)
+        if isinstance(workers, list) and any(getattr(each, "exitcode", None) == -SIGTERM for each in workers):
+            return True
+        trace = trace.tb_next
+    return "killed by signal: Terminated" in str(error)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

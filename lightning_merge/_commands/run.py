@@ -1,6 +1,9 @@
 """``lightning-merge run``: training with a recipe, or with a stream of tasks."""
 
+import re
+
 from lightning_merge._commands import fit
+from lightning_merge._commands._mistakes import users_mistake
 from lightning_merge._commands._needs import RECIPE_MODULES, need
 
 
@@ -21,4 +24,11 @@ def main(arguments: list[str]) -> int:
 
         run_stream(["--config", config, *arguments[1:]])
         return 0
-    return fit.main(["fit", "--config", config, *arguments[1:]])
+    try:
+        return fit.main(["fit", "--config", config, *arguments[1:]])
+    except Exception as error:
+        first = re.search(r"there is no file (?:\S*/)?runs/(\w+/[\w-]+)/", users_mistake(error) or "")
+        if first is None or first[1] not in recipes():
+            raise
+        cure = f"`lightning-merge run {first[1]}` writes it: run that first."
+        raise ValueError(f"{users_mistake(error)} {cure}") from error

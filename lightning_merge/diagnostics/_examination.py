@@ -53,9 +53,23 @@ class Examination:
         """``"merge"``, or the worst problem."""
         return self.findings[0].problem if self.findings else "merge"
 
+    def _comparison(self) -> str:
+        """Which set has the lower loss, of two: that nothing stands between them does not make their mean better."""
+        losses = {name[8:]: loss for name, loss in self.measures.items() if name.startswith("loss of ")}
+        if len(losses) != 2 or "raw" not in losses:
+            return ""
+        ((merged, loss),) = [each for each in losses.items() if each[0] != "raw"]
+        gap = abs(loss - losses["raw"])
+        if gap == 0:
+            return ""
+        return f"; {merged} is {'worse' if loss > losses['raw'] else 'better'} than raw by {gap:.3g}"
+
     def report(self) -> str:
         """The verdict, what speaks against merging, and every figure."""
-        lines = [f"verdict: do not merge as they are ({self.verdict})" if self.findings else "verdict: merge"]
+        verdict = "merge" if not self.findings else f"do not merge as they are ({self.verdict})"
+        if self.verdict == "identical" and "loss of raw" in self.measures:  # a run's average, as of one snapshot
+            verdict = "nothing to merge (identical)"
+        lines = [f"verdict: {verdict}{self._comparison()}"]
         lines += [f"  - {finding.text}" for finding in self.findings]
         width = max(map(len, self.measures), default=0)
         lines += [f"  {name:{width}}  {value:.4g}" for name, value in self.measures.items()]

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_merge._checks import number as checked
+from lightning_merge._checks import numbers
 from lightning_merge.search._spaces import Coefficients
 
 
@@ -26,8 +28,8 @@ class Log:
         lines = self._whole_lines()
         if lines:
             self._check(lines[0], header)
-            for line in lines[1:]:
-                self._take(line)
+            for number, line in enumerate(lines[1:], 2):
+                self._take(number, line)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"search": header})
@@ -46,7 +48,17 @@ class Log:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):  # stopped in the middle of a write
             os.truncate(self.path, whole)
-        return content[:whole].decode().splitlines()
+        lines = content[:whole].split(b"\n")[:-1]
+        return [self._text(number, line) for number, line in enumerate(lines, 1)]
+
+    def _text(self, number: int, line: bytes) -> str:
+        try:
+            return line.decode()
+        except UnicodeDecodeError:
+            raise ValueError(self._wrong(number, line)) from None
+
+    def _wrong(self, number: int, line: str | bytes) -> str:
+        return f"{self.path}, line {number}, holds what no search wrote: {line[:80]!r}. Remove the line, or the file."
 
     def _check(self, line: str, header: dict[str, Any]) -> None:
         try:
@@ -61,13 +73,18 @@ class Log:
                     " here. Give `log` another file, or search as before."
                 )
 
-    def _take(self, line: str) -> None:
+    def _take(self, number: int, line: str) -> None:
         try:
             row = json.loads(line)
-            gradient = row.get("gradient")
-            self.known[tuple(row["coefficients"])] = (row["score"], None if gradient is None else tuple(gradient))
+            gradient, score = row.get("gradient"), row["score"]
+            coefficients = numbers("coefficients", row["coefficients"])
+            if score is not None:
+                score = None if score != score else checked("score", score, "[-inf, inf]")  # NaN: it lost
+            if gradient is not None:
+                gradient = numbers("gradient", gradient)
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{self.path} holds a line that no search wrote: {line[:80]!r}.") from None
+            raise ValueError(self._wrong(number, line)) from None
+        self.known[coefficients] = (score, gradient)
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
