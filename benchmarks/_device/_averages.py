@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from importlib import import_module
-from inspect import signature
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
@@ -82,14 +81,13 @@ def averages() -> dict[str, Make]:
     """Ours that run on any model."""
     found: dict[str, Make] = {
         "EMA": lambda: [ours.EMA(decay=DECAY)],
+        "EMA on the host": lambda: [ours.EMA(decay=DECAY, device="cpu")],
         "SWA": lambda: [ours.SWA(start_epoch=0)],
         "LAWA": lambda: [ours.LAWA(k=5, every_n_steps=5)],
         "SMA": lambda: [ours.SMA(monitor="val/loss", start_step=1)],
         "SWAD": lambda: [ours.SWAD(monitor="val/loss", stop=False)],
         "PostHocEMA": lambda: [ours.PostHocEMA(every=10)],
     }
-    if "device" in signature(ours.EMA).parameters:
-        found["EMA on the host"] = lambda: [ours.EMA(decay=DECAY, device="cpu")]
     return found
 
 

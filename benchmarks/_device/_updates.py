@@ -1,7 +1,6 @@
 """Part: one update and one exchange, by the optimizer's own hooks, beside the limit and beside others."""
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ def updates(session: Session) -> None:
     for what, make in cases.items():
         with session.guarded(what):
             _fit(session, what, make(), {"hook of EMA": ours.EMA(decay=DECAY)})
-    if "device" in signature(ours.EMA).parameters:
-        with session.guarded("ResNet-50, average on the host"):
-            average = ours.EMA(decay=DECAY, device="cpu")
-            _fit(session, "ResNet-50, average on the host", net(session, "resnet50"), {"hook of EMA": average})
+    with session.guarded("ResNet-50, average on the host"):
+        average = ours.EMA(decay=DECAY, device="cpu")
+        _fit(session, "ResNet-50, average on the host", net(session, "resnet50"), {"hook of EMA": average})
 
 
 def _fit(session: Session, what: str, model: nn.Module, average: dict[str, Any]) -> None:
