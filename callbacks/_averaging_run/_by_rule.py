@@ -14,7 +14,7 @@ from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByR
 from lightning_merge.callbacks._averaging_run._elsewhere import Background, Taken, placed, refuse_without_room
 from lightning_merge.callbacks._averaging_run._remarks import mostly_the_start
 from lightning_merge.callbacks._averaging_run._state import AveragingState
-from lightning_merge.callbacks._averaging_run._undecided import Undecided, by_reference, has_room
+from lightning_merge.callbacks._averaging_run._undecided import Undecided, by_reference
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
@@ -49,7 +49,7 @@ class MergingByRule(AverageByRule):
         if self._tensors.is_elsewhere and self._active_rule.can_be_undone:
             self._take_in_beside(moment, finding)
             return
-        if finding.is_there or not self._active_rule.can_be_undone or not has_room(self.tensors):
+        if finding.is_there or not self._active_rule.can_be_undone or not self._tensors.has_room:
             self._take_in(moment, finding.names(), self._tensors.taken())
             return
         state, buffers = by_reference(self._state), by_reference(self._buffers)

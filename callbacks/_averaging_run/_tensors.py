@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge.callbacks._averaging_run._elsewhere import Taken
+from lightning_merge.callbacks._averaging_run._undecided import has_room
 from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
@@ -49,6 +50,7 @@ class Tensors:
         self.copied: dict[str, Tensor] = {}
         self.is_sharded = False
         self._checked: weights.Fixed | None = None  # as long as the module has these tensors
+        self._has_room: bool | None = None
         self._no_mean: set[str] = set()  # copied whatever the selection says
         self._said: set[str] = set()  # replaced, as the user knows
 
@@ -85,6 +87,13 @@ class Tensors:
     def sent(self) -> Taken:
         """Copies of the live ones, on their way into host memory."""
         return Taken.to_host(self.live, self.live_copied)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there is room for the average before an update beside the one after it."""
+        if self._has_room is None:
+            self._has_room = has_room({**self.averaged, **self.copied})
+        return self._has_room
 
     @property
     def checked(self) -> Weights:
@@ -148,7 +157,7 @@ class Tensors:
         copied = buffers.keys() | (self._no_mean & names)
         self.copied = {name: t for name, t in inventory.tensors.items() if name in copied}
         self.averaged = {name: t for name, t in inventory.tensors.items() if name in names - copied}
-        self._checked = None
+        self._checked = self._has_room = None
         self.is_sharded = any(map(weights.is_sharded, (*self.averaged.values(), *self.copied.values())))
 
     def _let_go(self, gone: list[str], before: dict[str, Tensor], steps: int) -> None:

@@ -47,7 +47,7 @@ def by_reference(nested: Any) -> Any:
 def has_room(tensors: dict[str, Tensor]) -> bool:
     """Whether one more copy of such weights on their devices is within the budget."""
     needed: dict[torch.device, int] = {}
-    for tensor in tensors.values():
+    for tensor in weights.local(tensors).values():
         size = tensor.numel() * weights.average_dtype(tensor).itemsize
         needed[tensor.device] = needed.get(tensor.device, 0) + size
     return all(

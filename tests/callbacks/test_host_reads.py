@@ -4,6 +4,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_merge.callbacks import ASWA, EMA, LAWA, SMA, SWA, SWAD, Extrapolate, PostHocEMA, WeightMerging
-from lightning_merge.callbacks._averaging_run._undecided import by_reference
+from lightning_merge.callbacks._averaging_run._undecided import by_reference, has_room
 from lightning_merge.callbacks._publication import _canary
 from lightning_merge.rules import Mean, Rule
 from lightning_merge.selections import Selection
@@ -235,3 +236,47 @@ def test_whoever_looks_at_an_average_sees_no_undecided_update(tmp_path: Path, mo
     trainer(tmp_path, [Spoilt({2}), average, Looks()], max_steps=3).fit(WithoutMomentum(norm=True), batches())
     assert was_undecided == [True] * 3
     assert seen == [(1, 0, (1, 1)), (1, 1, (1, 1)), (2, 1, (1, 3))]
+
+
+class Replaces(pl.Callback):
+    """After a step, a parameter and a buffer are other tensors; after another the fit fails."""
+
+    def __init__(self, replaced: int, fails: int) -> None:
+        self.replaced, self.fails = replaced, fails
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        if trainer.global_step == self.replaced:
+            pl_module.net[0].bias = torch.nn.Parameter(torch.ones_like(pl_module.net[0].bias))
+            pl_module.net[1].running_mean = torch.ones(8)
+        if trainer.global_step == self.fails:
+            raise RuntimeError("of the user")
+
+
+@pytest.mark.filterwarnings("ignore:.*holds a NaN or an infinity")
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_an_update_is_decided_when_tensors_are_replaced_and_when_the_fit_fails(
+    buffers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for late in (False, True):
+        if late:
+            monkeypatch.setattr(Finding, "is_there", False)
+        average = EMA(0.5, selection=Selection(buffers=buffers))
+        fit = trainer(tmp_path, [average, Replaces(2, 6), Spoilt({2, 6})], max_epochs=3)
+        with pytest.raises(RuntimeError, match="of the user"):
+            fit.fit(WithoutMomentum(norm=True), batches())
+        assert average._undecided is None
+        found.append(average)
+    at_once, later = found
+    assert (later.updates, later.skipped_nonfinite) == (at_once.updates, at_once.skipped_nonfinite) == (4, 2)
+    assert differing(later.merged_weights(), at_once.merged_weights()) == []
+
+
+@pytest.mark.parametrize(("memory", "expected"), [(20 * 4000, True), (20 * 4000 - 20, False)])
+def test_an_average_is_there_twice_only_where_it_takes_little_of_the_device(
+    memory: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory))
+    with fake_cuda():
+        tensors = {"w": torch.empty(1000, device="cuda", dtype=torch.bfloat16), "here": torch.empty(10**6)}
+        assert has_room(tensors) is expected
