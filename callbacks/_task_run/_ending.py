@@ -52,6 +52,7 @@ class Ending:
         self._before: dict[str, Weights] = {}
         self._head: Weights = self._raw_head
         self._samples: dict[int, Tensor] = {}
+        self._is_empty = False
 
     @contextmanager
     def nothing_lost(self) -> Iterator[None]:
@@ -63,7 +64,7 @@ class Ending:
             for name, tensor in {**self.raw, **self._raw_head}.items():
                 with torch.no_grad():
                     live[name].copy_(tensor)
-            if self.trainer.is_global_zero:
+            if self.trainer.is_global_zero and not self._is_empty:
                 error.add_note(self._rescue())
             raise
 
@@ -175,6 +176,7 @@ class Ending:
 
     def _refuse_empty(self, start: Weights) -> None:
         if all(torch.equal(self.raw[name], start[name].to(self.raw[name])) for name in self.names):
+            self._is_empty = True
             raise ValueError(
                 f"{self.fit.title} would have an empty task vector: training moved none of the"
                 f" {len(self.vector)} tensors that are merged. Is the learning rate 0, or was every step skipped?"

@@ -64,6 +64,7 @@ class Fit:
         self.samples: StoredSamples | None = None
         self.resumed = False
         self._is_first = True
+        self._is_reached = False  # whether what the head is called on was looked at
         live = weights.named_tensors(module)
         with torch.no_grad():
             for name, tensor in start.tensors.items():
@@ -136,10 +137,10 @@ class Fit:
         if self.recent is not None:
             self.recent.hold(batch)
         if self.samples is not None and trainer.is_global_zero:
-            is_first = not self.samples.by_class
             self.samples.take(batch, self.classes or range(self._rows(module)))
-            if is_first and self.samples.by_class and self.head is not None:
+            if not self._is_reached and self.samples.by_class and self.head is not None:
                 # A head that cannot be trained alone is better refused now than when the task is trained.
+                self._is_reached = True
                 reaching(trainer, module, self.head.layer(module), next(iter(self.samples.by_class.values())))
 
     def see_loss(self, module: LightningModule, loss: Tensor) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from stream_modules import BuiltLate, Cosine, Segmenter, Task, TwoHeads, images, rows
+from stream_modules import BuiltLate, Cosine, Segmenter, Steps, Task, TwoHeads, images, rows
 from tiny import Net, batches, trainer, values
 from torch import nn
 
@@ -277,3 +277,11 @@ def test_a_module_of_which_all_but_the_head_is_frozen_is_told_how_to_unfreeze_la
         else:
             train()
             assert bool((cl.merged_vector() or {})["stem.weight"].any())
+
+
+def test_a_head_that_samples_cannot_train_is_refused_though_the_step_cannot_be_tried(tmp_path: Path) -> None:
+    module = Steps()  # has no `forward`, which the head would be trained through at the end
+    cl = ContinualMerging("average", tmp_path / "bank", store_samples_per_class=1)
+    with pytest.raises(NotImplementedError, match="forward"):
+        fit(tmp_path, module, cl)
+    assert module.steps == 1

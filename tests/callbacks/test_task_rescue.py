@@ -213,6 +213,13 @@ def test_what_moves_while_it_is_frozen_is_merged_from_the_first_task_on_or_named
             assert cl.tasks == ["task0", "task1"]
 
 
+def test_a_task_that_trained_nothing_leaves_no_file(tmp_path: Path) -> None:
+    module, cl = Net(lr=0.0), stream(tmp_path)
+    with pytest.raises(ValueError, match="empty task vector"):
+        train(tmp_path, module, cl, 1)
+    assert not list(tmp_path.rglob("rescue-*"))
+
+
 def test_a_file_of_another_stream_is_not_written_over(tmp_path: Path) -> None:
     for name in ("one", "two"):
         module = Net()
