@@ -6,6 +6,7 @@ from typing import Any, final
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_merge import weights
@@ -109,9 +110,10 @@ class HeadSearch:
         if mode != "grow" or classes is None or not head.names:
             return head
         if len(classes) == 1 and any(graph.choices == 1 for graph in self.graphs):
-            raise ValueError(
-                f"`classes` must be at least two for this loss, got {list(classes)}: the cross-entropy among one class"
-                " is 0 and trains nothing. Give a task more classes, or a loss that knows others."
+            rank_zero_info(
+                f"`classes` should be at least two for this loss, got {list(classes)}: the cross-entropy among one"
+                " class is 0 and trains nothing but weight decay. Give a task more classes, or a loss that knows"
+                " others."
             )
         return replace(head, by_class=_rows(module, head, logits, layers, classes))
 
