@@ -40,10 +40,10 @@ def model_file(folder: Path) -> tuple[Path, str]:
     inside = sorted(path for path in folder.iterdir() if _may_hold_weights(path))
     if len(inside) == 1 and inside[0].is_file():
         return inside[0], "weights"
-    cure = f"name one of them: {', '.join(path.name for path in inside[:12])}" if inside else "name a file"
+    cure = f"Name one of them: {', '.join(path.name for path in inside[:12])}" if inside else "Name a file with weights"
     raise ValueError(
         f"{folder} is a folder with {'several models or checkpoints' if inside else 'no weights'} in it, and no sharded"
-        f" checkpoint (it lacks meta.pt and .metadata): {cure}."
+        f" checkpoint (it lacks meta.pt and .metadata). {cure}."
     )
 
 

@@ -157,6 +157,6 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _unreadable(path: str | os.PathLike[str], why: str) -> str:
-    if (kind := other_format(path)) is not None:
+    if os.path.getsize(path) >= 8 and (kind := other_format(path)) is not None:
         return f"{os.fspath(path)} cannot be read: it is no safetensors file, but {kind}."
     return f"{os.fspath(path)} cannot be read: it was cut short, or is no safetensors file ({why})."

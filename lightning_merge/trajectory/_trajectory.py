@@ -101,6 +101,11 @@ class Trajectory(Sequence[Checkpoint]):
         files = [path("paths", file) for file in sequence("paths", paths, "several paths")]
         return cls(Checkpoint(file, weights) for file in files)
 
+    @property
+    def dropped(self) -> list[Path]:
+        """The files of ``left_out``."""
+        return list(self.left_out)
+
     def __len__(self) -> int:
         return len(self._checkpoints)
 

@@ -224,12 +224,12 @@ CORPUS: dict[str, Callable[[Path], Made]] = {
     "diffusers, a pipeline": _folder(
         {f"{part}/diffusion_pytorch_model.safetensors": W for part in ("unet", "vae")},
         {"model_index.json": {}},
-        expected="name one of them: .*unet, .*vae",
+        expected="Name one of them: .*unet, .*vae",
     ),
     "a run of transformers": _folder(
         {"checkpoint-10/model.safetensors": W, "checkpoint-20/model.safetensors": W},
         {},
-        expected="name one of them: .*checkpoint-10",
+        expected="Name one of them: .*checkpoint-10",
     ),
     "a folder of nothing": _folder({}, {}, expected="no weights"),
     "torch.distributed": _distributed(dict(W)),
