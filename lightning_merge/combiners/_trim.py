@@ -53,6 +53,7 @@ def kth_largest(tensors: Sequence[Tensor], k: int) -> tuple[float, int]:
         k: At most as many as there are numbers.
 
     Example:
+        >>> import torch
         >>> kth_largest([torch.tensor([-3.0, 1.0]), torch.tensor([2.0, -2.0])], k=2)
         (2.0, 1)
     """
