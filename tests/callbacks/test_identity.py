@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from lightning_merge import callbacks as merging
+from lightning_merge.rules import Mean
+from lightning_merge.schedules import EveryNSteps
+from lightning_merge.selections import Selection
 
 
 class Awkward(pl.LightningModule):
@@ -110,6 +113,9 @@ class Complex(Awkward):
 
 MODULES = [OwnStateDict, TiedByStorage, BufferAssignedAnew, Parametrised, Complex]
 TRIED = {name: make for name, make in METHODS.items() if averages(make()) and name != "ondare"}
+TRIED["weight-merging"] = lambda: [  # of a part that these modules have
+    merging.WeightMerging(Mean(), EveryNSteps(2), Selection(include=("net.0.*",), buffers="copy"))
+]
 TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",
