@@ -105,6 +105,8 @@ class Fit:
                 f"`max_epochs` of this Trainer must be more than the {done} epochs it has trained already, got {most}:"
                 f" {self.title} would have an empty task vector. Use a new Trainer for each task."
             )
+        if self.settings.lora is not None:
+            self.settings.lora.refuse_untrained(trainer.optimizers)
         if self.settings.selection.buffers == "recompute" and calibration.batch_norm_layers(module):
             self.recent = self.recent or RecentBatches()
             prepare(trainer, module, "ContinualMerging", self.recent)

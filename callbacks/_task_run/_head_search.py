@@ -1,5 +1,6 @@
 """Which parameters are the head: those that are named, those of earlier tasks, or those that make the logits."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, final
@@ -23,7 +24,10 @@ from lightning_merge.callbacks._lightning._user_step import (
 )
 from lightning_merge.callbacks._task_run._heads import Head
 from lightning_merge.continual import head_parameters
+from lightning_merge.continual._heads import is_used_elsewhere
 from lightning_merge.continual._last_layers import LastLayer, LossGraph
+
+_ADAPTED = re.compile(r"\.(base_layer|lora_[AB]\.\w+)$")
 
 
 @final
@@ -101,7 +105,7 @@ class HeadSearch:
                 classes have no rows in it.
         """
         layers = [layer for graph in self.graphs for layer in graph.layers]
-        layers = [layer for layer in layers if not _is_shared(module, layer)]
+        layers = [layer for layer in layers if not is_used_elsewhere(module, layer.names)]
         logits = [layer for layer in layers if layer.makes_logits]
         if self._is_named and self._head is not None:
             head = self._head
@@ -115,12 +119,17 @@ class HeadSearch:
                 " class is 0 and trains nothing but weight decay. Give a task more classes, or a loss that knows"
                 " others."
             )
-        return replace(head, by_class=_rows(module, head, logits, layers, classes))
+        after = {name for graph in self.graphs for name in graph.after_logits}
+        choices = min((graph.choices for graph in self.graphs if graph.choices is not None), default=0)
+        return replace(head, by_class=_rows(module, head, logits or layers, after, classes, choices))
 
     def _found(self, module: LightningModule, mode: Any, needs_early: str, last: list[LastLayer]) -> Head:
         if not last:
             return self._head or Head(guessed_head(module, any(graph.used for graph in self.graphs), self._title), mode)
-        if len(owners := _owners(module, last)) > 1:
+        owners = _owners(module, last)
+        if needs_early:  # a layer that an adapter was put on is called as the user calls it
+            owners = list(dict.fromkeys(_ADAPTED.sub("", owner) for owner in owners))
+        if len(owners) > 1:
             if self._head is not None and self._is_of_earlier_tasks:
                 return self._head
             first = [f"{owner}.*" for owner in owners]
@@ -191,15 +200,15 @@ def _graph(loss: Any, module: LightningModule) -> LossGraph:
 
 
 def _rows(
-    module: nn.Module, head: Head, logits: list[LastLayer], layers: list[LastLayer], classes: Sequence[int]
+    module: nn.Module, head: Head, layers: list[LastLayer], after: set[str], classes: Sequence[int], choices: int
 ) -> tuple[str, ...]:
-    """The names of the head that have a row for each class.
+    """The names of the head that have a row for each class, be it a number for each as of a norm that comes after.
 
     Raises:
         ValueError: If there are none.
     """
     live = weights.named_parameters(module)
-    traced = [layer for layer in logits or layers if set(layer.names) & set(head.names)]
+    traced = [layer for layer in layers if set(layer.names) & set(head.names)]
     if columns := [layer for layer in traced if not layer.has_rows]:
         raise ValueError(
             f"`heads='grow'` keeps rows of the head, and classes are columns of `{columns[0].names[0]}`: make it an"
@@ -219,10 +228,18 @@ def _rows(
             " first (`grow_head`), name another with `head=`, choose `heads='per_task'`, or give data without"
             " `classes`."
         )
+    if traced and traced[0].makes_logits and choices > max(len(live[name]) for name in matrices):
+        raise ValueError(
+            f"`heads='grow'` keeps rows of one head, and the loss chooses among {choices} classes, which"
+            f" {' and '.join(f'`{name}`' for name in matrices[:4])} make together: make it one `nn.Linear`, choose"
+            " `heads='per_task'`, or give data without `classes`."
+        )
     owners = {_owner(name) for name in matrices}
     lengths = {len(live[name]) for name in matrices}
     return tuple(
-        name for name in head.names if _owner(name) in owners and live[name].dim() and len(live[name]) in lengths
+        name
+        for name in head.names
+        if (_owner(name) in owners or name in after) and live[name].dim() and len(live[name]) in lengths
     )
 
 
@@ -261,8 +278,3 @@ def _is_leaf(module: nn.Module, path: str) -> bool:
 
 def _is_beside(name: str, parent: str, used: set[str]) -> bool:
     return name.startswith(f"{parent}.") and name not in used
-
-
-def _is_shared(module: nn.Module, layer: LastLayer) -> bool:
-    inventory = weights.Inventory(module)
-    return any(len(inventory.names_of(name)) > 1 for name in layer.names)

@@ -1,11 +1,12 @@
 """Low-rank adapters for the length of a fit."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, final
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_merge.weights import Inventory, Weights, canonical, submodules
 
@@ -37,6 +38,7 @@ class LowRank:
         self.rank = rank
         self._peft: Any = peft
         self._layers: dict[str, str] = {}  # name of a weight -> path of its layer
+        self._adapters: list[nn.Parameter] = []
         self._fast_path = True
 
     @property
@@ -79,9 +81,24 @@ class LowRank:
         config = self._peft.LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=exactly)
         self._peft.inject_adapter_in_model(config, module, "task")
         self._layers = layers
+        self._adapters = [parameter for name, parameter in module.named_parameters() if ".lora_" in name]
         # In eval mode, transformer layers of torch hand their weights to one operation, past all adapters.
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
+
+    def refuse_untrained(self, optimizers: Sequence[Optimizer]) -> None:
+        """Checks that an optimizer has adapters, once all are made.
+
+        Raises:
+            ValueError: If none has, as one that was made before the adapters.
+        """
+        known = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
+        if optimizers and self._layers and not any(id(parameter) in known for parameter in self._adapters):
+            raise ValueError(
+                "no optimizer has the adapters that are trained: `configure_optimizers` must take `self.parameters()`"
+                " when it is called, after the adapters were put on; got an optimizer that was made before, or one of"
+                " other parameters."
+            )
 
     def refuse_unused(self, used: Iterable[str]) -> None:
         """Checks that adapters are in effect, once a loss was looked at.
@@ -113,5 +130,5 @@ class LowRank:
             setattr(module.get_submodule(parent), name, layer.get_base_layer())
         if self._layers:
             torch.backends.mha.set_fastpath_enabled(self._fast_path)
-        self._layers = {}
+        self._layers, self._adapters = {}, []
         return products

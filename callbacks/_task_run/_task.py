@@ -84,5 +84,8 @@ def title_of(trainer: Any, task: int, known: Sequence[int | str]) -> str:
     return title
 
 
-def _count(classes: Any) -> str:
-    return f"len({type(classes).__name__})" if not hasattr(classes, "__len__") else str(len(classes))
+def _count(classes: Any) -> int:
+    """How many classes were meant."""
+    if isinstance(classes, int) and classes > 0:
+        return classes
+    return len(classes) if hasattr(classes, "__len__") and len(classes) else 2

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -147,10 +148,14 @@ def head_parameters(module: nn.Module, patterns: Sequence[str] | None, argument:
     text("argument", argument)
     parameters = named_parameters(module)
     if patterns is None:
-        linear = [name for name, layer in submodules(module) if isinstance(layer, nn.Linear)]
-        path = f"{canonical(linear[-1])}.".lstrip(".") if linear else None
+        linear: dict[nn.Module, str] = {}  # a layer under several names counts by its first, as its parameters do
+        for name, layer in submodules(module):
+            if isinstance(layer, nn.Linear):
+                linear.setdefault(layer, name)
+        path = f"{canonical(list(linear.values())[-1])}.".lstrip(".") if linear else None
         own = [name for name in parameters if path is not None and name.startswith(path)]
-        return own if any(parameters[name].dim() > 1 for name in own) and not _tied(module, own) else []
+        has_matrix = any(parameters[name].dim() > 1 for name in own)
+        return own if has_matrix and not is_used_elsewhere(module, own) else []
     for pattern in (patterns := checked_names(argument, patterns)):
         if not any(fnmatchcase(name, pattern) for name in parameters):
             some = ", ".join(list(parameters)[-4:])
@@ -160,8 +165,33 @@ def head_parameters(module: nn.Module, patterns: Sequence[str] | None, argument:
     return [name for name in parameters if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-def _tied(module: nn.Module, names: Sequence[str]) -> bool:
-    return any(len(Inventory(module).names_of(name)) > 1 for name in names)
+def is_used_elsewhere(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a parameter is of several layers, or of one that comes more than once in a sequence.
+
+    A layer that is only registered twice, as ``self.head`` and in ``self.net = nn.Sequential(body, head)``, is one.
+
+    Args:
+        module: The whole module.
+        names: Canonical names of parameters.
+    """
+    inventory = Inventory(module)
+    paths: dict[str, list[nn.Module]] = {}
+    for name, layer in submodules(module):
+        paths[canonical(name)] = [*paths.get(canonical(name.rpartition(".")[0]), [module]), layer]
+    for name in names:
+        if len(every := inventory.names_of(name)) > 1:
+            routes = [paths.get(each.rpartition(".")[0], []) for each in every]
+            if len({route[-1] if route else None for route in routes}) > 1 or any(map(_comes_again, routes)):
+                return True
+    return False
+
+
+def _comes_again(route: Sequence[nn.Module]) -> bool:
+    """Whether a sequence on the way has what comes next more than once."""
+    return any(
+        isinstance(parent, nn.Sequential | nn.ModuleList) and sum(child is each for each in parent) > 1
+        for parent, child in pairwise(route)
+    )
 
 
 def checked_classes(classes: object, argument: str = "classes") -> list[int]:

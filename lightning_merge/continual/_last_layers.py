@@ -22,7 +22,8 @@ class LastLayer:
     Attributes:
         names: Its parameters.
         makes_logits: Whether a softmax or a loss of classes takes what it makes.
-        has_rows: Whether an output is a row of its weight, as of ``nn.Linear`` and convolutions; else it is a column.
+        has_rows: Whether an output is a row of its weight, as of ``nn.Linear`` and convolutions; else it is a column,
+            as of transposed convolutions.
     """
 
     names: tuple[str, ...]
@@ -124,7 +125,7 @@ class LossGraph:
                     place == len(node.next_functions) - 1
                     and "mm" in node.name().lower()
                     and child.name().endswith(_LEAF)
-                )
+                ) or bool(getattr(node, "_saved_transposed", False))
                 return LastLayer(tuple(names), is_logits, not transposed)
         return None
 

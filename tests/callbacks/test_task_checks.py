@@ -51,7 +51,7 @@ def fit(root: Path, module: Any, cl: Any, classes: Any = None, task: Any = None,
     ("classes", "message"),
     [
         (["cat", "dog"], r"`classes` of Task must be the class numbers.*got \['cat', 'dog'\].*range\(2\)"),
-        (10, r"`classes` of Task must be the class numbers of the task"),
+        (10, r"`classes` of Task must be the class numbers of the task.*range\(10\)"),
         ([0.5, 1], r"`classes` of Task must be the class numbers"),
         ((), r"`classes` of Task must be the class numbers"),
         ((0, 0, 1), r"`classes` of Task must be distinct rows of the head.*got \[0, 0, 1\]"),
@@ -65,6 +65,115 @@ def test_classes_that_are_no_rows_are_refused_before_a_step(classes: Any, messag
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, module, cl, classes)
     assert module.steps == 0
+
+
+class Registered(Head):
+    """Registers its layers twice, as modules do that keep the whole network and its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = self.net[2]
+
+
+@pytest.mark.parametrize("heads", ["grow", "freeze", "per_task"])
+def test_a_head_that_is_registered_twice_is_one_head(heads: Any, tmp_path: Path) -> None:
+    module, cl = Registered(), ContinualMerging("average", tmp_path / "bank", heads=heads)
+    before = values({"w": module.head.weight})["w"]
+    fit(tmp_path, module, cl, None if heads == "freeze" else (0, 1))
+    assert not {"net.2.weight", "net.2.bias"} & set(cl.merged_vector() or ())
+    moved = (module.head.weight - before).abs().amax(1) > 0
+    assert moved.tolist() == [heads != "freeze"] * 2 + [heads == "per_task"] * 2
+
+
+class Normed(Head):
+    """A norm after the logits, with a scale for each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.append(nn.BatchNorm1d(4))
+
+
+def test_a_number_for_each_class_after_the_logits_is_kept_as_the_rows_are(tmp_path: Path) -> None:
+    module = Normed()
+    fit(tmp_path, module, ContinualMerging("average", tmp_path / "bank"), (0, 1))
+    norm: Any = module.net[3]
+    assert norm.bias[:2].abs().min() > 0
+    assert not norm.bias[2:].any()
+
+
+class Transposed(Head):
+    """Logits out of a transposed convolution, as segmenters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2] = nn.Sequential(nn.Unflatten(1, (8, 1)), nn.ConvTranspose1d(8, 4, 1), nn.Flatten())
+
+
+class Joined(Head):
+    """Logits of two heads side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2] = nn.Identity()
+        self.heads = nn.ModuleList([nn.Linear(8, 2), nn.Linear(8, 2)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.net(x)
+        return torch.cat([head(features) for head in self.heads], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Transposed, "classes are columns of `net.2.1.weight`"),
+        (Joined, "chooses among 4 classes, which `heads.0.weight` and"),
+    ],
+)
+def test_heads_without_a_row_for_each_class_are_refused_before_training(
+    kind: Any, message: str, tmp_path: Path
+) -> None:
+    module, cl = kind(), ContinualMerging("average", tmp_path / "bank")
+    before = values(dict(module.named_parameters()))
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, cl, (0, 1))
+    assert all(torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+
+
+class EarlyOptimizer(Head):
+    """Makes its optimizer before there are adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def configure_optimizers(self) -> Any:
+        return self.made
+
+
+def test_adapters_that_no_optimizer_has_are_refused_at_the_start(tmp_path: Path) -> None:
+    module = EarlyOptimizer()
+    with pytest.raises(ValueError, match="no optimizer has the adapters"):
+        fit(tmp_path, module, ContinualMerging("lora-arithmetic", tmp_path / "bank", lora_rank=2), (0, 1))
+    assert module.steps == 0
+    assert not any("lora" in name for name, _ in module.named_parameters())
+
+
+class HeadFirst(Head):
+    """Defines its head before a layer of its body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.middle = self.net[2], nn.Linear(8, 8)
+        self.net[2] = nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self.net(x)))
+
+
+def test_a_head_with_an_adapter_is_called_as_the_user_calls_it(tmp_path: Path) -> None:
+    cl = ContinualMerging("lora-arithmetic", tmp_path / "bank", lora_rank=2)
+    with pytest.raises(ValueError, match=r"the logits come from `last`.*pass `head='last\.\*'`"):
+        fit(tmp_path, HeadFirst(), cl, (0, 1))
 
 
 @pytest.mark.parametrize(

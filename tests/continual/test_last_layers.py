@@ -17,7 +17,7 @@ class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head, self.projection = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 5)
-        self.norm, self.conv = nn.BatchNorm1d(3), nn.Conv2d(8, 3, 1)
+        self.norm, self.conv, self.up = nn.BatchNorm1d(3), nn.Conv2d(8, 3, 1), nn.ConvTranspose2d(8, 3, 1)
         self.rows, self.columns = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(8, 3))
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
@@ -102,6 +102,8 @@ def test_classes_that_are_columns_and_a_choice_among_one_are_seen() -> None:
     features = module.body(X).relu()
     parameters = dict(module.named_parameters())
     assert not LossGraph(cross_entropy(features @ module.columns, Y), parameters).layers[0].has_rows
+    maps = module.up(features[:, :, None, None])[..., 0, 0]
+    assert not LossGraph(cross_entropy(maps, Y), parameters).layers[0].has_rows
     assert LossGraph(cross_entropy(module.head(features), Y), parameters).choices == 3
     assert LossGraph(cross_entropy(module.head(features)[:, :1], Y * 0), parameters).choices == 1
 
