@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_merge import weights
 from lightning_merge._checks import names, number, one_of, path, whole
+from lightning_merge._whole_steps import hook_whole_steps
 from lightning_merge.callbacks._lightning._batch_copies import BatchCopy
 from lightning_merge.callbacks._lightning._on_one_process import on_one_process
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
@@ -116,9 +117,10 @@ class Anchor(Callback):
             prepare_fisher(trainer, pl_module, self._held, self._recent)
         self._pulled = {parameter: name for name, parameter in held.items()}
         for optimizer in trainer.optimizers:
-            handle = optimizer.register_step_post_hook(self._pull)
-            cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks).move_to_end(handle.id, last=False)
-            self._hooks.append(handle)
+            handles = hook_whole_steps(optimizer, None, self._pull)
+            post_hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks)
+            post_hooks.move_to_end(handles[1].id, last=False)
+            self._hooks += handles
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the optimizers, also after an exception."""

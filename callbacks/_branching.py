@@ -257,8 +257,7 @@ class Branching(Published):
 
     def _earlier(self, publisher: Publisher, is_same: bool) -> Earlier:
         """What a file, or an earlier fit of the same weights, holds."""
-        fit = self._fit
-        if self._loaded is not None or fit is None:
+        if self._loaded is not None or (fit := self._fit) is None:
             return Earlier() if self._loaded is None else self._loaded.earlier
         if publisher.is_apart or not (publisher.is_continued or is_same):
             self._start_anew()
@@ -276,6 +275,7 @@ class Branching(Published):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Epochs before a fit that goes on are not looked at again."""
+        super().on_train_start(trainer, pl_module)
         if not self._resumed:
             self._progress.epochs = trainer.current_epoch
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement, settings_of, several
+from lightning_merge._whole_steps import hook_whole_steps
 from lightning_merge.callbacks._lightning._metrics import is_restoring
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
@@ -86,8 +87,7 @@ class Publisher(Exchange):
     def begin(self, average: Average, optimizer: Optimizer) -> None:
         """Counts the applied steps of an average's optimizer; the last average to begin also wraps the loops."""
         if not any(other is optimizer for other, _ in self._counted):
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
-            self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+            self._hooks += hook_whole_steps(optimizer, self._before_step, self._after_step)
         self._counted.append((optimizer, average))
         self.begun.append(average)
         if len(self._counted) == len(self.averages):

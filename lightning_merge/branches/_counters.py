@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_merge._whole_steps import hook_whole_steps
+
 Counts: TypeAlias = dict[tuple[int, str], Any]
 """Values by the number of the group, -1 for the optimizer itself, and their name."""
 
@@ -37,11 +39,9 @@ class Counters:
         self._first: Counts = {where: _copy(value) for where, value in self._seen().items()}  # as it was made
         self._start: Counts = {}  # before the first step that changed it
         self._before: Counts = {}
-        self._tensors: dict[tuple[int, str], tuple[int, Tensor]] = {}
-        self._hooks: list[RemovableHandle] = [
-            optimizer.register_step_pre_hook(self._note),
-            optimizer.register_step_post_hook(self._compare),
-        ]
+        self._copies: Counts = {}  # of what a step may write to
+        self._versions: dict[tuple[int, str], int] = {}
+        self._hooks: Sequence[RemovableHandle] = hook_whole_steps(optimizer, self._note, self._compare)
 
     def take(self) -> Counts:
         """A copy of what there is now."""
@@ -107,20 +107,22 @@ class Counters:
         for where in self.owned:
             seen.pop(where, None)
         self._before = seen
-        tensors = {where: value for where, value in seen.items() if isinstance(value, Tensor)}
-        self._tensors = {where: (value._version, value.detach().clone()) for where, value in tensors.items()}
+        writable = {where: value for where, value in seen.items() if isinstance(value, Tensor | dict | list | set)}
+        self._copies = copied(writable)
+        self._versions = {where: value._version for where, value in writable.items() if isinstance(value, Tensor)}
 
     def _compare(self, *_: Any) -> None:
         known = set(self.owned)
         for where, value in self._seen().items():
             before = self._before.get(where, _ABSENT)
-            version, kept = self._tensors.get(where, (None, before))
-            is_new = value is not before or (version is not None and version != value._version)
+            is_written = where in self._copies and self._versions.get(where) != getattr(value, "_version", -1)
+            is_new = value is not before or is_written
+            kept = self._copies.get(where, before)
             if where[0] < 0 and before is _ABSENT:
                 continue  # an attribute that was no number: something that is worked out once
             if is_new and where not in known and _differ(kept, value):
                 self._own(where, kept)
-        self._before, self._tensors = {}, {}
+        self._before, self._copies, self._versions = {}, {}, {}
 
     def _own(self, where: tuple[int, str], before: Any) -> None:
         if where not in self._start:

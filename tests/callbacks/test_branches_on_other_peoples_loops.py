@@ -12,7 +12,7 @@ from tiny import trainer
 from torch import Tensor, nn
 
 from lightning_merge.branches import Average, InTurn
-from lightning_merge.callbacks import PAPA, Branching, DiLoCo, ForkMerge, Lookaround, teacher
+from lightning_merge.callbacks import DART, PAPA, Branching, DiLoCo, ForkMerge, Lookaround, teacher
 from lightning_merge.schedules import EveryNSteps
 
 
@@ -404,3 +404,37 @@ def test_weights_that_a_hook_changes_right_after_a_merge_resume_as_they_are(tmp_
     whole = run(3)
     run(2)
     assert not differences(run(3, ckpt_path=tmp_path / "2" / "epoch=1.ckpt"), whole, 0.0)
+
+
+class Position:
+    """A loader that Lightning sets to where it was."""
+
+    def __init__(self) -> None:
+        self.next = 0
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Any:
+        first, self.next = self.next, 0
+        for number in range(first, 6):
+            self.at = number + 1
+            yield DATA[number]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["at"] % 6
+
+
+def test_branches_whose_start_is_a_share_of_the_run_resume_in_mid_epoch_at_the_next_batch(tmp_path: Path) -> None:
+    def run(folder: str, **resume: Any) -> dict[str, Tensor]:
+        callbacks = [DART(2, 3, 0.5, VIEWS, buffers="average")]
+        saver = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+        module = Plain()
+        trainer(tmp_path, [*callbacks, saver], max_epochs=2).fit(module, Position(), **resume)
+        return dict(module.state_dict())
+
+    whole = run("whole")
+    assert not differences(run("again", ckpt_path=tmp_path / "whole" / "step=2.ckpt"), whole, 0.0)
