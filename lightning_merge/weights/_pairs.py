@@ -11,7 +11,10 @@ from torch import Tensor
 from lightning_merge.weights._names import Weights
 
 _AT_A_TIME = 2**22
-"""Numbers that are converted at a time, so that little memory is taken: 16 MB in float32."""
+"""Numbers that are converted at a time on a device, for few launches in little memory: 16 MB in float32.
+
+In host memory it is one tensor: there is nothing to launch.
+"""
 
 
 class Pairs(NamedTuple):
@@ -52,7 +55,7 @@ def alike(*lists: Sequence[Tensor]) -> bool:
 
 
 def _converted(group: Pairs) -> Iterator[Pairs]:
-    for start, end in runs(group.targets, _AT_A_TIME):
+    for start, end in runs(group.targets, 0 if group.targets[0].is_cpu else _AT_A_TIME):
         targets = group.targets[start:end]
         converted = [torch.empty_like(tensor) for tensor in targets]
         torch._foreach_copy_(converted, group.sources[start:end])
