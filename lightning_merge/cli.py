@@ -22,6 +22,8 @@ _PASSED_ON = {"run": "run", "fit": "fit", "validate": "fit", "test": "fit", "pre
 _COMMANDS = ("recipes", "inspect", "diff", "export", "verify", "doctor", "average", "soup", "unlearn")
 """All others. The module of a command has its name, ``DESCRIPTION``, ``add_arguments`` and ``run``."""
 
+_EVERY = (*_PASSED_ON, *_COMMANDS)
+
 
 _HELP = """\
 commands:
@@ -81,7 +83,14 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exits with code 2."""
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        near = [match for word in unknown for match in get_close_matches(word, self.options, n=1)]
+        known = [*self.options, *self._option_string_actions]
+        near = [match for word in unknown for match in get_close_matches(word, known, n=1)]
+        if "argument COMMAND: invalid choice" in message:
+            message, _, _ = message.partition(" (choose from")
+            near = get_close_matches(message.rpartition(": ")[2].strip("'").lower(), _EVERY, n=1)
+            message += "" if near else f"; the commands are {', '.join(_EVERY)}"
+            mean = f" Did you mean {near[0]}?" if near else ""
+            super().error(f"{message}.{mean}")
         mean = f" Did you mean {' or '.join(near)}?" if near and message.startswith("unrecognized") else ""
         super().error(f"{message}.{mean}" if mean else message)
 
@@ -102,7 +111,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"lightning-merge {__version__}")
     commands = parser.add_subparsers(prog="lightning-merge", dest="command", metavar="COMMAND", help=argparse.SUPPRESS)
     module: ModuleType | None = None
-    for name in (*_PASSED_ON, *_COMMANDS):
+    for name in _EVERY:
         if name != command:
             commands.add_parser(name)
             continue

@@ -44,6 +44,13 @@ def test_options_are_taken_in_full_only(command: str, run: Run, file: Path) -> N
     assert not Path("m.pt").exists()
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("recipe", "recipes"), ("SOUP", "soup"), ("--versio", "--version")])
+def test_a_command_that_is_none_gets_the_one_that_was_likely_meant(typed: str, meant: str, run: Run) -> None:
+    code, _, err = run(typed)
+    assert code == 2
+    assert f"Did you mean {meant}?" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -81,6 +81,9 @@ FOLDERS: dict[str, tuple[dict[str, tuple[float, int | None]], str | float]] = {
         {"version_0/checkpoints/a.ckpt": (1, 1), "version_1/checkpoints/b.ckpt": (9, 2)},
         "2 runs",
     ),
+    "folds": ({"fold_0/a.ckpt": (1, 1), "fold_1/b.ckpt": (9, 2)}, "2 runs"),
+    "seeds": ({"Seed-1/best/a.ckpt": (1, 1), "Seed-2/best/b.ckpt": (9, 2)}, "2 runs"),
+    "checkpoints in folders of their own": ({"step_1/a.ckpt": (1, 1), "step_2/a.ckpt": (3, 2)}, 2.0),
     "folders of two runs": ({"x/checkpoints/a.ckpt": (1, 1), "y/checkpoints/b.ckpt": (9, 2)}, "2 runs"),
     "other weights at one step": ({"x/a.ckpt": (1, 1), "y/b.ckpt": (9, 1)}, "at step 1 they differ"),
     "two callbacks of one run": ({"checkpoints/best/a.ckpt": (1, 1), "checkpoints/every/b.ckpt": (3, 2)}, 2.0),
@@ -105,6 +108,14 @@ def test_only_the_files_of_one_run_are_averaged(name: str, run: Run, tmp_path: P
         assert code == 0, err
         assert number(Path("m.pt")) == expected
         assert out.count("left out: ") == len(files) - 2
+
+
+def test_a_folder_that_is_none_is_called_what_it_is(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "a.ckpt", 1.0, 1)
+    for name, message in (("a.ckpt", "a.ckpt is a file: name the folder"), ("nope", "there is no folder")):
+        code, _, err = run("average", tmp_path / name, "--out", "m.pt")
+        assert code == 2
+        assert message in err
 
 
 def test_folders_with_the_settings_of_a_run_are_runs(tmp_path: Path) -> None:

@@ -272,8 +272,8 @@ def _module_at(module: nn.Module, path: str) -> nn.Module | None:
 
 def _is_leaf(module: nn.Module, path: str) -> bool:
     owner = _module_at(module, path)
-    inner = [] if owner is None else [name for name, _ in owner.named_parameters() if "." in name]
-    return owner is not None and all(name.startswith("parametrizations.") for name in inner)
+    inner = [] if owner is None else [weights.canonical(name) for name, _ in owner.named_parameters()]
+    return owner is not None and all("." not in name or name.startswith("parametrizations.") for name in inner)
 
 
 def _is_beside(name: str, parent: str, used: set[str]) -> bool:

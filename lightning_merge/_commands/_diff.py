@@ -2,6 +2,7 @@
 
 from lightning_merge.diagnostics import cosine, distance, norm, parameters, sign_conflicts
 from lightning_merge.files._layouts import open_set
+from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._sets import match
 from lightning_merge.weights import Weights, nonfinite
 
@@ -23,6 +24,8 @@ def diff(first: str, second: str | None) -> str:
     else:
         one, other = open_set(first), open_set(second)
     left, right = (file.choose(name).weights for file, name in (one, other))
+    refuse_no_plain(one[0].path, left)
+    refuse_no_plain(other[0].path, right)
     match(one[0], left, other[0], right)
     lines = [f"a: {one[0].path}, {one[1]}", f"b: {other[0].path}, {other[1]}"]
     return "\n".join([*lines, *_report(left, right)])

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+from lightning_merge._mergeable import carried
 from lightning_merge.diagnostics import examine
 from lightning_merge.files._layouts import open_file, open_set
+from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._sets import StoredSet, WeightFile, match
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Weights, is_averaged
 
 
 def doctor(files: list[str], base: str | None, config: Path | None, monitor: str, points: int) -> str:
@@ -23,14 +25,20 @@ def doctor(files: list[str], base: str | None, config: Path | None, monitor: str
     """
     chosen = _sets(files)
     opened = list(chosen.values())
+    for file, stored in opened:
+        refuse_no_plain(file.path, stored.weights)
     for file, stored in opened[1:]:
         match(opened[0][0], opened[0][1].weights, file, stored.weights)
+    for name, tensor in opened[0][1].weights.items():
+        if not is_averaged(tensor):
+            carried(name, [stored.weights[name] for _, stored in opened])  # what no command merges is said here too
     candidates = {name: stored.weights for name, (_, stored) in chosen.items()}
     shares = {name: s.initial_share for name, (_, s) in chosen.items() if s.initial_share is not None}
     base_weights = None
     if base is not None:
         file, name = open_set(base)
         base_weights = file.choose(name).weights
+        refuse_no_plain(base, base_weights)
         match(opened[0][0], opened[0][1].weights, file, base_weights)
     if config is None:
         result = examine(candidates, base_weights, initial_shares=shares, points=points)

@@ -9,6 +9,7 @@ import torch
 from lightning_merge._commands._target import literal, loading, refuse_input, refuse_target, save
 from lightning_merge.files import replacing
 from lightning_merge.files._layouts import open_file
+from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._sets import bytes_of, contiguous, tensors
 from lightning_merge.weights import Weights, first_mismatch
 
@@ -40,11 +41,14 @@ def export(
     strip = strip.removeprefix(found.stripped) if strip.startswith(found.stripped) else strip
     everything = found.state_dict
     state = {key.removeprefix(strip): value for key, value in everything.items() if key.startswith(strip)}
-    weights = contiguous(tensors(state))
+    found_tensors = tensors(state)
+    as_safetensors = os.fspath(target).endswith(".safetensors")
+    # torch's own format keeps all but what has no numbers.
+    refuse_no_plain(source, {key: t for key, t in found_tensors.items() if as_safetensors or t.is_meta})
+    weights = contiguous(found_tensors)
     if not weights:
         some = ", ".join(list(everything)[:3])
         raise ValueError(f"no tensor of {source} has a name that begins with {strip!r}; the first are: {some}.")
-    as_safetensors = os.fspath(target).endswith(".safetensors")
     extra = {key: value for key, value in state.items() if key not in weights}
     classes = None if arch is None else _refuse_other_architecture(arch, {**weights, **extra}, list(everything))
     about = {"arch": arch, "set": chosen, "source": file.name}

@@ -98,11 +98,16 @@ def sign_conflicts(vectors: Sequence[Mapping[str, Tensor]]) -> float:
         raise ValueError("`vectors` must hold at least one vector, got none.")
     shared = opposed = 0
     for name in parameters(vectors[0]):
-        signs = torch.stack([torch.sign(vector[name]) for vector in vectors])
+        signs = torch.stack([torch.sign(_real(vector[name])) for vector in vectors])
         moved = signs.abs().sum(0)
         shared += int((moved >= 2).sum())
         opposed += int(((moved >= 2) & (signs.sum(0).abs() < moved)).sum())
     return opposed / shared if shared else 0.0
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Its real and its imaginary parts, which have signs of their own, if it is complex."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ def of_geometry(candidates: Mapping[str, Mapping[str, Tensor]], measures: dict[s
     distances, cosines = {}, {}
     for (one, left), (other, right) in combinations(candidates.items(), 2):
         distances[one, other] = distance(left, right)
-        cosines[one, other] = cosine(matrices(left), matrices(right)) if matrices(left) else 1.0
+        cosines[one, other] = _alike(left, right)
     twins = [f"{one} and {other}" for (one, other), apart in distances.items() if apart == 0]
     if twins:
         text = f"{' and '.join(twins[:3])} are the same weights: nothing to merge, and in a mean they count twice."
@@ -76,6 +76,12 @@ def of_geometry(candidates: Mapping[str, Mapping[str, Tensor]], measures: dict[s
     return found
 
 
+def _alike(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
+    """Cosine of the matrices; 1 where there is none but of zeros, or without entries."""
+    one, other = matrices(left), matrices(right)
+    return cosine(one, other) if norm(one) or norm(other) else 1.0
+
+
 def of_base(
     candidates: Mapping[str, Mapping[str, Tensor]], base: Mapping[str, Tensor] | None, measures: dict[str, float]
 ) -> list[Finding]:
@@ -86,7 +92,7 @@ def of_base(
     if len(vectors) > 1:
         measures["sign conflicts"] = sign_conflicts(vectors)
         measures["cosine of task vectors"] = min(cosine(left, right) for left, right in combinations(vectors, 2))
-    kept = {name: cosine(matrices(weights), matrices(base)) for name, weights in candidates.items()}
+    kept = {name: _alike(weights, base) for name, weights in candidates.items()}
     name = min(kept, key=kept.__getitem__)
     measures["lowest cosine with the base"] = kept[name]
     if kept[name] >= _SAME_DIRECTION:

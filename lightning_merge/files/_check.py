@@ -203,7 +203,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if str(error).startswith(os.fspath(path)):
+        if str(error).startswith(f"{os.fspath(path)} "):  # said already; a store may give the name alone
             raise
         raise _refused(path, error) from error
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from lightning_merge.files._layouts import no_weights, open_file, sets_of
 from lightning_merge.files._other_formats import is_safetensors
 from lightning_merge.files._places import Place, memory_of, place_of
 from lightning_merge.files._read import read
+from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._safetensors import contiguous_stride, read_header
 from lightning_merge.files._sets import StoredSet, WeightFile, sources_of, stored
 from lightning_merge.files._sharded import is_sharded_checkpoint
@@ -186,8 +187,12 @@ class Checkpoint:
             self._whole(weights)
             return
         except AttributeError:
-            with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
-                self._take(sets_of(read(self.path), self.path), weights)
+            try:
+                with FakeTensorMode():  # older torch tells it in this mode only, which takes six times as long
+                    self._take(sets_of(read(self.path), self.path), weights)
+            except AttributeError:  # it has tensors without numbers
+                self._whole(weights)
+                return
         self._sums = Sums(self.path)
         if self.extra:
             self.extra = dict(_choose(open_file(self.path), weights).extra)
@@ -214,13 +219,7 @@ class Checkpoint:
         """Reads all of it into host memory."""
         file = open_file(self.path)
         chosen = self._chosen(file, weights)
-        for name, tensor in chosen.weights.items():
-            if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
-                kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
-                raise ValueError(
-                    f"{self.path}: `{name}` is a {kind} tensor, which is not read in parts and has no mean."
-                    " Save it as a plain one (`dequantize()`, `to_dense()`), or leave it out."
-                )
+        refuse_no_plain(self.path, chosen.weights)
         self.extra = dict(chosen.extra)
         self._memory = {name: tensor.contiguous() for name, tensor in chosen.weights.items()}
         for name, tensor in self._memory.items():

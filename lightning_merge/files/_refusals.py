@@ -1,6 +1,10 @@
 """What is said of files that are not read."""
 
 import os
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
 
 from lightning_merge.files._other_formats import in_quotes, other_format
 
@@ -28,3 +32,23 @@ def unreadable(path: str | os.PathLike[str]) -> str:
         f"{path} cannot be read: it was cut short (an interrupted save or copy), or torch did not write it."
         " Use an earlier checkpoint of the run."
     )
+
+
+def refuse_no_plain(path: str | os.PathLike[str], weights: Mapping[str, Tensor]) -> None:
+    """Checks that tensors can be compared and merged.
+
+    Raises:
+        ValueError: If one is quantised, nested or sparse, or has no numbers.
+    """
+    for name, tensor in weights.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f'{path}: `{name}` has a shape and no numbers: it was saved from the device "meta". Save it once it is'
+                " loaded, or leave it out."
+            )
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+            kind = "quantised" if tensor.is_quantized else "nested" if tensor.is_nested else "sparse"
+            raise ValueError(
+                f"{path}: `{name}` is a {kind} tensor, which is not read in parts and has no mean."
+                " Save it as a plain one (`dequantize()`, `to_dense()`), or leave it out."
+            )

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from lightning_merge.files._lazy import Checkpoint, WhichWeights
 
-_VERSION = re.compile(r"version_\d+")
+_VERSION = re.compile(r"(version|run|seed|fold|split|trial|job|replica)[-_]?\d+", re.IGNORECASE)
+"""Folders of which each is a run: versions of a logger, seeds, folds, trials."""
+
 _OF_A_RUN = ("config.yaml", "hparams.yaml", "metrics.csv", ".hydra", "events.out.tfevents.*")
 """What loggers and command lines put into the folder of a run."""
 
@@ -18,9 +20,15 @@ def run_files(
     """The checkpoints of the run in a folder by step, one per step, and why other files that match were left out.
 
     Raises:
-        ValueError: If no file is left, one cannot be read, or they are of several runs.
+        ValueError: If there is no such folder, no file is left, one cannot be read, or they are of several runs.
     """
-    paths = sorted(folder.glob(pattern), key=_order) if folder.is_dir() else []
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is a file: name the folder of its run."
+            if folder.exists()
+            else f"there is no folder {folder}: name the folder of a run."
+        )
+    paths = sorted(folder.glob(pattern), key=_order)
     found: dict[object, Checkpoint] = {}
     left_out: dict[Path, str] = {}
     taken: dict[Checkpoint, Path] = {}

@@ -85,6 +85,20 @@ def test_a_head_that_is_registered_twice_is_one_head(heads: Any, tmp_path: Path)
     assert moved.tolist() == [heads != "freeze"] * 2 + [heads == "per_task"] * 2
 
 
+class Compiled(Head):
+    """A head that is compiled on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[2] = torch.compile(self.net[2], backend="eager")
+
+
+def test_a_head_that_is_compiled_is_the_head_with_its_bias(tmp_path: Path) -> None:
+    module, cl = Compiled(), ContinualMerging("average", tmp_path / "bank")
+    fit(tmp_path, module, cl, (0, 1))
+    assert set(cl.merged_vector() or ()) == {"net.0.weight", "net.0.bias"}
+
+
 class Normed(Head):
     """A norm after the logits, with a scale for each class."""
 

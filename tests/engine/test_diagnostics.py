@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge import diagnostics
-from lightning_merge.diagnostics import examine
+from lightning_merge.diagnostics import examine, sign_conflicts
 from lightning_merge.diagnostics._examination import ORDER
+from lightning_merge.weights import Weights
 
 A = {"w": torch.tensor([[1.0, 2.0], [2.0, 4.0]]), "bn.running_mean": torch.tensor([9.0]), "n": torch.tensor(3)}
 B = {"w": torch.tensor([[1.0, -2.0], [2.0, 0.0]]), "bn.running_mean": torch.tensor([1.0]), "n": torch.tensor(5)}
@@ -125,6 +126,25 @@ def test_twenty_healthy_runs_raise_no_alarm() -> None:
     cases = doctor_cases.healthy()
     assert len(cases) == 20
     assert not {case.name: found.report() for case in cases if (found := case.examine()).verdict != "merge"}
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        {"w": torch.ones(4), "e": torch.empty(0, 3)},
+        {"w": torch.ones(4)},
+        {"w": torch.ones(4), "zeros": torch.zeros(2, 2)},
+    ],
+    ids=["no entries", "no matrices", "zeros"],
+)
+def test_what_has_no_entries_or_no_matrices_is_no_reason(one: Weights) -> None:
+    two = {name: 2 * tensor for name, tensor in one.items()}
+    assert examine({"a": one, "b": two}, one).verdict == "merge"
+
+
+def test_complex_vectors_are_in_conflict_where_a_part_of_theirs_is() -> None:
+    one, other = {"w": torch.tensor([1 + 1j, 1 + 0j])}, {"w": torch.tensor([1 - 1j, 1 + 0j])}
+    assert sign_conflicts([one, other]) == pytest.approx(1 / 3)
 
 
 def test_every_finding_says_its_number_and_what_to_do() -> None:

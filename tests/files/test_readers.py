@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import pickle
+import re
 import resource
 from enum import Enum
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_what_has_no_mean_is_refused_by_name(kind: str, reader: Any, tmp_path: P
     with pytest.raises(ValueError, match=rf"a.ckpt: `odd` is a {kind} tensor"):
         reader(path, tmp_path)
     assert export(str(path), tmp_path / "b.pt", None, "", None, force=False)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "quantised", "shape and no numbers"])
+@pytest.mark.parametrize("command", ["diff", "doctor", "soup", "export"])
+def test_every_command_names_what_it_cannot_take(kind: str, command: str, run: Any, tmp_path: Path) -> None:
+    odd = {
+        "sparse": torch.eye(2).to_sparse(),
+        "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "shape and no numbers": torch.ones(2, device="meta"),
+    }[kind]
+    torch.save({**WEIGHTS, "odd": odd}, path := tmp_path / "a.pt")
+    out = tmp_path / "out.pt"
+    after = {"soup": ["--out", out], "export": [tmp_path / "out.safetensors"]}.get(command, [])
+    code, _, err = run(command, path, *([] if command == "export" else [path]), *after)
+    assert code == 2
+    assert re.search(rf"a.pt: `odd` (is|has) a {kind}", err)
+    assert len(err.strip().splitlines()) == 1
 
 
 def test_programs_are_called_programs(tmp_path: Path) -> None:
