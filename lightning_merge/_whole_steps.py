@@ -28,6 +28,11 @@ def hook_whole_steps(optimizer: Optimizer, before: Hook | None, after: Hook) -> 
     return optimizer.register_step_pre_hook(hooks.enter), optimizer.register_step_post_hook(hooks.leave)
 
 
+def is_around(optimizer: Optimizer, other: Optimizer) -> bool:
+    """Whether it is the same, or one that wraps the other and shares its parameter groups."""
+    return optimizer is other or any(one is two for one in optimizer.param_groups for two in other.param_groups)
+
+
 @final
 class _WholeSteps:
     def __init__(self, before: Hook | None, after: Hook) -> None:

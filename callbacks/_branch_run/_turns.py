@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lightning_merge._whole_steps import is_around
 from lightning_merge.branches import OnePerRank
 from lightning_merge.callbacks._branch_run._fit import Fit
 from lightning_merge.callbacks._branch_run._own import OwnAttributes, Rates
@@ -119,6 +120,7 @@ class Turns:
             keep_gradients: Whether gradients are accumulated, so that each branch needs its own.
         """
         ours, branches = self._progress, self._branches
+        self._refuse_other_optimizers()
         self._fit.look_before_turns()
         counted = progress.state_dict()
         output = None
@@ -145,6 +147,15 @@ class Turns:
                 self._fit.end_group()
         self._fit.mark()
         return output
+
+    def _refuse_other_optimizers(self) -> None:
+        now, ours = self._trainer.optimizers, self._branches.optimizers
+        if len(now) != len(ours) or not all(map(is_around, now, ours)):
+            raise ValueError(
+                f"{self._settings.title}: the optimizers of the Trainer were replaced after the fit began, and branches"
+                " own the states of those before. Set them up in `configure_optimizers`, and add what is trained later"
+                " by `optimizer.add_param_group`."
+            )
 
     def _turns(self) -> Sequence[int]:
         """The branches that the next batch is for."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement, settings_of, several
-from lightning_merge._whole_steps import hook_whole_steps
+from lightning_merge._whole_steps import hook_whole_steps, is_around
 from lightning_merge.callbacks._lightning._metrics import is_restoring
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
@@ -95,6 +95,7 @@ class Publisher(Exchange):
             self.check_configuration()
             self.validation.wrap(self.patches)
             self.checkpoints.wrap_writers(self.patches)
+            self.patches.replace(self.trainer.strategy, "optimizer_step", self._step)
             self.validation.announce()
 
     @property
@@ -110,6 +111,16 @@ class Publisher(Exchange):
         for callback in self._judges:
             fields |= settings_of(callback)
         check_agreement(fields, "Give every process the same callbacks and model.")
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Counts the steps of optimizers that came in the place of others, as those that a hook sets up again."""
+        for number, (counted, average) in enumerate(self._counted):
+            now = self.trainer.optimizers[average.optimizer]
+            if not is_around(now, counted):
+                if not any(other is now for other, _ in self._counted):
+                    self._hooks += hook_whole_steps(now, self._before_step, self._after_step)
+                self._counted[number] = now, average
+        return original(*args, **kwargs)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.watches_training and not self.busy:
