@@ -43,7 +43,7 @@ class Parser(LightningArgumentParser):
     """Takes options in full only: an abbreviation would be another option, or none, after the next release."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"prog": "lightning-merge", "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exits with code 2 and the message only; a hundred lines of usage would push it off the screen."""

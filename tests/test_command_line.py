@@ -44,6 +44,10 @@ def test_options_are_taken_in_full_only(command: str, run: Run, file: Path) -> N
     assert not Path("m.pt").exists()
 
 
+def test_help_calls_the_command_by_its_name_however_it_was_started(run: Run) -> None:
+    assert run("test", "--help")[1].startswith("usage: lightning-merge ")  # here `sys.argv[0]` is another
+
+
 @pytest.mark.parametrize(("typed", "meant"), [("recipe", "recipes"), ("SOUP", "soup"), ("--versio", "--version")])
 def test_a_command_that_is_none_gets_the_one_that_was_likely_meant(typed: str, meant: str, run: Run) -> None:
     code, _, err = run(typed)

@@ -25,6 +25,7 @@ from lightning_merge._commands._export import export
 from lightning_merge._commands._inspect import describe
 from lightning_merge.compat import read_weights
 from lightning_merge.files import _unpickler, check, read
+from lightning_merge.files._check import naming
 from lightning_merge.files._layouts import open_file
 from lightning_merge.optim import OnDARE
 from lightning_merge.rules import Interpolation
@@ -127,6 +128,12 @@ def test_every_command_names_what_it_cannot_take(kind: str, command: str, run: A
     assert code == 2
     assert re.search(rf"a.pt: `odd` (is|has) a {kind}", err)
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_store_that_gives_the_name_alone_is_said_more_of() -> None:
+    url = "https://host/a.ckpt"
+    with pytest.raises(OSError, match=r"a\.ckpt cannot be read now: there is no such file"), naming(url):
+        raise FileNotFoundError(url)
 
 
 def test_programs_are_called_programs(tmp_path: Path) -> None:
