@@ -112,7 +112,7 @@ def test_only_the_files_of_one_run_are_averaged(name: str, run: Run, tmp_path: P
 
 def test_a_folder_that_is_none_is_called_what_it_is(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "a.ckpt", 1.0, 1)
-    for name, message in (("a.ckpt", "a.ckpt is a file: name the folder"), ("nope", "there is no folder")):
+    for name, message in (("a.ckpt", "a.ckpt is a file: name the folder"), ("nope", "there is no folder of that name")):
         code, _, err = run("average", tmp_path / name, "--out", "m.pt")
         assert code == 2
         assert message in err

@@ -26,7 +26,7 @@ def run_files(
         raise ValueError(
             f"{folder} is a file: name the folder of its run."
             if folder.exists()
-            else f"there is no folder {folder}: name the folder of a run."
+            else f"there is no checkpoint in {folder}, for there is no folder of that name: name the folder of a run."
         )
     paths = sorted(folder.glob(pattern), key=_order)
     found: dict[object, Checkpoint] = {}
