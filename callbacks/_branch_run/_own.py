@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from copy import copy
+from operator import is_
 from typing import Any, TypeAlias, final
 
 import torch
@@ -81,6 +82,8 @@ def _is_shared(value: Any) -> bool:
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    if len(before) == len(after) and all(map(is_, before.values(), after.values())) and before.keys() == after.keys():
+        return  # as nearly every submodule, in a tenth of the time
     for key, value in after.items():
         if before.get(key, _ABSENT) is not value and key not in _NO_ATTRIBUTES:
             yield key
