@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 from lightning_merge import weights
 from lightning_merge._checks import names, number, one_of, path, whole
 from lightning_merge._whole_steps import hook_whole_steps
-from lightning_merge.callbacks._lightning._batch_copies import BatchCopy
 from lightning_merge.callbacks._lightning._on_one_process import on_one_process
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
@@ -133,9 +132,7 @@ class Anchor(Callback):
         if self._search is not None and not self._search.is_tried and self._search.attempt(trainer, pl_module, batch):
             self._settle(trainer, pl_module, self._search)
         if self._recent is not None:
-            if self._recent.trial is not None:
-                trial, self._recent.trial = self._recent.trial, None
-                trial(BatchCopy.of(batch))
+            self._recent.try_now(batch)
             self._recent.hold(batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

@@ -108,15 +108,23 @@ class RecentBatches:
             if self.fetched is None:
                 return
             held = BatchCopy.of(self.fetched())
-        if self.trial is not None:
-            # After the step of training itself: what fails there as well is no matter of being run outside it.
-            trial, self.trial = self.trial, None
-            trial(held)
+        # After the step of training itself: what fails there as well is no matter of being run outside it.
+        self._try(held)
         if self._only_to_try:
             return
         self._kept.append(held)
         while len(self._kept) > 1 and sum(kept.size for kept in self._kept) > self.bytes:
             self._kept.popleft()
+
+    def try_now(self, batch: Any) -> None:
+        """Tries the user's step on a batch before it is trained on, unless it has been tried."""
+        if self.trial is not None:
+            self._try(BatchCopy.of(batch))
+
+    def _try(self, copy: BatchCopy) -> None:
+        if self.trial is not None:
+            trial, self.trial = self.trial, None
+            trial(copy)
 
 
 def _kinds(batch: Any) -> str:
