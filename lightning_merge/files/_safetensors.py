@@ -72,13 +72,13 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError(_unreadable(path, f"its header should have {length} bytes, and the file has {size}"))
+            raise ValueError(_unreadable(path, size, f"its header should have {length} bytes, and the file has {size}"))
         text = file.read(length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_number)
         return _entries(header, 8 + length, size)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(_unreadable(path, str(error))) from error
+        raise ValueError(_unreadable(path, size, str(error))) from error
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Weights:
@@ -156,7 +156,7 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number that a header may hold")
 
 
-def _unreadable(path: str | os.PathLike[str], why: str) -> str:
-    if os.path.getsize(path) >= 8 and (kind := other_format(path)) is not None:
+def _unreadable(path: str | os.PathLike[str], size: int, why: str) -> str:
+    if size >= 8 and (kind := other_format(path)) is not None:
         return f"{os.fspath(path)} cannot be read: it is no safetensors file, but {kind}."
     return f"{os.fspath(path)} cannot be read: it was cut short, or is no safetensors file ({why})."

@@ -5,6 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import safetensors.torch
 import torch
@@ -12,7 +13,7 @@ from readers import combined, equal
 
 from lightning_merge.combiners import Sum, combine_files
 from lightning_merge.compat import read_weights
-from lightning_merge.files._safetensors import _DTYPES
+from lightning_merge.files._safetensors import _DTYPES, read_header
 from lightning_merge.trajectory import Checkpoint, Trajectory
 
 DATA = torch.arange(4.0).numpy().tobytes()
@@ -137,3 +138,12 @@ def test_numbers_of_different_kinds_are_refused_by_name(tmp_path: Path) -> None:
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     with pytest.raises(ValueError, match=r"`w` cannot be averaged .*float32 in .*a\.safetensors, float8_e4m3fn in"):
         Trajectory.of_files(files).combine((0.5, 0.5))
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"123", "cut short"), (b"a text, " * 9, "but a text")])
+def test_a_remote_file_that_is_none_is_named_as_a_local_one(content: bytes, message: str, tmp_path: Path) -> None:
+    for where in ("memory://safetensors/x.safetensors", str(tmp_path / "x.safetensors")):
+        with fsspec.open(where, "wb") as file:
+            file.write(content)
+        with pytest.raises(ValueError, match=message):
+            read_header(where)
