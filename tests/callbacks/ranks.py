@@ -1,89 +1,17 @@
-"""Several gloo processes that each run a function, as ``torchrun`` would start them."""
+"""Modules, data and fits for tests that run in several gloo processes."""
 
-import multiprocessing
 import os
-import socket
-import sys
-import time
-import traceback
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from tiny import NetParts, batches, of, trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_merge.shards import as_sharded
-
-DEADLINE = 120.0
-"""Seconds after which a process that has not ended counts as hanging."""
-
-
-def launch(world: int, work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any]:
-    """What ``work(root, *arguments)`` returned in each process, forked from this one."""
-    return returned(start(world, work, root, *arguments), root)
-
-
-def returned(processes: list[Any], root: Path, seconds: float = DEADLINE) -> list[Any]:
-    """What each of the processes that ``start`` began in this folder returned, once all have ended."""
-    wait(processes, seconds)
-    failed = [rank for rank, process in enumerate(processes) if process.exitcode]
-    assert not failed, "".join((root / f"error{rank}.txt").read_text() for rank in failed)
-    return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(len(processes))]
-
-
-def start(world: int, work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any]:
-    root.mkdir(exist_ok=True, parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_run, args=(rank, world, port, work, root, arguments), daemon=True)
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def wait(processes: list[Any], seconds: float = DEADLINE) -> None:
-    """Until all have ended; one that does not is killed, and that is an error."""
-    end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    hanging = [process for process in processes if process.is_alive()]
-    for process in hanging:
-        process.kill()
-    assert not hanging, f"{len(hanging)} of {len(processes)} processes did not end in {seconds} s"
-
-
-def _run(rank: int, world: int, port: int, work: Callable[..., Any], root: Path, arguments: Any) -> None:
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-        "LOCAL_WORLD_SIZE": str(world),
-        "GROUP_RANK": "0",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "TORCHELASTIC_RUN_ID": "test",
-    }
-    torch.set_num_threads(1)
-    try:
-        torch.save(work(root, *arguments), root / f"rank{rank}.pt")
-        if dist.is_initialized():
-            dist.barrier()  # the first process keeps the others' meeting point
-    except BaseException:
-        (root / f"error{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
-        sys.stderr.flush()
-        os._exit(1)
-    os._exit(0)
 
 
 class WideParts(NetParts):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from branch_table import PAIRS, differences, pair
-from ranks import launch
+from processes import launch
 
 from lightning_merge.callbacks import BranchStrategy
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import launch
+from processes import launch
 from test_policies_per_rank import CALLBACKS, TasksParts, validation
 from tiny import batches, of, trainer
 from torch import Tensor, nn

@@ -13,7 +13,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import Sharded, ShardedParts, Wide, ddp, fit, fsdp2, launch, loaders, start, together, wait, whole
+from processes import launch, start, wait
+from ranks import Sharded, ShardedParts, Wide, ddp, fit, fsdp2, loaders, together, whole
 from tiny import differing, of, trainer
 from torch import Tensor, nn
 

@@ -8,7 +8,8 @@ import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import ddp, fsdp2, launch, together
+from processes import launch
+from ranks import ddp, fsdp2, together
 from tiny import trainer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

@@ -15,7 +15,7 @@ import pytest
 import torch
 from golden import pairs, runs, streams
 from golden.compare import differing, loaded, sets_in
-from ranks import launch
+from processes import launch
 
 from lightning_merge.callbacks import ContinualMerging
 from lightning_merge.cli import main

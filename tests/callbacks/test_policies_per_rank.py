@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import launch
+from processes import launch
 from tiny import NetParts, batches, differing, of, trainer, validation, values
 from torch import Tensor, nn
 from torch.utils.data import DataLoader

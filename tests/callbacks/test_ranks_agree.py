@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import WideParts, ddp, fit, launch
+from processes import launch
+from ranks import WideParts, ddp, fit
 from tiny import of
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh

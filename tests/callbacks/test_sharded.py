@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, launch, loaders, together, whole
+from processes import launch
+from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, loaders, together, whole
 from tiny import differing, trainer
 from torch import Tensor
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import DEADLINE, Even, Sharded, Wide, ddp, fit, fsdp2, launch, loaders, returned, start, together, whole
+from processes import DEADLINE, launch, returned, start
+from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, loaders, together, whole
 from tiny import differing, raw_of, read, trainer
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save

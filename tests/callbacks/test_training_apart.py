@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
-from ranks import Wide, WideParts, ddp, fit, launch, loaders
+from processes import launch
+from ranks import Wide, WideParts, ddp, fit, loaders
 from tiny import of
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 from torch.distributed.optim import ZeroRedundancyOptimizer

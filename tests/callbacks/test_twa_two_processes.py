@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
-from ranks import Wide, ddp, fit, launch
+from processes import launch
+from ranks import Wide, ddp, fit
 from tiny import differing, read, values
 
 from lightning_merge.callbacks import TWA

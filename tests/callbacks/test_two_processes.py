@@ -1,8 +1,6 @@
 """Two gloo processes under DDP, with BatchNorm statistics that differ between them."""
 
-import multiprocessing
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from processes import launch
 from tiny import NetParts, batches, differing, of, read, score, trainer, validation, values
 from torch import Tensor
 
@@ -173,18 +172,7 @@ def test_a_resumed_run_trains_on_as_one_without_the_callback(tmp_path: Path) -> 
     assert set(differing(whole[0]["end"], merging[0]["end"])) <= {"net.1.running_mean", "net.1.running_var"}
 
 
-def fit_twice(rank: int, root: Path, port: int) -> None:
-    """What a script started by ``torchrun`` does."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-        "GROUP_RANK": "0",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "TORCHELASTIC_RUN_ID": "test",
-    }
+def fit_twice(root: Path) -> list[dict[str, Any]]:
     found = []
     for fits in (1, 2):
         ema, module = EMA(decay=0.8), of(PlainStepsParts)(norm=True)
@@ -192,24 +180,13 @@ def fit_twice(rank: int, root: Path, port: int) -> None:
             strategy = DDPStrategy(process_group_backend="gloo")
             settings = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
             fit = trainer(root, [ema], max_epochs=2 // fits, **settings)
-            fit.fit(module, batches(4, seed=rank), validation())
+            fit.fit(module, batches(4, seed=int(os.environ["RANK"])), validation())
         found.append({"steps": ema.steps, "raw": values(ema.raw_weights()), "module": values(module)})
-    torch.save(found, root / f"rank{rank}.pt")
+    return found
 
 
 def test_a_second_fit_continues_the_run_in_every_process(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=fit_twice, args=(rank, tmp_path, port)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    for rank in range(2):
-        once, twice = torch.load(tmp_path / f"rank{rank}.pt")
+    for once, twice in launch(2, fit_twice, tmp_path):
         assert once["steps"] == twice["steps"] == 8
         assert not differing(once["raw"], twice["raw"])
         assert not differing(once["module"], twice["module"])

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torchmetrics
+from processes import launch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -378,35 +378,31 @@ def test_compiled_module_is_measured_and_not_compiled_again(in_place):
         torch.testing.assert_close(tensor, expected[name])
 
 
-def worker(rank: int, folder: str) -> None:
-    """One of two processes; writes what it got."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        for layer in (nn.BatchNorm1d, nn.SyncBatchNorm):
-            module = nn.Sequential(layer(1), nn.BatchNorm1d(1), nn.BatchNorm1d(2)).double()
-            result = recalibrated_statistics(module, [RAGGED[rank].double()], module[:2])
-            torch.save(result, f"{folder}/{layer.__name__}-{rank}.pt")
-        layer = nn.BatchNorm1d(1)
-        torch.save(recalibrated_statistics(layer, [] if rank else RAGGED, layer), f"{folder}/uneven-{rank}.pt")
-        with pytest.raises(ValueError, match="`batches` is empty"):
-            recalibrated_statistics(layer, [], layer)
-    finally:
-        dist.destroy_process_group()
+def pool(root: Path) -> dict[str, Any]:
+    """What one of two processes gets."""
+    dist.init_process_group("gloo")
+    found = {}
+    for layer in (nn.BatchNorm1d, nn.SyncBatchNorm):
+        module = nn.Sequential(layer(1), nn.BatchNorm1d(1), nn.BatchNorm1d(2)).double()
+        found[layer.__name__] = recalibrated_statistics(module, [RAGGED[dist.get_rank()].double()], module[:2])
+    layer = nn.BatchNorm1d(1)
+    found["uneven"] = recalibrated_statistics(layer, [] if dist.get_rank() else RAGGED, layer)
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        recalibrated_statistics(layer, [], layer)
+    return found
 
 
 @pytest.fixture(scope="module")
-def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pooled")
-    mp.spawn(worker, (str(folder),), nprocs=2)
-    for first in folder.glob("*-0.pt"):
-        assert torch.load(first) == torch.load(folder / first.name.replace("-0", "-1"))
-    return folder
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    first, second = launch(2, pool, tmp_path_factory.mktemp("pooled"))
+    assert first == second
+    return second
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("layer", ["BatchNorm1d", "SyncBatchNorm"])
 def test_processes_pool_what_they_saw(pooled, layer):
-    result = torch.load(pooled / f"{layer}-0.pt")
+    result = pooled[layer]
     assert list(result) == ["0.running_mean", "0.running_var", "1.running_mean", "1.running_var"]
     assert result["0.running_mean"].item() == pytest.approx(6.0, abs=1e-12)
     assert result["0.running_var"].item() == pytest.approx(27.2, abs=1e-12)
@@ -418,7 +414,7 @@ def test_processes_pool_what_they_saw(pooled, layer):
 
 @pytest.mark.multiprocess
 def test_process_without_a_batch_gets_what_the_others_saw(pooled):
-    assert torch.load(pooled / "uneven-1.pt")["running_var"].item() == pytest.approx(27.2)
+    assert pooled["uneven"]["running_var"].item() == pytest.approx(27.2)
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.5, None])

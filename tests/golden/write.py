@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from golden import pairs, runs, streams
 from golden.compare import differing, loaded, sets_in
-from ranks import launch
+from processes import launch
 
 from lightning_merge import callbacks as merging
 from lightning_merge.cli import main

@@ -1,13 +1,12 @@
 """OnDARE and OnTIES on two gloo processes: replicas stay equal, and shards equal the whole."""
 
-import multiprocessing
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import launch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -98,32 +97,19 @@ def refused() -> str:
     return ""
 
 
-def work(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = {
+def work(root: Path) -> dict[str, Any]:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    return {
         "replicas": {kind: replicas(kind, rank) for kind in METHODS},
         "shards": {kind: shards(kind, rank) for kind in METHODS},
         "refused": refused(),
     }
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank, port, folder)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return launch(2, work, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("kind", METHODS)

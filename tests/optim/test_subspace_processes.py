@@ -1,13 +1,11 @@
 """Two gloo processes, each with its share of the snapshots, take the steps of one."""
 
-import multiprocessing
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import launch
 
 from lightning_merge.optim import Subspace
 
@@ -37,26 +35,13 @@ def run(form: str, optimizer: str) -> tuple[list[torch.Tensor], int]:
     return [tensor.clone() for tensor in live.values()], held
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save([run(*form) for form in FORMS], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def work(root: Path) -> list[tuple[list[torch.Tensor], int]]:
+    dist.init_process_group("gloo")
+    return [run(*form) for form in FORMS]
 
 
 def test_two_processes_take_the_steps_of_one_and_hold_half_each(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=worker, args=(rank, port, str(tmp_path))) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    ranks = launch(2, work, tmp_path)
     for index, form in enumerate(FORMS):
         expected, everything = run(*form)
         assert ranks[0][index][1] + ranks[1][index][1] == everything
