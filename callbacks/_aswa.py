@@ -6,11 +6,11 @@ from typing import Unpack
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_merge import weights
+from lightning_merge._averaging._elsewhere import Taken
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import start, whole
 from lightning_merge._choice import Mode, mode_of, standing
 from lightning_merge.callbacks._accept_if_better import logged, refuse_other_mode, refuse_without_validation
-from lightning_merge.callbacks._averaging_run._elsewhere import Taken
 from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import GatedMean

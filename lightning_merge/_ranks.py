@@ -12,6 +12,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this is the first process, which speaks for all."""
+    return not several() or dist.get_rank() == 0
+
+
 def gathered(value: Any) -> list[Any]:
     """The value of every process, by rank. All must call this."""
     if not several():

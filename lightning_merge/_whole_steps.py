@@ -33,6 +33,15 @@ def is_around(optimizer: Optimizer, other: Optimizer) -> bool:
     return optimizer is other or any(one is two for one in optimizer.param_groups for two in other.param_groups)
 
 
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether the step whose hook this is called from has changed nothing.
+
+    Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
+    """
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
+
+
 @final
 class _WholeSteps:
     def __init__(self, before: Hook | None, after: Hook) -> None:

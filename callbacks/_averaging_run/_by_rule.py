@@ -1,101 +1,27 @@
 """What an average by a rule does: it takes weights in, follows the module, and resumes."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_merge import weights
+from lightning_merge._averaging._elsewhere import placed, refuse_without_room
+from lightning_merge._averaging._remarks import mostly_the_start
+from lightning_merge._averaging._state import AveragingState
 from lightning_merge._ranks import agreed
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
-from lightning_merge.callbacks._averaging_run._elsewhere import Background, Taken, placed, refuse_without_room
-from lightning_merge.callbacks._averaging_run._remarks import mostly_the_start
-from lightning_merge.callbacks._averaging_run._state import AveragingState
-from lightning_merge.callbacks._averaging_run._undecided import Undecided, by_reference
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
-from lightning_merge.schedules import Moment
-from lightning_merge.weights import Finding, Weights
+from lightning_merge.weights import Weights
 
 
 class MergingByRule(AverageByRule):
     """An average that is told what happens in a fit."""
 
-    _had_begun = False  # before the update that is under way in host memory
-
-    # ---- taking weights in
-
-    def wants(self, moment: Moment) -> bool:
-        """Whether the average starts or takes weights in at this moment."""
-        schedule = self._active_schedule
-        # An update that is under way is not waited for where it is known that there is an average.
-        is_known = self._had_begun and self._background is not None and self._background.is_busy
-        return schedule.due(moment) if is_known or self._state is not None else schedule.started(moment)
-
-    def take_in(self, moment: Moment, finding: Finding) -> None:
-        """Starts the average if it has not started, and takes the live weights in if that is due.
-
-        Where the device has not said yet whether the weights hold a NaN, they are taken in all the same, in a way that
-        can be taken back; ``decide`` does that.
-
-        Args:
-            moment: Now.
-            finding: Which live tensors hold a NaN or an infinity.
-        """
-        if self._tensors.is_elsewhere and self._active_rule.can_be_undone:
-            self._take_in_beside(moment, finding)
-            return
-        if finding.is_there or not self._active_rule.can_be_undone or not self._tensors.has_room:
-            self._take_in(moment, finding.names(), self._tensors.taken())
-            return
-        state, buffers = by_reference(self._state), by_reference(self._buffers)
-        before = Undecided(finding, set(self.captured), self.steps, state, buffers, self.update_window)
-        with weights.made_anew():
-            self._take_in(moment, set(), self._tensors.taken())
-        self._undecided = before
-
-    def _take_in_beside(self, moment: Moment, finding: Finding) -> None:
-        """Copies the weights into host memory, where they are taken in while the device goes on."""
-        self._had_begun = self._state is not None  # which waits for the update before
-        taken = self._tensors.sent()
-
-        def update() -> None:
-            taken.way.wait()
-            self._take_in(moment, finding.names(), taken)
-
-        self._background = self._background or Background()
-        self._background.begin(update)
-
-    def _take_in(self, moment: Moment, nonfinite: set[str], taken: Taken) -> None:
-        if not self._start(nonfinite, moment.step, taken) or not self._active_schedule.due(moment):
-            return
-        if not self._update(taken):
-            return
-        self._note_update(moment.step, taken)
-
-    def _note_update(self, step: int, taken: Taken) -> None:
-        weights.copy_(self._buffers, taken.copied)
-        self.update_window = (self.update_window[0] if self.update_window else step, step)
-
-    def _update(self, taken: Taken) -> bool:
-        """Hands the weights to the rule; whether they were taken in."""
-        with weights.joining() if self._active_rule.can_be_undone else nullcontext():
-            self._active_rule.update(self._kept, taken.averaged)
-        return True
-
-    def _start(self, nonfinite: set[str], step: int, taken: Taken) -> bool:
-        """Whether there is an average, and weights fit for it."""
-        if nonfinite and (culprits := nonfinite & self.captured.keys()):
-            self._skip(min(culprits), step)
-            return False
-        if self._state is None:
-            self._state = self._active_rule.init(taken.averaged)
-            self._buffers = weights.copies(taken.copied)
-        return True
+    # ---- scores
 
     def _evaluate(self, trainer: Trainer, validation: Validation) -> None:
         rule = self._active_rule
@@ -103,15 +29,8 @@ class MergingByRule(AverageByRule):
         score = self._told(trainer.callback_metrics if of_raw else validation.metrics_of(self.name), validation)
         if score is None:
             return
-        if rule.merges_when_scored and (culprits := weights.nonfinite(self.checked)):
-            self._skip(min(culprits), self.steps)
+        if not self._take_score(score if self.mode == "min" else -score):
             return
-        updates = self.updates
-        taken = self._tensors.taken() if rule.merges_when_scored else Taken(self._tensors.live, {})
-        rule.evaluate(self._kept, score if self.mode == "min" else -score, taken.averaged)
-        if self.updates != updates and rule.merges_when_scored:
-            self._note_update(self.steps, taken)
-        self.evaluations += of_raw
         if self.stop_when_finished and rule.finished(self._kept):
             trainer.should_stop = True
 
@@ -138,18 +57,7 @@ class MergingByRule(AverageByRule):
     # ---- which tensors
 
     def look_again(self) -> None:
-        self.decide()
-        change = self._tensors.follow(self._session, self.steps)
-        if self._state is None:
-            return
-        if change.gone or change.fresh:
-            self._active_rule.forget(self._state, [*change.gone, *change.fresh])
-        if change.fresh:
-            self._active_rule.extend(self._state, placed(weights.local(change.fresh), self._tensors.is_elsewhere))
-        live = self._tensors.live_copied
-        fitting = {n: b for n, b in self._buffers.items() if n in live and b.shape == live[n].shape}
-        new = {name: tensor for name, tensor in live.items() if name not in fitting}
-        self._buffers = {**fitting, **placed(weights.copies(new), self._tensors.is_elsewhere)}
+        self._follow(self._session)
 
     def remarks(self) -> list[str]:
         pulled = self.selection.pulled_along(self._session.inventory)
@@ -167,18 +75,9 @@ class MergingByRule(AverageByRule):
 
     def _go_on(self) -> None:
         """Brings a state from before to the model's devices."""
-        devices = self._tensors.devices
         path = "an earlier fit" if self._publisher is None else self._publisher.checkpoints.path
         with as_written(f"{path}: the state of the average `{self.name}`"):
-            self._state = self._active_rule.load(self._kept, devices)
-            self._buffers = weights.to_devices(self._buffers, devices)
-            average = self._active_rule.stored(self._kept)
-            moved = [name for name in average or () if name in self._tensors.copied]
-            if moved:
-                self._active_rule.forget(self._kept, moved)  # an earlier version averaged them
-                self._buffers |= weights.copies(
-                    {n: self._tensors.live_copied[n] for n in moved if n not in self._buffers}
-                )
+            self._to_devices()
         if not self._resumed and self._publisher is not None:
             self._publisher.continue_fit(self)
 
@@ -193,12 +92,8 @@ class MergingByRule(AverageByRule):
         if self._resumed and self._module is not None and not self._module.strict_loading:
             self._complete(average)
             average = self._active_rule.stored(self._state) or {}
-        kept = {name: tensor for name, tensor in average.items() if name not in self._tensors.copied}
-        if difference := weights.first_mismatch(self._tensors.live, kept):
-            raise ValueError(
-                f"{self.title} holds the average of another model: {difference}. Use a fresh callback, or the"
-                " model and the selection that it was started with."
-            )
+        cure = "Use a fresh callback, or the model and the selection that it was started with."
+        self._refuse_another_model(average, cure)
 
     def _complete(self, average: Weights) -> None:
         """With ``strict_loading=False``, what a file has no average of starts now, and what the module has not goes."""

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, final
 
+from lightning_merge._saved import Saved
 from lightning_merge.callbacks._branch_run._progress import Progress
-from lightning_merge.callbacks._publication._state import Saved
 from lightning_merge.weights import State, Weights
 
 

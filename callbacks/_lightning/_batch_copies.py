@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from lightning_merge.callbacks._lightning._to_host import ToHost
+from lightning_merge._to_host import ToHost
 
 
 @dataclass

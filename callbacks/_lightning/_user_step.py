@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from lightning_merge._eval_mode import extends_train
 from lightning_merge._isolation import isolated
 from lightning_merge._ranks import gathered
-from lightning_merge.callbacks._lightning._eval_mode import extends_train
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.shards import reshard
 

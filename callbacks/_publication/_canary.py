@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from lightning_merge import weights
+from lightning_merge._eval_mode import extends_train, written_in_eval
 from lightning_merge._isolation import untouched
-from lightning_merge.callbacks._lightning._eval_mode import extends_train, written_in_eval
 from lightning_merge.callbacks._lightning._internals import is_compiled_whole
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._user_step import muted

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_merge import weights
+from lightning_merge._averaging._in_place import in_place, publishable
 from lightning_merge._ranks import check_agreement
-from lightning_merge.callbacks._lightning._eval_mode import written_in_eval
 from lightning_merge.callbacks._publication._apart import Apart
 from lightning_merge.callbacks._publication._average import Average, Ending, averages_of
 from lightning_merge.inventory import Inventory
@@ -130,12 +130,7 @@ class Exchange:
 
     def publishable(self, average: Average, tensors: Mapping[str, Tensor]) -> Weights:
         """Any tensors in the place of an average's: in the live dtype, buffers equal on all ranks."""
-        live = average.tensors
-        published = weights.like({name: t for name, t in tensors.items() if name in live}, live)
-        # Parameters that a forward pass writes to are handed out as copies.
-        published |= weights.copies({name: published[name] for name in written_in_eval(self.module) & published.keys()})
-        # So are buffers: a DDP forward broadcasts into them, and they are small.
-        buffers = weights.copies({name: published[name] for name in average.buffer_names if name in published})
+        published, buffers = publishable(self.module, tensors, average.tensors, average.buffer_names)
         if not self.interrupted:
             weights.mean_over_ranks_(buffers, average.captured)
         return {**published, **buffers}
@@ -159,21 +154,12 @@ class Exchange:
 
         Yields what was there before, which fills as the exchange goes on.
         """
-        live, ties = self.inventory.tensors, self.inventory.ties
         before: Weights = {}
         outer = self.swapped_out
         # Of nested blocks the outermost knows the raw weights.
         self.swapped_out = ChainMap(outer, before)  # type: ignore[arg-type]
-        reshard(self.module)
         try:
-            weights.exchange(live, tensors, before, ties)
-            yield before
-        except BaseException:
-            reshard(self.module, interrupted=True)
-            raise
+            with in_place(self.module, self.inventory, tensors, before, outermost=not outer):
+                yield before
         finally:
-            reshard(self.module)
-            if not outer:
-                self.inventory.put_objects_back()
-            weights.put_back(live, before, ties)
             self.swapped_out = outer

@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_merge._eval_mode import forget_what_eval_mode_kept
 from lightning_merge._ranks import gathered, several
-from lightning_merge.callbacks._lightning._eval_mode import forget_what_eval_mode_kept
 from lightning_merge.callbacks._lightning._metrics import (
     logged_under,
     unlogged,

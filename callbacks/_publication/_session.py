@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._ranks import check_agreement, settings_of, several
-from lightning_merge._whole_steps import hook_whole_steps, is_around
+from lightning_merge._whole_steps import hook_whole_steps, is_around, was_skipped
 from lightning_merge.callbacks._lightning._metrics import is_restoring
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
@@ -127,11 +127,7 @@ class Publisher(Exchange):
             self.look()  # an average of what was unfrozen starts where it does
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self.busy or is_restoring(self.trainer):
-            return
-        # Fused optimizers are called even if the gradient scaler found an infinity, and skip the step themselves.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if self.busy or is_restoring(self.trainer) or was_skipped(optimizer):
             return
         wanting: list[tuple[Average, Moment]] = []
         for counted, average in self._counted:

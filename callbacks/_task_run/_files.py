@@ -8,9 +8,9 @@ from typing import Any, Literal, final
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import nn
 
+from lightning_merge._saved import Saved
 from lightning_merge.callbacks._lightning._internals import dump_checkpoint
 from lightning_merge.callbacks._lightning._on_one_process import on_one_process
-from lightning_merge.callbacks._publication._state import Saved
 from lightning_merge.files import join
 
 KEY = "lightning_merge_continual"

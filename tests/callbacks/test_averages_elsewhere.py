@@ -13,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_host_reads import Spoilt, WithoutMomentum, same
 from tiny import batches, differing, read, trainer, validation
 
+from lightning_merge._averaging import _elsewhere
+from lightning_merge._averaging._tensors import Tensors
 from lightning_merge.callbacks import (
     ASWA,
     EMA,
@@ -27,8 +29,6 @@ from lightning_merge.callbacks import (
     Lookaround,
     PostHocEMA,
 )
-from lightning_merge.callbacks._averaging_run import _elsewhere
-from lightning_merge.callbacks._averaging_run._tensors import Tensors
 from lightning_merge.rules import ExponentialMean
 from lightning_merge.selections import Selection
 

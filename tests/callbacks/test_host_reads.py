@@ -17,8 +17,8 @@ from tiny import Net, batches, differing, read, trainer, validation, values
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_merge._averaging._undecided import by_reference, has_room
 from lightning_merge.callbacks import ASWA, EMA, LAWA, SMA, SWA, SWAD, Extrapolate, PostHocEMA, WeightMerging
-from lightning_merge.callbacks._averaging_run._undecided import by_reference, has_room
 from lightning_merge.callbacks._publication import _canary
 from lightning_merge.rules import Mean, Rule
 from lightning_merge.selections import Selection

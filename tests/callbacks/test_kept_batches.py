@@ -15,10 +15,10 @@ from tiny import Net, NetParts, batches, of, read, trainer, validation
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_merge._to_host import ToHost
 from lightning_merge.callbacks import LAWA, SWA, TWA, Anchor, Lookaround
 from lightning_merge.callbacks._lightning._batch_copies import BatchCopy, is_plain
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
-from lightning_merge.callbacks._lightning._to_host import ToHost
 from lightning_merge.selections import Selection
 
 Pair = namedtuple("Pair", "x y")
@@ -158,8 +158,8 @@ def test_copies_from_a_device_arrive_before_they_are_read(monkeypatch: pytest.Mo
             return self.numbers
 
     stream = Stream()
-    monkeypatch.setattr("lightning_merge.callbacks._lightning._to_host.Tensor", OnDevice)
-    monkeypatch.setattr("lightning_merge.callbacks._lightning._to_host._stream", lambda device: stream)
+    monkeypatch.setattr("lightning_merge._to_host.Tensor", OnDevice)
+    monkeypatch.setattr("lightning_merge._to_host._stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     way = ToHost()

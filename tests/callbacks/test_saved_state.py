@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from lightning_merge.callbacks._publication._state import Saved
+from lightning_merge._saved import Saved
 
 
 @dataclass

@@ -1,18 +1,27 @@
 """Which live tensors an average merges, looked up again whenever the module has others."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge.callbacks._averaging_run._elsewhere import Taken
-from lightning_merge.callbacks._averaging_run._undecided import has_room
-from lightning_merge.callbacks._publication._exchange import Exchange
+from lightning_merge._averaging._elsewhere import Taken
+from lightning_merge._averaging._undecided import has_room
 from lightning_merge.selections import Selection
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Inventory, Weights
+
+
+class Watched(Protocol):
+    """What knows the tensors of a module as they are now."""
+
+    inventory: Inventory
+
+    @property
+    def singular_vectors(self) -> set[str]:
+        """Names of the buffers that spectral normalisation iterates."""
 
 
 @dataclass
@@ -35,6 +44,7 @@ class Tensors:
         title: What messages call the average.
         selection: Which are merged, and what becomes of buffers.
         on_host: Whether the average is to be in host memory.
+        inform: Says a sentence to the user.
 
     Attributes:
         averaged: Those that go through the rule, as the module has them: parameters and averaged buffers.
@@ -42,8 +52,9 @@ class Tensors:
         is_sharded: Whether this process holds a part only of some.
     """
 
-    def __init__(self, title: str, selection: Selection, on_host: bool = False) -> None:
+    def __init__(self, title: str, selection: Selection, on_host: bool, inform: Callable[[str], None]) -> None:
         self.title = title
+        self._inform = inform
         self.selection = selection
         self._on_host = on_host
         self.averaged: dict[str, Tensor] = {}
@@ -108,11 +119,11 @@ class Tensors:
         found = {**self.live, **self.live_copied}
         return {name: t for name, t in found.items() if name not in self._no_mean} if self._no_mean else found
 
-    def start(self, exchange: Exchange, known: Iterable[str], copied_before: Iterable[str]) -> None:
+    def start(self, module: Watched, known: Iterable[str], copied_before: Iterable[str]) -> None:
         """Looks them up for a fit.
 
         Args:
-            exchange: Knows the module's tensors.
+            module: Knows the module's tensors.
             known: Names that were averaged before: what was averaged once stays so, if it is frozen too.
             copied_before: Names of copied tensors of an earlier fit or a file.
 
@@ -120,32 +131,32 @@ class Tensors:
             ValueError: If no parameter is selected.
         """
         self.averaged, self.copied = {}, {}
-        self.selection.parameters(exchange.inventory)
-        self._no_mean |= set(copied_before) - self.selection.copied_buffers(exchange.inventory).keys()
-        self._look_up(exchange, set(known))
+        self.selection.parameters(module.inventory)
+        self._no_mean |= set(copied_before) - self.selection.copied_buffers(module.inventory).keys()
+        self._look_up(module, set(known))
 
-    def follow(self, exchange: Exchange, steps: int) -> Change:
+    def follow(self, module: Watched, steps: int) -> Change:
         """Looks them up again.
 
         Args:
-            exchange: Knows the module's tensors.
+            module: Knows the module's tensors.
             steps: Applied steps so far, for messages.
 
         Raises:
             ValueError: If a parameter has gone or has another shape.
         """
         before = self.averaged
-        self._look_up(exchange, set(before))
+        self._look_up(module, set(before))
         gone = [name for name in before if name not in self.averaged]
-        self._let_go([n for n in gone if n not in exchange.inventory.aliases and n not in self.copied], before, steps)
+        self._let_go([n for n in gone if n not in module.inventory.aliases and n not in self.copied], before, steps)
         anew = [name for name, t in self.averaged.items() if name in before and _is_another(before[name], t)]
         for name in anew:
             self._start_anew(name, before[name], steps)
         fresh = {name: t for name, t in self.averaged.items() if name not in before or name in anew}
         return Change(gone, fresh)
 
-    def _look_up(self, exchange: Exchange, known: set[str]) -> None:
-        inventory = exchange.inventory
+    def _look_up(self, module: Watched, known: set[str]) -> None:
+        inventory = module.inventory
         names = known | self.selection.chosen(inventory).keys() | self.selection.averaged_buffers(inventory).keys()
         new = {name: t for name, t in inventory.tensors.items() if name in names and name not in self.averaged}
         # No mean is right of masks and bounds, which hold an infinity before anything is trained, nor of the vectors of
@@ -153,7 +164,7 @@ class Tensors:
         buffers = self.selection.copied_buffers(inventory)
         new |= {name: buffer for name, buffer in buffers.items() if name not in self.copied}
         constant = weights.local({name: t for name, t in new.items() if not t.requires_grad})
-        self._no_mean |= new.keys() & (exchange.singular_vectors | weights.nonfinite(constant))
+        self._no_mean |= new.keys() & (module.singular_vectors | weights.nonfinite(constant))
         copied = buffers.keys() | (self._no_mean & names)
         self.copied = {name: t for name, t in inventory.tensors.items() if name in copied}
         self.averaged = {name: t for name, t in inventory.tensors.items() if name in names - copied}
@@ -168,7 +179,7 @@ class Tensors:
                     " was removed or renamed, as pruning, parametrizations and adapters do. Make that change before"
                     f" the fit, or leave the parameter out: `selection=Selection(exclude=[{name!r}])`."
                 )
-            rank_zero_info(f"{self.title}: the buffer `{name}` has gone after step {steps}; so is its average.")
+            self._inform(f"{self.title}: the buffer `{name}` has gone after step {steps}; so is its average.")
 
     def _start_anew(self, name: str, before: Tensor, steps: int) -> None:
         now = self.averaged[name]
@@ -180,7 +191,7 @@ class Tensors:
             )
         if name not in self._said:
             self._said.add(name)
-            rank_zero_info(f"{self.title}: `{name}` was replaced after step {steps}; its average starts anew.")
+            self._inform(f"{self.title}: `{name}` was replaced after step {steps}; its average starts anew.")
 
 
 def _is_another(before: Tensor, now: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_merge.callbacks._publication._state import Saved
+from lightning_merge._saved import Saved
 from lightning_merge.weights import State, Weights
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge.callbacks._lightning._to_host import ToHost
+from lightning_merge._to_host import ToHost
 from lightning_merge.rules._snapshots import free_bytes
 from lightning_merge.weights import Weights
 
