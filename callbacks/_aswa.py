@@ -41,6 +41,9 @@ class ASWA(WeightMerging):
         optimizer: Index of the optimizer whose steps are counted.
         options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
 
+    Attributes:
+        score: The score of the mean; ``None`` before there is one.
+
     Raises:
         ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first
             offer if validation does not log ``monitor``.

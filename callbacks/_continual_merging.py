@@ -66,6 +66,10 @@ class ContinualMerging(Callback):
             as the paper behind ``"lora-arithmetic"`` does with 10. Takes ``heads="grow"`` and batches of inputs and
             class numbers. **This is replay**: leave it at 0 where samples may not be kept.
 
+    Attributes:
+        tasks: Names of the tasks that are merged now.
+        completed: Tasks that were taken in, those removed since included: the index of the next one.
+
     Raises:
         ValueError: If an argument is out of range. Before a step is trained: if the model is not the bank's, the
             Trainer has nothing left to train, a class was in an earlier task or has no row in the head, the task's name

@@ -56,6 +56,8 @@ class TWA(Published):
         options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Attributes:
+        snapshots: How many weights were collected.
+        coefficients: The weight of each snapshot in the merged weights; a list per tensor with ``form="journal"``.
         skipped_nonfinite: Snapshots and steps left out because of a NaN or an infinity.
 
     Raises:

@@ -1,8 +1,8 @@
 """Makes docs/methods/README.md, the table of all methods, from their cards: ``python docs/make_table.py``.
 
-A card begins with its facts, as YAML between two lines of ``---``: ``when`` and ``when not`` to use the method, whether
-it needs a ``metric``, its ``cost``, what becomes of ``buffers``, the ``strategies`` it works under, the ``result`` that
-we measured and the ``import``.
+A card begins with its facts, as YAML between two lines of ``---``: its ``family``, ``when`` and ``when not`` to use the
+method, whether it needs a ``metric``, its ``cost``, what becomes of ``buffers``, the ``strategies`` it works under, the
+``result`` that we measured and the ``import``.
 """
 
 from pathlib import Path
@@ -12,7 +12,16 @@ import yaml
 
 METHODS = Path(__file__).parent / "methods"
 TABLE = METHODS / "README.md"
-FACTS = ("when", "when not", "metric", "cost", "buffers", "strategies", "result", "import")
+FACTS = ("family", "when", "when not", "metric", "cost", "buffers", "strategies", "result", "import")
+
+FAMILIES = (
+    "Averages along a run",
+    "Averages chosen by a score",
+    "After training",
+    "Branches",
+    "Every update",
+    "Tasks in turn",
+)
 
 HEAD = """\
 # All methods
@@ -29,16 +38,27 @@ def cards() -> list[Path]:
     return [path for path in sorted(METHODS.glob("*.md")) if path != TABLE]
 
 
+def families() -> dict[str, list[Path]]:
+    """The cards of each family."""
+    found: dict[str, list[Path]] = {family: [] for family in FAMILIES}
+    for card in cards():
+        family = parts(card)[0]["family"]
+        if family not in found:
+            raise ValueError(f"`family` of {card.name} must be one of {', '.join(FAMILIES)}, got {family}.")
+        found[family].append(card)
+    return found
+
+
 def table() -> str:
     """The whole page."""
     read = {path.name: parts(path) for path in cards()}
     when = [
-        (_link(name, title(text)), *_cells(facts, FACTS[:2]), facts["result"]) for name, (facts, text) in read.items()
+        (_link(name, title(text)), *_cells(facts, FACTS[1:3]), facts["result"]) for name, (facts, text) in read.items()
     ]
     takes = [
         (
             _link(name, title(text).partition(":")[0]),
-            *_cells(facts, FACTS[2:5]),
+            *_cells(facts, FACTS[3:6]),
             ", ".join(facts["strategies"]),
             f"`{facts['import']}`",
         )
@@ -62,6 +82,11 @@ def parts(card: Path) -> tuple[dict[str, Any], str]:
 
 def title(text: str) -> str:
     return text.lstrip().splitlines()[0].removeprefix("# ")
+
+
+def short_title(card: Path) -> str:
+    """What a card is called in the navigation: its title up to the colon."""
+    return title(parts(card)[1]).partition(":")[0]
 
 
 def _cells(facts: dict[str, Any], names: tuple[str, ...]) -> list[str]:

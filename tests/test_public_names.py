@@ -35,6 +35,8 @@ OF_AVERAGES = [
 ]
 """What users read of a callback that merges; its other methods are hooks, or for the publisher."""
 
+OF_CALLBACKS = [*OF_AVERAGES, "head_of", "load_merged", "merged_vector", "synthesise"]
+
 
 def packages() -> dict[str, list[str]]:
     """The public names of every module that has such."""
@@ -53,13 +55,14 @@ def packages() -> dict[str, list[str]]:
 
 
 def callables(module: str, name: str) -> Iterator[tuple[str, Any]]:
-    """A name with what it stands for; of a class of the engine the methods it adds too."""
+    """A name with what it stands for; of a class the methods it adds too, of one of Lightning those users call."""
     value = getattr(importlib.import_module(module), name)
     yield name, value
-    if isinstance(value, type) and not any(base.__module__.startswith("lightning.") for base in value.__mro__):
+    if isinstance(value, type):
+        of_lightning = any(base.__module__.startswith("lightning.") for base in value.__mro__)
         for method, function in inspect.getmembers(value, inspect.isroutine):
-            is_new = method in vars(value) and not any(hasattr(base, method) for base in value.__mro__[1:])
-            if is_new and not method.startswith("_"):
+            is_new = not any(hasattr(base, method) for base in value.__mro__[1:]) and not method.startswith("_")
+            if method in vars(value) and (method in OF_CALLBACKS if of_lightning else is_new):
                 yield f"{name}.{method}", function
 
 

@@ -57,3 +57,4 @@ PRESETS: dict[str, Preset] = {
     # Chitale et al. (2023); its last step stores samples, so it is an option: `store_samples_per_class`.
     "lora-arithmetic": Preset(Sum(scale=0.3), "base", lora=True),
 }
+"""The presets by the name that ``ContinualMerging`` takes."""

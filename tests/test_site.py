@@ -1,0 +1,158 @@
+"""The site that ``mkdocs build`` makes: pages are in the navigation, links lead somewhere, nothing is cut off."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+from browser import CHROMIUM, Browser
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from test_public_names import RECORD
+
+ROOT = Path(__file__).parents[1]
+PHONE = 400
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built site."""
+    for module in ("material", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(module, reason=f"{module} is in the `docs` extra")
+    folder = tmp_path_factory.mktemp("built") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=quiet)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+class Page(HTMLParser):
+    """What a page links to, the anchors it has, and the links of its navigation."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.navigation: set[str] = set()
+        self.anchors: set[str] = set()
+        self._within: list[bool] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attributes}
+        self.anchors |= {given[name] for name in ("id", "name") if name in given}
+        if tag == "nav":
+            self._within.append("md-nav--primary" in given.get("class", ""))
+        for link in (given[name] for name in ("href", "src") if name in given):
+            self.links.add(link)
+            if any(self._within):
+                self.navigation.add(link)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "nav":
+            self._within.pop()
+
+
+@cache
+def read(path: Path) -> Page:
+    return Page(path)
+
+
+def pages(site: Path) -> list[Path]:
+    return [path for path in sorted(site.rglob("*.html")) if path.name != "404.html"]
+
+
+def target(page: Path, link: str) -> tuple[Path, str]:
+    path, _, anchor = unquote(link).partition("#")
+    found = (page.parent / path.partition("?")[0]).resolve() if path else page
+    return found / "index.html" if found.is_dir() else found, anchor
+
+
+def is_inside(link: str) -> bool:
+    return not re.match(r"[a-z]+:|//", link)
+
+
+# ---- every page
+
+
+@pytest.mark.slow
+def test_every_page_is_in_the_navigation(site: Path) -> None:
+    start = site / "index.html"
+    listed = {target(start, link)[0] for link in read(start).navigation if is_inside(link)}
+    forgotten = [path.relative_to(site).as_posix() for path in pages(site) if path not in listed]
+    assert not forgotten, "add a page to `nav` in mkdocs.yml; a card comes in by the `family` in its first lines"
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_leads_somewhere(site: Path) -> None:
+    broken = []
+    for page in pages(site):
+        for link in filter(is_inside, read(page).links):
+            path, anchor = target(page, link)
+            if not path.is_file() or (anchor and path.suffix == ".html" and anchor not in read(path).anchors):
+                broken.append((page.relative_to(site).as_posix(), link))
+    assert not broken
+
+
+# ---- the reference
+
+
+@pytest.mark.slow
+def test_every_public_name_stands_in_the_reference_and_no_other(site: Path) -> None:
+    recorded = {line.partition("(")[0] for line in RECORD.read_text().splitlines()}
+    shown = {anchor for page in pages(site) for anchor in read(page).anchors if anchor.startswith("lightning_merge.")}
+    assert len(recorded) > 300
+    assert not recorded - shown, "a module has a page `docs/api/MODULE.md`, listed in mkdocs.yml"
+    beside = {name for name in shown - recorded if name.rpartition(".")[0] not in recorded}
+    assert not beside, "the names of private modules are no headings"
+    hooks = {*dir(Callback), *dir(LightningModule), *dir(LightningDataModule)} - {"name"}
+    of_lightning = {name for name in shown if name.split(".")[1] in ("callbacks", "compat", "recipes")}
+    assert not {name for name in of_lightning if name.rpartition(".")[2] in hooks}
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium on the path, as from `apt-get install chromium`")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.mark.slow
+def test_pages_fit_a_phone_and_complain_of_nothing(site: Path, browser: Browser) -> None:
+    browser.resize(PHONE)
+    found = {}
+    for page in pages(site):
+        browser.open(page.as_uri())
+        wide = browser.run("document.documentElement.scrollWidth")
+        if wide > PHONE or browser.errors:
+            found[page.relative_to(site).as_posix()] = (wide, *browser.errors)
+        browser.errors.clear()
+    assert not found
+
+
+@pytest.mark.slow
+def test_search_finds_an_argument_from_a_folder(site: Path, browser: Browser) -> None:
+    browser.open((site / "index.html").as_uri())
+    found = browser.run("""new Promise(resolve => {
+      const field = document.querySelector(".md-search__input")
+      const results = document.querySelector(".md-search-result__list")
+      const found = () => resolve([...results.querySelectorAll("a")].map(link => link.href))
+      new MutationObserver(found).observe(results, {childList: true})
+      field.focus()
+      field.value = "half_life"
+      field.dispatchEvent(new Event("input", {bubbles: true}))
+      field.dispatchEvent(new KeyboardEvent("keyup", {bubbles: true}))
+    })""")
+    assert any("methods/ema.html" in link for link in found), found
+    assert any("api/callbacks.html" in link for link in found), found
+    assert not browser.errors
