@@ -139,6 +139,9 @@ class ContinualMerging(Callback):
     def head_of(self, task: int) -> Weights:
         """The head of a task under ``heads="per_task"``, by canonical name: load it to measure or use that task.
 
+        Args:
+            task: Index of the task in the order of training, from 0.
+
         Raises:
             ValueError: If heads are not kept per task, or there is no such task yet.
         """

@@ -29,6 +29,9 @@ def batch_norm_layers(module: nn.Module) -> dict[str, nn.Module]:
     ``torch.jit.script`` made. In a module in train mode, a layer in eval mode is one that the user froze: training
     itself normalises by its statistics, so it is left out.
 
+    Args:
+        module: Any module; it is not changed.
+
     Example:
         >>> list(batch_norm_layers(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))))
         ['1']

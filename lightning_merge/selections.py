@@ -55,6 +55,9 @@ class Selection:
         """The selected floating-point parameters of a module, by canonical name.
 
         A tensor that has several names is selected if one of them is.
+
+        Args:
+            module: A module, or what is known of one already.
         """
         found = _inventory(module)
         if not (chosen := self.chosen(found)):
@@ -77,30 +80,50 @@ class Selection:
                     )
 
     def chosen(self, inventory: Inventory) -> dict[str, nn.Parameter]:
-        """``parameters``, which may be none."""
+        """``parameters``, which may be none.
+
+        Args:
+            inventory: What is known of a module.
+        """
         return {n: p for n, p in inventory.parameters.items() if self._selects(inventory.names_of(n), p)}
 
     def pulled_along(self, module: nn.Module | Inventory) -> dict[str, str]:
-        """Names that are not selected of tensors that are under another name, with that name."""
+        """Names that are not selected of tensors that are under another name, with that name.
+
+        Args:
+            module: A module, or what is known of one already.
+        """
         found = _inventory(module)
         chosen = self.chosen(found)
         names = {name: [n for n in found.names_of(name) if self._names(n)] for name in chosen}
         return {n: names[name][0] for name in chosen for n in found.names_of(name) if n not in names[name]}
 
     def left_alone(self, module: nn.Module | Inventory) -> list[str]:
-        """Names of parameters that would be selected if they could be averaged: packed, quantised, or integers."""
+        """Names of parameters that would be selected if they could be averaged: packed, quantised, or integers.
+
+        Args:
+            module: A module, or what is known of one already.
+        """
         found = _inventory(module)
         integers = {name: p for name, p in found.parameters.items() if not is_averaged(p)}
         return [name for name in integers if any(map(self._names, found.names_of(name)))]
 
     def averaged_buffers(self, module: nn.Module | Inventory) -> dict[str, Tensor]:
-        """The buffers that go through the rule."""
+        """The buffers that go through the rule.
+
+        Args:
+            module: A module, or what is known of one already.
+        """
         if self.buffers != "average":
             return {}
         return {name: b for name, b in _inventory(module).buffers.items() if is_averaged(b)}
 
     def copied_buffers(self, module: nn.Module | Inventory) -> dict[str, Tensor]:
-        """The buffers that are copied from the model at each update."""
+        """The buffers that are copied from the model at each update.
+
+        Args:
+            module: A module, or what is known of one already.
+        """
         buffers = _inventory(module).buffers
         return {name: b for name, b in buffers.items() if self.buffers != "average" or not is_averaged(b)}
 
@@ -124,6 +147,10 @@ def _inventory(module: nn.Module | Inventory) -> Inventory:
 def chosen(selection: Selection | None, default: Selection) -> Selection:
     """The selection that was given as ``selection``, or the default where none was.
 
+    Args:
+        selection: What the user gave.
+        default: What is taken where that is ``None``.
+
     Raises:
         TypeError: If it is no selection; an empty list or text is none either.
     """
@@ -134,6 +161,10 @@ def chosen(selection: Selection | None, default: Selection) -> Selection:
 def lora(buffers: BufferPolicy = "copy") -> Selection:
     """Only the adapters of LoRA layers: parameters whose name holds ``lora_``.
 
+    Args:
+        buffers: What becomes of floating-point buffers: ``"average"``, ``"copy"`` or ``"recompute"``, as in
+            ``Selection``.
+
     Example:
         >>> lora().include
         ('*lora_*',)
@@ -143,6 +174,11 @@ def lora(buffers: BufferPolicy = "copy") -> Selection:
 
 def without(*patterns: str, buffers: BufferPolicy = "average") -> Selection:
     """Everything but the parameters that match one of the glob patterns.
+
+    Args:
+        patterns: Globs over canonical names of parameters.
+        buffers: What becomes of floating-point buffers: ``"average"``, ``"copy"`` or ``"recompute"``, as in
+            ``Selection``.
 
     Example:
         >>> without("head.*").exclude

@@ -165,6 +165,10 @@ class WARP:
     def merge(self, start: Mapping[str, Tensor], policies: Sequence[Mapping[str, Tensor]]) -> Weights:
         """The start of the next round; the n-th policy has a share of 1/n when it is taken in.
 
+        Args:
+            start: Where all policies of the round started.
+            policies: The weights each has ended at; two at least.
+
         Raises:
             TypeError: If an argument is of the wrong type.
             ValueError: If there are fewer than two policies, names or shapes differ, or a tensor holds a NaN, complex

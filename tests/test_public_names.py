@@ -7,6 +7,7 @@ must show no line that is gone, and no argument that is gone, has moved, or must
 import importlib
 import inspect
 import pkgutil
+import re
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,6 +155,29 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
 )
 def test_a_call_that_would_be_refused_is_found(before: list[str], now: list[str], problems: list[str]) -> None:
     assert lost(before, now) == problems
+
+
+def documented(value: Any) -> set[str]:
+    """The arguments that stand under ``Args`` of its docstring; of options in that of what lists them."""
+    function = value.__init__ if isinstance(value, type) else value
+    options = [p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.VAR_KEYWORD]
+    texts = [value.__doc__, *(typing.get_args(option)[0].__doc__ for option in options if _options(option))]
+    if isinstance(value, type) and "__init__" not in vars(value):
+        texts += [base.__doc__ for base in value.__mro__[1:]]
+    sections = re.findall(r"^( *)Args:\n(.+?)(?:\n *\n|\Z)", "\n".join(text or "" for text in texts), re.M | re.S)
+    return {name for indent, text in sections for name in re.findall(rf"^{indent}    (\w+): ", text, re.M)}
+
+
+def test_every_argument_of_a_public_name_is_documented() -> None:
+    missing = {}
+    for module, names in packages().items():
+        for path, value in (found for name in names for found in callables(module, name)):
+            owners = [each for each in getattr(value, "__mro__", ()) if "__init__" in vars(each)]
+            taken = {argument.strip("*=") for argument in arguments(value)} - {""}
+            is_ours = not owners or owners[0].__module__.startswith("lightning_merge.")
+            if taken and is_ours and (lacking := taken - documented(value)):
+                missing[f"{module}.{path}"] = sorted(lacking)
+    assert missing == {}
 
 
 def test_an_average_has_what_users_read_of_it() -> None:

@@ -93,7 +93,11 @@ class Branches(ABC):
 
     @abstractmethod
     def activate(self, branch: int) -> None:
-        """Puts one of the own branches into the module and the optimizers."""
+        """Puts one of the own branches into the module and the optimizers.
+
+        Args:
+            branch: Number of one of the own branches, from 0.
+        """
 
     @property
     def live(self) -> Mapping[str, Tensor]:
@@ -102,7 +106,11 @@ class Branches(ABC):
 
     @abstractmethod
     def weights(self, branch: int) -> Weights:
-        """The tensors of an own branch; writing to them changes it."""
+        """The tensors of an own branch; writing to them changes it.
+
+        Args:
+            branch: Number of one of the own branches, from 0.
+        """
 
     @abstractmethod
     def refresh(self) -> None:
@@ -131,14 +139,22 @@ class Branches(ABC):
         """
 
     def assign(self, new: Mapping[str, Tensor]) -> None:
-        """Every branch goes on from these weights; buffers that they do not name stay."""
+        """Every branch goes on from these weights; buffers that they do not name stay.
+
+        Args:
+            new: Weights by canonical name; of the branched tensors, and of buffers as many as wanted.
+        """
         for branch in self.own:
             own = self.weights(branch)
             weights.copy_({name: own[name] for name in new if name in own}, new)
 
     @abstractmethod
     def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
-        """What ``choose`` makes of the weights of every branch, in their order; shapes are the same for all."""
+        """What ``choose`` makes of the weights of every branch, in their order; shapes are the same for all.
+
+        Args:
+            choose: Takes the weights of a branch, by canonical name, and gives one tensor, not to be written to.
+        """
 
     def work(self) -> list[int]:
         """Steps of every branch since the last merge."""
@@ -148,6 +164,9 @@ class Branches(ABC):
 
     def score(self, candidate: Weights) -> float:
         """How good weights are in the place of the module's; higher is better, NaN if that cannot be told.
+
+        Args:
+            candidate: Weights by canonical name.
 
         Raises:
             RuntimeError: If nobody has said how to measure (``scorer``).
@@ -165,14 +184,22 @@ class Branches(ABC):
         """
 
     def mean_of_finite(self, active: Mapping[str, Tensor] | None = None) -> Weights:
-        """The mean of the branches that hold no NaN and no infinity; of all if there are no such."""
+        """The mean of the branches that hold no NaN and no infinity; of all if there are no such.
+
+        Args:
+            active: Weights that stand for those of the active branch, which the module may have changed.
+        """
         left_out = self.left_out = self.diverged(active)
         count = self.count - len(left_out)
         shares = [(branch not in left_out) / count for branch in range(self.count)] if left_out and count else None
         return self.mean(shares, active)
 
     def revive(self, branches: set[int]) -> None:
-        """Branches go on from the mean of the others, with optimizers as they were at the start."""
+        """Branches go on from the mean of the others, with optimizers as they were at the start.
+
+        Args:
+            branches: Numbers of the branches that are given up, from 0; not all of them.
+        """
         others = [branch not in branches for branch in range(self.count)]
         row = [healthy / sum(others) for healthy in others]
         self.mix([unit(j, self.count) if others[j] else row for j in range(self.count)])
@@ -186,7 +213,11 @@ class Branches(ABC):
 
     @abstractmethod
     def reset_optimizers(self, branches: set[int]) -> None:
-        """The optimizers of these branches are as they were made."""
+        """The optimizers of these branches are as they were made.
+
+        Args:
+            branches: Numbers of the branches, from 0.
+        """
 
     @abstractmethod
     def average_optimizers(self) -> None:
@@ -206,7 +237,11 @@ class Branches(ABC):
             optimizer_states.refuse_without_mean(optimizer)
 
     def owned_settings(self, number: int) -> set[tuple[int, str]]:
-        """What the steps of an optimizer change in its groups, by the number of the group and the name."""
+        """What the steps of an optimizer change in its groups, by the number of the group and the name.
+
+        Args:
+            number: Index of the optimizer.
+        """
         own = [each.owned for each in self._counters if each.optimizer is self.optimizers[number]]
         return {where for each in own for where in each}
 
@@ -221,11 +256,18 @@ class Branches(ABC):
         """Takes over the weights that ``save`` gave; the module holds those of the branch that was active then.
 
         Branches that it has no weights of are as the module is.
+
+        Args:
+            saved: What ``save`` gave.
         """
 
     @abstractmethod
     def load_optimizers(self, saved: State) -> None:
-        """Takes over the states that ``save`` gave, once the optimizers have theirs of the branch that was active."""
+        """Takes over the states that ``save`` gave, once the optimizers have theirs of the branch that was active.
+
+        Args:
+            saved: What ``save`` gave.
+        """
 
     @abstractmethod
     def restart(self) -> None:
@@ -233,7 +275,11 @@ class Branches(ABC):
 
     @abstractmethod
     def take(self, names: Sequence[str]) -> None:
-        """All branches go on from what the module has of these tensors."""
+        """All branches go on from what the module has of these tensors.
+
+        Args:
+            names: Canonical names.
+        """
 
     def to_host(self) -> None:
         """The fit is over: weights go to host memory, optimizer states are dropped."""
@@ -247,7 +293,11 @@ class Branches(ABC):
         self.leave_alone(sorted(weights.nonfinite(self.inventory.buffers)))
 
     def leave_alone(self, constant: Sequence[str]) -> None:
-        """Branches that go on have one of each of these buffers, whatever they hold by now."""
+        """Branches that go on have one of each of these buffers, whatever they hold by now.
+
+        Args:
+            constant: Canonical names of the buffers that no branch has of its own.
+        """
         self._constant = set(constant)
         self._live_buffers = self._branched_buffers()
 
@@ -272,7 +322,11 @@ class Branches(ABC):
         self._live_buffers = self._branched_buffers()
 
     def could_be(self, name: str) -> bool:
-        """Whether a tensor of this name is branched, or would be if it were not frozen."""
+        """Whether a tensor of this name is branched, or would be if it were not frozen.
+
+        Args:
+            name: Canonical name of a parameter.
+        """
         chosen = replace(self.selection, trainable=False).chosen(self.inventory)
         return name in self._live_buffers or name in chosen
 

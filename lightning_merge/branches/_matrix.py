@@ -15,6 +15,9 @@ MOST = 10_000
 def uniform(count: int) -> list[list[float]]:
     """The matrix that makes every branch the mean of all.
 
+    Args:
+        count: Number of branches; at least 1.
+
     Raises:
         TypeError: If ``count`` is not a whole number.
         ValueError: If it is less than 1, or more than there can be.

@@ -22,7 +22,11 @@ class Policy(ABC):
     """Whether all branches are equal after a merge. The last such weights are kept, to go back to."""
 
     def init(self, branches: Branches) -> State:
-        """What it remembers before the first merge: tensors, numbers, lists and dicts, which are saved with the run."""
+        """What it remembers before the first merge: tensors, numbers, lists and dicts, which are saved with the run.
+
+        Args:
+            branches: The branches as they are when they start.
+        """
         return {}
 
     needs_score: ClassVar[bool] = False
@@ -39,11 +43,21 @@ class Policy(ABC):
         return branches.mean_of_finite(active)
 
     def look_again(self, state: State, branches: Branches) -> None:  # noqa: B027 (most remember no weights)
-        """Takes what is branched from here on, and was frozen before, into what it remembers of weights."""
+        """Takes what is branched from here on, and was frozen before, into what it remembers of weights.
+
+        Args:
+            state: What it remembers; changed in place.
+            branches: The branches, with the new tensors.
+        """
 
     @abstractmethod
     def merge(self, state: State, branches: Branches) -> None:
-        """Mixes the branches, by ``branches.mix`` or by ``mean``, ``assign`` and ``gather``; may change the state."""
+        """Mixes the branches, by ``branches.mix`` or by ``mean``, ``assign`` and ``gather``; may change the state.
+
+        Args:
+            state: What it remembers; may be changed in place.
+            branches: The branches to mix.
+        """
 
 
 def newly_branched(kept: Mapping[str, Tensor], branches: Branches) -> Weights:

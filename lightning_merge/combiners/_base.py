@@ -46,6 +46,9 @@ class Combiner(ABC):
     def with_scale(self, scale: float | str) -> Self:
         """The same rule with another ``scale``.
 
+        Args:
+            scale: How far to go along the merged vector, in the range of the rule's own ``scale``.
+
         Raises:
             ValueError: If it has none, or the value is outside its range.
         """
@@ -55,7 +58,11 @@ class Combiner(ABC):
 
     @abstractmethod
     def init(self, like: Weights) -> State:
-        """The state before the first vector. Only names, shapes, dtypes and devices of ``like`` count."""
+        """The state before the first vector. Only names, shapes, dtypes and devices of ``like`` count.
+
+        Args:
+            like: A task vector, or weights of the same names and shapes.
+        """
 
     def update(self, state: State, vector: Weights, *, task: int | str = 0) -> None:
         """Takes a task vector into the state, in place. A vector that is refused leaves the state as it was.
@@ -97,6 +104,9 @@ class Combiner(ABC):
     def result(self, state: State) -> Weights | None:
         """The merged task vector in tensors of its own, or ``None`` before the first update.
 
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+
         Raises:
             ValueError: If a number of it is too large for its type.
         """
@@ -112,6 +122,11 @@ class Combiner(ABC):
 
     def remove(self, state: State, vector: Weights, *, task: int | str = 0) -> None:
         """Takes a vector out again that was taken in under ``task``: exact up to the rounding of sums.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with; changed in place.
+            vector: The vector as it was taken in.
+            task: The name it was taken in under.
 
         Raises:
             TypeError: If the rule cannot (``removable``).
@@ -187,11 +202,20 @@ class Combiner(ABC):
         return refuse_overflow(merged)
 
     def save(self, state: State) -> State:
-        """What a file holds of the state."""
+        """What a file holds of the state.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+        """
         return dict(state)
 
     def load(self, saved: State, devices: Mapping[str, torch.device]) -> State:
-        """The state to go on with, from what ``save`` gave; each tensor on the device its name has in ``devices``."""
+        """The state to go on with, from what ``save`` gave; each tensor on the device its name has in ``devices``.
+
+        Args:
+            saved: What ``save`` gave.
+            devices: Devices by name of the tensor.
+        """
         state: Any = to_devices(saved, devices)
         return dict(state)
 

@@ -83,6 +83,11 @@ class SLERP(Combiner):
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     """Interpolates along the great circle from ``a`` at ``t=0`` to ``b`` at ``t=1``; magnitudes are kept, not the norm.
 
+    Args:
+        a: Where ``t=0`` is; any shape, taken as one vector.
+        b: Where ``t=1`` is; the same shape.
+        t: Position on the way; outside [0, 1] it goes on along the circle.
+
     Example:
         >>> slerp(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0]), 0.25)
         tensor([0.9239, 0.7654, 0.0000])

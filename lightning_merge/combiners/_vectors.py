@@ -49,6 +49,10 @@ def task_vector(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> We
 def add_vector(base: Mapping[str, Tensor], vector: Mapping[str, Tensor]) -> Weights:
     """``base + vector`` in the dtypes and on the devices of the base; tensors without a part in the vector are copied.
 
+    Args:
+        base: The weights that the vector was measured against, by name.
+        vector: The task vector, for some or all of the base's names.
+
     Raises:
         TypeError: If an argument is not named tensors.
         ValueError: If the vector has a name that the base has not, or another shape, or the sum is too large for the
@@ -102,6 +106,11 @@ def negate(vector: Mapping[str, Tensor], scale: float = 1.0) -> Weights:
 
 def analogy(a: Mapping[str, Tensor], b: Mapping[str, Tensor], c: Mapping[str, Tensor]) -> Weights:
     """``c + (b - a)``: a vector for task d, without its data, if "a is to b as c is to d".
+
+    Args:
+        a: A task vector.
+        b: A task vector of the same names and shapes.
+        c: Another one.
 
     Raises:
         TypeError: If an argument is not named tensors.

@@ -129,6 +129,9 @@ class Bank:
     def vector(self, task: int | str) -> Weights:
         """A task's vector as it was added.
 
+        Args:
+            task: The name it was added under.
+
         Raises:
             ValueError: If there is no such task, its vector was not kept, or its file is damaged.
         """
@@ -167,6 +170,10 @@ class Bank:
     def preview(self, vector: Mapping[str, Tensor], *, task: int | str) -> Weights:
         """What ``result`` will be after ``add``; nothing is written.
 
+        Args:
+            vector: The task vector, by canonical name.
+            task: A name for it, not used before.
+
         Raises:
             ValueError: As ``add``.
         """
@@ -175,6 +182,10 @@ class Bank:
 
     def add(self, vector: Mapping[str, Tensor], *, task: int | str) -> None:
         """Merges the vector of a further task.
+
+        Args:
+            vector: The task vector, by canonical name.
+            task: A name for it, not used before.
 
         Raises:
             ValueError: If the task is in the bank already, the vector does not fit the others or holds a NaN, or

@@ -88,20 +88,38 @@ class Split:
         return cls(tuple(tuple(order[a:b]) for a, b in pairwise(bounds)), scenario, seed)
 
     def seen(self, after: int) -> tuple[int, ...]:
-        """The classes of the tasks up to task ``after``."""
+        """The classes of the tasks up to task ``after``.
+
+        Args:
+            after: Index of a task, from 0.
+        """
         return tuple(each for classes in self.tasks[: after + 1] for each in classes)
 
     def choices(self, after: int, task: int) -> tuple[int, ...]:
-        """What the model may choose among for a sample of ``task``, after training task ``after``."""
+        """What the model may choose among for a sample of ``task``, after training task ``after``.
+
+        Args:
+            after: Index of the last task that was trained, from 0.
+            task: Index of the task that the sample belongs to, from 0.
+        """
         return self.seen(max(after, task)) if self.scenario == "class" else self.tasks[task]
 
     def indices(self, labels: Any, task: int) -> list[int]:
-        """Where samples of a task are, given the labels of a dataset."""
+        """Where samples of a task are, given the labels of a dataset.
+
+        Args:
+            labels: Class numbers, one per sample.
+            task: Index of the task, from 0.
+        """
         return indices_of(labels, self.tasks[task])
 
 
 def indices_of(labels: Any, classes: Iterable[int]) -> list[int]:
     """Places of the labels that are among the classes.
+
+    Args:
+        labels: Class numbers, one per sample.
+        classes: Class numbers that are looked for.
 
     Raises:
         ValueError: If there is none.
@@ -130,6 +148,9 @@ def labels_of(dataset: Any) -> Tensor:
 
     Looks at ``targets`` (torchvision), ``labels`` and ``tensors[1]`` (``TensorDataset``), through ``Subset``; else it
     reads every sample.
+
+    Args:
+        dataset: A dataset with a length, whose samples are pairs of an input and a class number.
 
     Example:
         >>> from torch.utils.data import Subset, TensorDataset

@@ -43,7 +43,11 @@ class StreamState:
         return self._find("base") is not None
 
     def save_base(self, tensors: Mapping[str, Tensor]) -> None:
-        """Keeps the weights that all vectors are measured against."""
+        """Keeps the weights that all vectors are measured against.
+
+        Args:
+            tensors: The weights, by canonical name.
+        """
         self._write("base", {"base": tensors})
 
     def base(self) -> Weights:
@@ -51,11 +55,19 @@ class StreamState:
         return self._read("base")["base"]
 
     def save(self, after: int, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Keeps groups of named tensors as they are after so many tasks."""
+        """Keeps groups of named tensors as they are after so many tasks.
+
+        Args:
+            after: Number of tasks that were taken in by then.
+            parts: Named tensors by the name of their group.
+        """
         self._write(f"after-{after}", parts)
 
     def load(self, after: int) -> dict[str, Weights]:
         """The groups kept after so many tasks; empty ones are not among them.
+
+        Args:
+            after: Number of tasks that were taken in by then.
 
         Raises:
             ValueError: If the file is missing, or is not as it was written.
@@ -63,7 +75,11 @@ class StreamState:
         return self._read(f"after-{after}")
 
     def forget_before(self, after: int) -> None:
-        """Drops what earlier tasks left."""
+        """Drops what earlier tasks left.
+
+        Args:
+            after: Number of tasks that were taken in by then.
+        """
         for path in self.folder.glob("after-*.safetensors"):
             if int(path.stem.split("-")[1]) < after:
                 path.unlink()

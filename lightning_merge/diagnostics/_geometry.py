@@ -15,20 +15,32 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def parameters(weights: Mapping[str, Tensor]) -> Weights:
-    """What lengths and angles are about: floating-point tensors without the statistics of BatchNorm layers."""
+    """What lengths and angles are about: floating-point tensors without the statistics of BatchNorm layers.
+
+    Args:
+        weights: Weights by name.
+    """
     named("weights", weights)
     return {name: t for name, t in weights.items() if is_averaged(t) and name.rpartition(".")[2] not in _STATISTICS}
 
 
 @torch.no_grad()
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
-    """Sum of the products of all parameters, in float64."""
+    """Sum of the products of all parameters, in float64.
+
+    Args:
+        left: Weights by name.
+        right: Weights of the same names and shapes.
+    """
     kept = parameters(_alike(left, right))
     return sum(float(torch.sum(wide(t) * wide(right[name]))) for name, t in kept.items())
 
 
 def norm(weights: Mapping[str, Tensor]) -> float:
     """Euclidean length of all parameters.
+
+    Args:
+        weights: Weights by name.
 
     Example:
         >>> norm({"w": torch.tensor([3.0, 4.0]), "bn.running_mean": torch.tensor([100.0])})
@@ -41,6 +53,10 @@ def norm(weights: Mapping[str, Tensor]) -> float:
 def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """Euclidean length of the difference of all parameters.
 
+    Args:
+        left: Weights by name.
+        right: Weights of the same names and shapes.
+
     Example:
         >>> distance({"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([4.0, 5.0])})
         5.0
@@ -50,6 +66,10 @@ def distance(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 
 def cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
     """Cosine of the angle between two sets of weights; 0 if one of them is all zeros.
+
+    Args:
+        left: Weights by name.
+        right: Weights of the same names and shapes.
 
     Example:
         >>> cosine({"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([1.0, 1.0])})
@@ -64,6 +84,10 @@ def cosine(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> float:
 def difference(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> Weights:
     """``left - right`` of all parameters, in float64.
 
+    Args:
+        left: Weights by name.
+        right: Weights of the same names and shapes.
+
     Raises:
         TypeError: If they are not named tensors.
         ValueError: If names or shapes differ.
@@ -77,6 +101,9 @@ def successive_cosines(path: Sequence[Mapping[str, Tensor]]) -> list[float]:
     About 1: the path still goes somewhere, and an average of it lags behind. About -0.5: independent noise around one
     point, which is what averaging removes.
 
+    Args:
+        path: Sets of weights of the same names and shapes, in the order of time.
+
     Example:
         >>> successive_cosines([{"w": torch.tensor([x])} for x in (0.0, 1.0, 3.0, 2.0)])
         [1.0, -1.0]
@@ -88,6 +115,9 @@ def successive_cosines(path: Sequence[Mapping[str, Tensor]]) -> list[float]:
 @torch.no_grad()
 def sign_conflicts(vectors: Sequence[Mapping[str, Tensor]]) -> float:
     """Share of the entries that at least two vectors move, where not all of these move it the same way.
+
+    Args:
+        vectors: Task vectors of the same names and shapes.
 
     Example:
         >>> sign_conflicts([{"w": torch.tensor([1.0, 1.0, 0.0])}, {"w": torch.tensor([2.0, -1.0, 5.0])}])
@@ -114,6 +144,11 @@ def _real(tensor: Tensor) -> Tensor:
 def between(left: Mapping[str, Tensor], right: Mapping[str, Tensor], share: float) -> Weights:
     """``(1 - share) * left + share * right``, in the precision of ``left``; integers are those of the nearer end.
 
+    Args:
+        left: Weights by name.
+        right: Weights of the same names and shapes.
+        share: Share of ``right``; outside [0, 1] it lies beyond the ends.
+
     Example:
         >>> between({"w": torch.tensor(0.0)}, {"w": torch.tensor(4.0)}, 0.25)
         {'w': tensor(1.)}
@@ -130,7 +165,11 @@ def between(left: Mapping[str, Tensor], right: Mapping[str, Tensor], share: floa
 
 
 def mean(candidates: Sequence[Mapping[str, Tensor]]) -> Weights:
-    """The uniform mean, in the precision of the first; integer tensors are those of the last."""
+    """The uniform mean, in the precision of the first; integer tensors are those of the last.
+
+    Args:
+        candidates: Sets of weights of the same names and shapes; at least one.
+    """
     candidates = several_named("candidates", candidates)
     if not candidates:
         raise ValueError("`candidates` must hold at least one set of weights, got none.")

@@ -12,7 +12,11 @@ from lightning_merge.diagnostics._geometry import (
 
 
 def never_measured(weights: Mapping[str, Tensor]) -> list[str]:
-    """BatchNorm layers whose statistics are still those of the start: mean 0 and variance 1."""
+    """BatchNorm layers whose statistics are still those of the start: mean 0 and variance 1.
+
+    Args:
+        weights: Weights and buffers by name.
+    """
     return [
         name.removesuffix(".running_mean")
         for name, running_mean in named("weights", weights).items()
@@ -26,6 +30,10 @@ def statistics_shift(stored: Mapping[str, Tensor], measured: Mapping[str, Tensor
     """How far stored BatchNorm statistics are from measured ones: that of the worst layer, in standard deviations.
 
     ``sqrt(mean over channels of ((m - m') / s')^2 + log(s / s')^2)``, for means m and standard deviations s.
+
+    Args:
+        stored: ``running_mean`` and ``running_var`` of the layers by name; other tensors do not count.
+        measured: Those that were measured, of the same names and shapes.
 
     Example:
         >>> import torch

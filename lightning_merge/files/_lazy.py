@@ -95,7 +95,11 @@ class Checkpoint:
         return {name: torch.empty(at.shape, dtype=at.dtype, device="meta") for name, at in self.places.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """One tensor, in memory of its own.
+
+        Args:
+            name: Name of the tensor.
+        """
         at = self.places[name]
         numbers = torch.empty(at.numbers, dtype=at.dtype)
         self.read_into(memory_of(numbers), name)
@@ -111,6 +115,11 @@ class Checkpoint:
 
     def read_into(self, memory: memoryview, name: str, start: int = 0) -> None:
         """Fills the bytes with those of a tensor as they lie in the file, from number ``start`` on.
+
+        Args:
+            memory: Where the bytes go; its length says how many.
+            name: Name of the tensor.
+            start: First byte, counted from the start of the tensor.
 
         Raises:
             ValueError: If they are not those that were written, or are no longer there.

@@ -35,6 +35,9 @@ _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 def is_remote(path: str | os.PathLike[str]) -> bool:
     """Whether it is a URL as ``s3://bucket/run``, which fsspec opens.
 
+    Args:
+        path: A path or a URL.
+
     Example:
         >>> is_remote("s3://bucket/run"), is_remote("runs/a"), is_remote("C:/runs")
         (True, False, False)
@@ -43,7 +46,11 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a file, on the disk or in a store."""
+    """Whether there is a file, on the disk or in a store.
+
+    Args:
+        path: A path, or a URL that fsspec opens.
+    """
     if not is_remote(path):
         return Path(path).exists()
     store, name = store_of(os.fspath(path))
@@ -71,6 +78,10 @@ def store_of(url: str) -> tuple[Any, str]:
 def join(folder: str | os.PathLike[str], name: str) -> str:
     """A file in a folder, which may be a URL.
 
+    Args:
+        folder: A path or a URL.
+        name: The name of the file.
+
     Example:
         >>> join("s3://bucket/run/", "ema-final.ckpt")
         's3://bucket/run/ema-final.ckpt'
@@ -97,6 +108,9 @@ def atomic(target: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 @contextmanager
 def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
     """As ``atomic``, for what writes to a path: where to write in the block, an empty file.
+
+    Args:
+        target: The file to be replaced; a path, or a URL that fsspec opens.
 
     Raises:
         OSError: As ``atomic``.

@@ -125,6 +125,9 @@ class Subspace:
     def collect(self, weights: Mapping[str, Tensor]) -> None:
         """Copies the weights.
 
+        Args:
+            weights: Weights by name, of the names and shapes of ``like``; not changed.
+
         Raises:
             ValueError: If there is no room left, training has begun, or a tensor holds a NaN or an infinity.
         """
@@ -143,6 +146,9 @@ class Subspace:
     @torch.no_grad()
     def begin(self, weights: Mapping[str, Tensor]) -> None:
         """Makes the basis, and writes the mean of what was collected into ``weights``.
+
+        Args:
+            weights: The live weights, by name; written to.
 
         Raises:
             ValueError: If fewer than two of the collected weights differ.
@@ -203,7 +209,11 @@ class Subspace:
 
     @torch.no_grad()
     def write(self, weights: Mapping[str, Tensor]) -> None:
-        """Writes the weights of the present coefficients into ``weights``."""
+        """Writes the weights of the present coefficients into ``weights``.
+
+        Args:
+            weights: The live weights, by name; written to.
+        """
         c = self._c()
         for index, name in enumerate(self.names):
             if name in self._rows:
@@ -246,6 +256,9 @@ class Subspace:
     def load(self, saved: State) -> None:
         """Takes over what ``save`` gave.
 
+        Args:
+            saved: What ``save`` gave.
+
         Raises:
             ValueError: If it is of another model.
         """
@@ -265,7 +278,11 @@ class Subspace:
             self._optimizer.load_state_dict(saved["optimizer"])
 
     def to_devices_of(self, weights: Mapping[str, Tensor]) -> None:
-        """Moves the copies to where these weights are; with ``store="cpu"`` they stay."""
+        """Moves the copies to where these weights are; with ``store="cpu"`` they stay.
+
+        Args:
+            weights: The live weights, by name.
+        """
         if self.store == "device":
             for held in (self._rows, self._centre):
                 held.update({name: tensor.to(weights[name].device) for name, tensor in held.items()})

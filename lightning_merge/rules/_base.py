@@ -45,14 +45,27 @@ class Rule(ABC):
 
     @abstractmethod
     def init(self, weights: Weights) -> State:
-        """The state before the first update. Copies what it keeps."""
+        """The state before the first update. Copies what it keeps.
+
+        Args:
+            weights: Tensors by canonical name; not changed.
+        """
 
     @abstractmethod
     def update(self, state: State, weights: Weights) -> None:
-        """Takes the weights into the state, in place."""
+        """Takes the weights into the state, in place.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with; changed in place.
+            weights: Tensors by canonical name, as ``init`` was given; not changed.
+        """
 
     def result(self, state: State) -> Weights | None:
-        """The merged weights in tensors of their own, or ``None`` if there are none yet."""
+        """The merged weights in tensors of their own, or ``None`` if there are none yet.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+        """
         stored = self.stored(state)
         return None if stored is None else copies(stored)
 
@@ -60,6 +73,9 @@ class Rule(ABC):
         """The same without a copy: maybe the state's own tensors, to be read at once and not written to.
 
         A rule defines this, or ``result``.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
         """
         if type(self).result is Rule.result:
             raise NotImplementedError(f"{type(self).__name__} must define `result`, or `stored`.")
@@ -76,18 +92,29 @@ class Rule(ABC):
         return
 
     def finished(self, state: State) -> bool:
-        """Whether nothing can change the result any more, so that training may stop."""
+        """Whether nothing can change the result any more, so that training may stop.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+        """
         return False
 
     def conclude(self, state: State) -> str | None:
         """Called once after the last step: settles what is published if nothing was merged so far.
 
         Returns one sentence about what happened, or ``None``.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with; may be changed in place.
         """
         return None
 
     def resolve(self, run: RunLength) -> "Rule":
-        """This rule with everything that was given relative to the run turned into steps."""
+        """This rule with everything that was given relative to the run turned into steps.
+
+        Args:
+            run: How long the run is, as far as that is known.
+        """
         return self
 
     @property
@@ -111,22 +138,40 @@ class Rule(ABC):
         return True
 
     def initial_share(self, state: State) -> float:
-        """Share of the result that is still the weights of the start, in [0, 1]."""
+        """Share of the result that is still the weights of the start, in [0, 1].
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+        """
         return 0.0
 
     def extend(self, state: State, weights: Weights) -> None:
-        """Adds tensors that have not changed since the start (parameters that are unfrozen later)."""
+        """Adds tensors that have not changed since the start (parameters that are unfrozen later).
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with; changed in place.
+            weights: Tensors by canonical name, none of which it has.
+        """
         for key, fresh in self.init(weights).items():
             if isinstance(fresh, dict):
                 state[key].update(fresh)
 
     def forget(self, state: State, names: Iterable[str]) -> None:
-        """Removes tensors of these names, which are not merged any more."""
+        """Removes tensors of these names, which are not merged any more.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with; changed in place.
+            names: Canonical names; those that it has not are passed over.
+        """
         state.pop("cache", None)
         _remove(state, set(names))
 
     def save(self, state: State) -> State:
-        """What a checkpoint holds of the state. Called for every checkpoint that the run may be resumed from."""
+        """What a checkpoint holds of the state. Called for every checkpoint that the run may be resumed from.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with; not changed.
+        """
         return {key: value for key, value in state.items() if key != "cache"}
 
     def load(self, saved: State, devices: Mapping[str, torch.device]) -> State:

@@ -68,6 +68,10 @@ class SelectedMean(Rule):
         """Takes in the score of the mean as it is, higher is better.
 
         Of equals the last is best, a NaN or minus infinity never.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with; changed in place.
+            score: Higher is better.
         """
         if not is_eligible(score):
             state["unusable"] = state.get("unusable", 0) + 1

@@ -153,7 +153,11 @@ class ValleyMean(Rule):
             segment["mean"].update(clone(weights))
 
     def converged(self, state: State) -> bool:
-        """Whether the average has begun."""
+        """Whether the average has begun.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+        """
         return state["minimum"] is not None
 
     def finished(self, state: State) -> bool:
@@ -161,7 +165,11 @@ class ValleyMean(Rule):
         return bool(state["dead"])
 
     def interval(self, state: State) -> tuple[int, int] | None:
-        """The first and the last step of the result, counted in updates from 1; ``None`` if there is none."""
+        """The first and the last step of the result, counted in updates from 1; ``None`` if there is none.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+        """
         published = self._published(state)
         return None if published is None else (published["first"], published["last"])
 

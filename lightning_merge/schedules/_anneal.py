@@ -14,6 +14,13 @@ def anneal(
     ``base + (target - base) * a`` with ``a = s`` (linear) or ``(1 - cos(pi s)) / 2``, ``s = min(1, elapsed / length)``.
     The closed form of ``torch.optim.swa_utils.SWALR``, so it does not depend on what others write to the optimizer.
 
+    Args:
+        base: Value at the start.
+        target: Value at the end, and after it.
+        elapsed: How much has passed.
+        length: How long the way is, in the same unit.
+        strategy: ``"cos"`` or ``"linear"``.
+
     Raises:
         TypeError: If an argument is not a number.
         ValueError: If ``strategy`` is neither.

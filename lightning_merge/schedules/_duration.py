@@ -68,7 +68,11 @@ class Duration:
         return cls(_of_steps(argument, text, value))
 
     def steps(self, run: RunLength) -> float:
-        """The same length in applied optimizer steps of this run."""
+        """The same length in applied optimizer steps of this run.
+
+        Args:
+            run: How long the run is, as far as that is known.
+        """
         if self.unit == "steps":
             return self.value
         scale = run.steps_per_epoch if self.unit == "epochs" else run.steps

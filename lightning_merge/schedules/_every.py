@@ -162,6 +162,9 @@ class AtValidations(Schedule):
 class FromStart(Schedule):
     """As another schedule, but the rule starts with the weights that the run begins with.
 
+    Args:
+        schedule: When weights are taken in after the start.
+
     Example:
         >>> schedule = FromStart(EveryNEpochs())
         >>> schedule.started(Moment(0, 0)), schedule.due(Moment(0, 0)), schedule.due(Moment(9, 1, epoch_end=True))

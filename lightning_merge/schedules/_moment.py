@@ -56,12 +56,24 @@ class Schedule(ABC):
 
     @abstractmethod
     def started(self, moment: Moment) -> bool:
-        """Whether the average exists from this moment on."""
+        """Whether the average exists from this moment on.
+
+        Args:
+            moment: Steps and epochs that have been completed.
+        """
 
     @abstractmethod
     def due(self, moment: Moment) -> bool:
-        """Whether the weights are taken in at this moment."""
+        """Whether the weights are taken in at this moment.
+
+        Args:
+            moment: Steps and epochs that have been completed.
+        """
 
     @abstractmethod
     def resolve(self, run: RunLength) -> "Schedule":
-        """This schedule with a start that was given as a share of the run turned into steps or epochs."""
+        """This schedule with a start that was given as a share of the run turned into steps or epochs.
+
+        Args:
+            run: How long the run is, as far as that is known.
+        """

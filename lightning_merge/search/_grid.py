@@ -33,7 +33,13 @@ class Grid(Method):
         settle(self, step=number("step", self.step, "(0, 1]"))
 
     def exceeds(self, budget: int, space: Space, count: int) -> bool:
-        """Whether there are more candidates than that."""
+        """Whether there are more candidates than that.
+
+        Args:
+            budget: Evaluations that may be spent.
+            space: The coefficients that are allowed.
+            count: Number of ingredients; at least 1.
+        """
         return next(islice(space.lattice(count, self.step), budget, None), None) is not None
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:

@@ -43,4 +43,10 @@ class Method(ABC):
 
     @abstractmethod
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
-        """The candidates for ``count`` ingredients, one by one."""
+        """The candidates for ``count`` ingredients, one by one.
+
+        Args:
+            space: The coefficients that are allowed.
+            count: Number of ingredients; at least 1.
+            rng: Where random numbers come from; saved with the search.
+        """

@@ -20,27 +20,52 @@ class Space(ABC):
 
     @abstractmethod
     def contains(self, values: Sequence[float]) -> bool:
-        """Whether coefficients belong to it, up to rounding."""
+        """Whether coefficients belong to it, up to rounding.
+
+        Args:
+            values: One number per ingredient.
+        """
 
     @abstractmethod
     def nearest(self, values: Sequence[float]) -> Coefficients:
-        """The coefficients of this space that are nearest to these numbers (least squares)."""
+        """The coefficients of this space that are nearest to these numbers (least squares).
+
+        Args:
+            values: One number per ingredient.
+        """
 
     @abstractmethod
     def dimensions(self, count: int) -> int:
-        """Numbers that choose the coefficients of ``count`` ingredients."""
+        """Numbers that choose the coefficients of ``count`` ingredients.
+
+        Args:
+            count: Number of ingredients; at least 1.
+        """
 
     @abstractmethod
     def from_unit(self, numbers: Sequence[float]) -> Coefficients:
-        """The coefficients that so many numbers in [0, 1] stand for."""
+        """The coefficients that so many numbers in [0, 1] stand for.
+
+        Args:
+            numbers: As many numbers in [0, 1] as ``dimensions`` says.
+        """
 
     @abstractmethod
     def to_unit(self, values: Sequence[float]) -> list[float]:
-        """Numbers in [0, 1] that ``from_unit`` turns into these coefficients."""
+        """Numbers in [0, 1] that ``from_unit`` turns into these coefficients.
+
+        Args:
+            values: One number per ingredient.
+        """
 
     @abstractmethod
     def lattice(self, count: int, step: float) -> Iterator[Coefficients]:
-        """All coefficients of ``count`` ingredients that are whole steps apart."""
+        """All coefficients of ``count`` ingredients that are whole steps apart.
+
+        Args:
+            count: Number of ingredients; at least 1.
+            step: Distance between neighbours in a coefficient; in (0, 1].
+        """
 
 
 @final

@@ -12,6 +12,9 @@ Coefficients = tuple[float, ...]
 def mean(count: int) -> Coefficients:
     """``1 / n`` each.
 
+    Args:
+        count: Number of checkpoints; at least 1.
+
     Example:
         >>> mean(4)
         (0.25, 0.25, 0.25, 0.25)
@@ -22,6 +25,9 @@ def mean(count: int) -> Coefficients:
 
 def linear(count: int) -> Coefficients:
     """``c_i ~ i``: the later, the more.
+
+    Args:
+        count: Number of checkpoints; at least 1.
 
     Example:
         >>> linear(4)
@@ -38,6 +44,10 @@ def linear(count: int) -> Coefficients:
 def window(count: int, k: int) -> Coefficients:
     """The mean of the last ``k``.
 
+    Args:
+        count: Number of checkpoints; at least 1.
+        k: Number of checkpoints that count; in [1, ``count``].
+
     Example:
         >>> window(4, 2)
         (0.0, 0.0, 0.5, 0.5)
@@ -53,6 +63,10 @@ def window(count: int, k: int) -> Coefficients:
 
 def exponential(count: int, decay: float) -> Coefficients:
     """``merged <- decay * merged + (1 - decay) * next``, from the first checkpoint on.
+
+    Args:
+        count: Number of checkpoints; at least 1.
+        decay: Share of the merge so far that is kept at each checkpoint, in [0, 1).
 
     Example:
         >>> [round(c, 6) for c in exponential(4, 0.8)]
@@ -94,6 +108,9 @@ def by_decay(shape: Sequence[float]) -> Coefficients:
 def wsm_linear(count: int) -> Coefficients:
     """The merge that stands for a linear decay: the mean.
 
+    Args:
+        count: Number of checkpoints; at least 1.
+
     Example:
         >>> [round(c, 6) for c in wsm_linear(5)]
         [0.2, 0.2, 0.2, 0.2, 0.2]
@@ -104,6 +121,9 @@ def wsm_linear(count: int) -> Coefficients:
 
 def wsm_1_sqrt(count: int) -> Coefficients:
     """The merge that stands for a decay by ``1 - sqrt(progress)``; the oldest gets most.
+
+    Args:
+        count: Number of checkpoints; at least 1.
 
     Example:
         >>> [round(c, 6) for c in wsm_1_sqrt(5)]

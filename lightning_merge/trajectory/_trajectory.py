@@ -96,7 +96,13 @@ class Trajectory(Sequence[Checkpoint]):
 
     @classmethod
     def of_files(cls, paths: Iterable[str | os.PathLike[str]], weights: WhichWeights = "published") -> "Trajectory":
-        """Files in the order they are given, as those of several runs."""
+        """Files in the order they are given, as those of several runs.
+
+        Args:
+            paths: Checkpoints, each a path or a URL.
+            weights: Which set of a file that has both: ``"published"``, what validation measured, or ``"raw"``, what
+                trained.
+        """
         one_of("weights", weights, WhichWeights)
         files = [path("paths", file) for file in sequence("paths", paths, "several paths")]
         return cls(Checkpoint(file, weights) for file in files)

@@ -144,6 +144,9 @@ def split_by_domain(
 def jointly(tasks: Sequence[TaskData]) -> TaskData:
     """All tasks of a split by class as one: for the upper bound that trains on everything, and to test on everything.
 
+    Args:
+        tasks: What ``split_by_class`` gave, all of it.
+
     Raises:
         ValueError: If the tasks have no classes of their own, as those of a split by domain.
     """
