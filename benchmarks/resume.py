@@ -44,6 +44,7 @@ from lightning_merge.callbacks import (
     TWA,
     WARP,
     WASH,
+    Anneal,
     DiLoCo,
     ForkMerge,
     LocalSGD,
@@ -63,6 +64,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "ema-share": lambda: EMA(half_life="20%"),  # looks at the length of the run before the loader is restored
     "swa": lambda: SWA(start_epoch=1, swa_lr=0.02, anneal_epochs=2),
     "lawa": lambda: LAWA(k=2, every_n_steps=3),
+    "anneal": lambda: Anneal("1-sqrt", "50%", validate="both"),
+    "anneal-sliding": lambda: Anneal("cosine", 10, memory=4),
     "swad": lambda: SWAD("val/loss", n_converge=2, n_tolerance=2, stop=False, validate="both"),
     "twa": lambda: TWA(every=2, stage="50%", lr=0.05, inner="adamw"),
     "aswa": lambda: ASWA("val/loss", start_epoch=0, validate="both"),

@@ -6,6 +6,7 @@ if __name__ != "lightning_merge.callbacks":
 
 from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
 from lightning_merge.callbacks._anchor import Anchor
+from lightning_merge.callbacks._anneal import Anneal
 from lightning_merge.callbacks._aswa import ASWA
 from lightning_merge.callbacks._best_k import BestK
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
@@ -48,6 +49,7 @@ __all__ = [
     "WASH",
     "AcceptIfBetter",
     "Anchor",
+    "Anneal",
     "BestK",
     "BranchStrategy",
     "Branching",

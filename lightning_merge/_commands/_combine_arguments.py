@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-AVERAGE_RULES = ("mean", "window", "linear", "ema", "wsm-linear", "wsm-1-sqrt", "greedy", "lcsc", "bayes")
+_DECAYS = ("wsm-linear", "wsm-cosine", "wsm-1-sqrt", "wsm-exponential")
+AVERAGE_RULES = ("mean", "window", "linear", "ema", *_DECAYS, "greedy", "lcsc", "bayes")
 _SETS = ("raw", "published")
 SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
 _OF_SETS = "of files with an average: what training works on, or what the score was measured on"

@@ -30,7 +30,9 @@ def coefficients(options: argparse.Namespace, count: int) -> list[float]:
         "linear": lambda: trajectory.linear(count),
         "ema": lambda: trajectory.exponential(count, options.decay),
         "wsm-linear": lambda: trajectory.wsm_linear(count),
+        "wsm-cosine": lambda: trajectory.wsm_cosine(count),
         "wsm-1-sqrt": lambda: trajectory.wsm_1_sqrt(count),
+        "wsm-exponential": lambda: trajectory.wsm_exponential(count),
     }
     return list(rules[options.rule]())
 

@@ -13,6 +13,7 @@ def anneal(
 
     ``base + (target - base) * a`` with ``a = s`` (linear) or ``(1 - cos(pi s)) / 2``, ``s = min(1, elapsed / length)``.
     The closed form of ``torch.optim.swa_utils.SWALR``, so it does not depend on what others write to the optimizer.
+    It is about a learning rate; ``callbacks.Anneal`` merges weights in the place of one that decays.
 
     Args:
         base: Value at the start.

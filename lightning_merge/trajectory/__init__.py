@@ -8,6 +8,8 @@ from lightning_merge.trajectory._coefficients import (
     mean,
     window,
     wsm_1_sqrt,
+    wsm_cosine,
+    wsm_exponential,
     wsm_linear,
 )
 from lightning_merge.trajectory._trajectory import Trajectory
@@ -21,5 +23,7 @@ __all__ = [
     "mean",
     "window",
     "wsm_1_sqrt",
+    "wsm_cosine",
+    "wsm_exponential",
     "wsm_linear",
 ]

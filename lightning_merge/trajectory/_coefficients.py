@@ -1,10 +1,10 @@
 """Coefficients for the checkpoints of one run, oldest first, that need no data."""
 
 import itertools
-import math
 from collections.abc import Sequence
 
 from lightning_merge._checks import LISTED, number, numbers, whole
+from lightning_merge.schedules._decay import Decay, decay
 
 Coefficients = tuple[float, ...]
 
@@ -115,8 +115,20 @@ def wsm_linear(count: int) -> Coefficients:
         >>> [round(c, 6) for c in wsm_linear(5)]
         [0.2, 0.2, 0.2, 0.2, 0.2]
     """
-    count = _checked(count)
-    return by_decay([1.0 - step / count for step in range(1, count)])
+    return _wsm("linear", count)
+
+
+def wsm_cosine(count: int) -> Coefficients:
+    """The merge that stands for a decay by ``(1 + cos(pi progress)) / 2``; those in the middle get most.
+
+    Args:
+        count: Number of checkpoints; at least 1.
+
+    Example:
+        >>> [round(c, 6) for c in wsm_cosine(5)]
+        [0.095492, 0.25, 0.309017, 0.25, 0.095492]
+    """
+    return _wsm("cosine", count)
 
 
 def wsm_1_sqrt(count: int) -> Coefficients:
@@ -129,8 +141,25 @@ def wsm_1_sqrt(count: int) -> Coefficients:
         >>> [round(c, 6) for c in wsm_1_sqrt(5)]
         [0.447214, 0.185242, 0.142141, 0.119831, 0.105573]
     """
+    return _wsm("1-sqrt", count)
+
+
+def wsm_exponential(count: int) -> Coefficients:
+    """The merge that stands for a decay by ``2 * 0.5 ** progress - 1``; the older, the more.
+
+    Args:
+        count: Number of checkpoints; at least 1.
+
+    Example:
+        >>> [round(c, 6) for c in wsm_exponential(5)]
+        [0.258899, 0.225385, 0.196209, 0.17081, 0.148698]
+    """
+    return _wsm("exponential", count)
+
+
+def _wsm(shape: Decay, count: int) -> Coefficients:
     count = _checked(count)
-    return by_decay([1.0 - math.sqrt(step / count) for step in range(1, count)])
+    return by_decay([decay(shape, step / count) for step in range(1, count)])
 
 
 def _checked(count: int) -> int:

@@ -24,6 +24,7 @@ from lightning_merge.callbacks import (
     SWAD,
     TWA,
     AcceptIfBetter,
+    Anneal,
     BestK,
     Extrapolate,
     Lookaround,
@@ -44,6 +45,8 @@ AVERAGES: dict[str, Callable[..., Any]] = {
     "aswa": lambda **o: ASWA("val/loss", start_epoch=0, **o),
     "best": lambda **o: BestK("val/loss", k=2, **o),
     "post-hoc": lambda **o: PostHocEMA(every=2, **o),
+    "anneal": lambda **o: Anneal("cosine", 7, 2, **o),
+    "sliding anneal": lambda **o: Anneal("1-sqrt", 6, memory=3, **o),
     "extrapolate": lambda **o: Extrapolate(1.3, **o),
 }
 

@@ -116,6 +116,10 @@ TRIED = {name: make for name, make in METHODS.items() if averages(make()) and na
 TRIED["weight-merging"] = lambda: [  # of a part that these modules have
     merging.WeightMerging(Mean(), EveryNSteps(2), Selection(include=("net.0.*",), buffers="copy"))
 ]
+TRIED["anneal"] = lambda: [
+    merging.Anneal("1-sqrt", 4, validate="both"),
+    merging.Anneal("cosine", 4, memory=3, name="now"),
+]
 TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",

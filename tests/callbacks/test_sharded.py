@@ -19,6 +19,7 @@ from lightning_merge.callbacks import (
     SMA,
     SWA,
     SWAD,
+    Anneal,
     BestK,
     Interpolate,
     PostHocEMA,
@@ -56,21 +57,25 @@ class Collectives(Callback):
     """Counts the collectives while weights are taken in, and while merged ones are put in place and taken out."""
 
     def __init__(self) -> None:
-        self.counts = {"update": 0, "updates": 0, "exchange": 0, "whole": 0}
+        self.counts = {"exchange": 0, "whole": 0}
+        self.updates: dict[str, list[int]] = {}  # of each average, how many in each
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from torch.distributed.tensor.debug import CommDebugMode
 
-        average = next(callback for callback in trainer.callbacks if isinstance(callback, WeightMerging))
-        take_in = average.take_in
+        def counted(average: WeightMerging) -> Any:
+            take_in = average.take_in
 
-        def counted(*args: Any) -> None:
-            with CommDebugMode() as mode:
-                take_in(*args)
-            self.counts["update"] += mode.get_total_counts()
-            self.counts["updates"] += 1
+            def take_in_and_count(*args: Any) -> None:
+                with CommDebugMode() as mode:
+                    take_in(*args)
+                self.updates.setdefault(average.name, []).append(mode.get_total_counts())
 
-        average.take_in = counted
+            return take_in_and_count
+
+        for average in trainer.callbacks:
+            if isinstance(average, WeightMerging):
+                average.take_in = counted(average)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from torch.distributed.tensor.debug import CommDebugMode
@@ -106,6 +111,8 @@ def other_averages() -> list[WeightMerging]:
         PostHocEMA(every=3, validate="raw"),
         Interpolate(alpha=0.3, validate="raw"),
         BestK("val/loss", k=2, validate="both"),
+        Anneal("1-sqrt", 4, validate="both"),
+        Anneal("cosine", 4, memory=3, name="sliding", validate="raw"),
     ]
 
 
@@ -156,6 +163,7 @@ def many_fits(root: Path, mesh: str) -> dict[str, Any]:
         "raw": together(averages[0], averages[0].raw_weights()),
         "metrics": {key: float(value) for key, value in run.callback_metrics.items()},
         "collectives": collectives.counts,
+        "updates": collectives.updates,
         "local": {name: tuple(t.shape) for name, t in averages[0].tensors.items()},
     }
     average = swad()
@@ -168,7 +176,9 @@ def many_fits(root: Path, mesh: str) -> dict[str, Any]:
     for key, epochs, ckpt_path in (("first", 1, None), ("resumed", 2, root / "others.ckpt"), ("others", 2, None)):
         averages = other_averages()
         files = [ModelCheckpoint(root, "others")] if epochs == 1 else []
-        fit(root, [*averages, *files], kind(), strategy(), ckpt_path, max_epochs=epochs)
+        counter = Collectives()
+        fit(root, [counter, *averages, *files], kind(), strategy(), ckpt_path, max_epochs=epochs)
+        found["updates of others"] = counter.updates
         found[key] = {name: together(averages[0], tensors) for name, tensors in sets_of(averages).items()}
 
     ema = EMA(decay=0.5)
@@ -290,8 +300,11 @@ def test_merged_weights_are_validated_and_published_and_raw_ones_come_back(found
 def test_updates_and_exchanges_communicate_nothing(found: dict[str, Any]) -> None:
     for result in found["ranks"]:
         counts = result["collectives"]
-        assert counts["updates"] == 8
-        assert counts["update"] == counts["exchange"] == 0
+        assert result["updates"] == {"ema": [0] * 8, "compensated": [0] * 8, "swa": [0] * 2, "lawa": [0] * 8}
+        for name, least in (("anneal", 4), ("sliding", 8)):
+            counted = result["updates of others"][name]
+            assert (sum(counted), len(counted) >= least) == (0, True)
+        assert counts["exchange"] == 0
         assert counts["whole"] > 0 or found["mesh"] == "ddp"  # the counter counts
 
 

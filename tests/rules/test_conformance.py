@@ -10,6 +10,7 @@ from torch import Tensor
 
 import lightning_merge.rules
 from lightning_merge.rules import (
+    AnnealedMean,
     BestMean,
     DiffusersWarmup,
     EmaPytorchWarmup,
@@ -20,6 +21,7 @@ from lightning_merge.rules import (
     PowerMeans,
     Rule,
     SelectedMean,
+    SlidingAnnealedMean,
     TimmWarmup,
     ValleyMean,
     WindowMean,
@@ -40,6 +42,14 @@ RULES = [
     Interpolation(),
     Interpolation(alpha=1.5),
     Mean(),
+    AnnealedMean(),
+    AnnealedMean("cosine", window=5),
+    AnnealedMean("1-sqrt", window="1 epochs", steps_per_update=2),
+    AnnealedMean("exponential", window=1),
+    SlidingAnnealedMean("linear", window=7, memory=3),
+    SlidingAnnealedMean("cosine", window="2 epochs", steps_per_update=4, memory=9),
+    SlidingAnnealedMean("exponential", window=6, memory=4),
+    SlidingAnnealedMean("1-sqrt", window=1, memory=2),
     BestMean(k=1),
     BestMean(k=3),
     SelectedMean(),
