@@ -9,7 +9,6 @@ from lightning_merge import weights
 from lightning_merge._checks import flag, instance, one_of
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._choice import Mode, refuse_higher_is_better
-from lightning_merge._ranks import several
 from lightning_merge.callbacks._averaging_run._by_rule import MergingByRule
 from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Validate
@@ -104,12 +103,7 @@ class WeightMerging(MergingByRule):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts to count optimizer steps, or goes on with the average of an earlier fit or a checkpoint."""
-        if self.rule.keeps_files and several():
-            raise ValueError(
-                f"{self.title} keeps weights in files, and only one process can go on from those, got"
-                f" {trainer.world_size}. Use host memory, where each process keeps its part of sharded parameters:"
-                " `store='cpu'`, or no `directory`."
-            )
+        self._refuse_files_of_several()
         super().on_fit_start(trainer, pl_module)
         self._active_rule, self._active_schedule = resolved(trainer, [self.rule, self.schedule])
         self._session.look()
@@ -128,8 +122,7 @@ class WeightMerging(MergingByRule):
         moment = Moment(self.steps, trainer.current_epoch)
         self._session.look()
         self._check_fit()
-        if self._state is None and self._active_schedule.started(moment):
-            self._start(weights.nonfinite(self.checked), self.steps, self._tensors.taken())
+        self.begin(moment)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""

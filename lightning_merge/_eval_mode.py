@@ -26,6 +26,35 @@ def forget_what_eval_mode_kept(module: nn.Module) -> None:
         each.training = mode
 
 
+class Derived:
+    """What a module in eval mode derives from its weights, as LoRA layers that merge theirs, around an exchange.
+
+    A module whose submodules are all in training mode, or do not extend ``train``, is not touched.
+
+    Args:
+        module: Any.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._modes: dict[nn.Module, bool] = {}
+
+    def let_go(self) -> None:
+        """Calls ``train()`` while the weights are in place that it was derived from."""
+        modes = {each: each.training for each in self._module.modules()}
+        if not all(modes.values()) and any(map(extends_train, modes)):
+            self._modes = modes
+            self._module.train()
+
+    def make_anew(self) -> None:
+        """Calls ``eval()`` if that was let go of, with the flags as they were."""
+        if self._modes:
+            self._module.eval()
+        for each, mode in self._modes.items():
+            each.training = mode
+        self._modes = {}
+
+
 def written_in_eval(module: nn.Module) -> set[str]:
     """Names of parameters that a forward pass writes to: an embedding with ``max_norm`` shortens the rows it reads."""
     return {

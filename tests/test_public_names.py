@@ -41,7 +41,7 @@ OF_CALLBACKS = [*OF_AVERAGES, "head_of", "load_merged", "merged_vector", "synthe
 
 def packages() -> dict[str, list[str]]:
     """The public names of every module that has such."""
-    found = {}
+    found = {lightning_merge.__name__: [name for name in lightning_merge.__all__ if not name.startswith("_")]}
     for module in pkgutil.walk_packages(lightning_merge.__path__, "lightning_merge."):
         path = module.name.split(".")[1:]
         if any(part.startswith("_") for part in path):

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from lightning_merge import weights
 from lightning_merge._averaging._in_place import in_place, publishable
+from lightning_merge._averaging._watching import Watching
 from lightning_merge._ranks import check_agreement
 from lightning_merge.callbacks._publication._apart import Apart
 from lightning_merge.callbacks._publication._average import Average, Ending, averages_of
-from lightning_merge.inventory import Inventory
 from lightning_merge.shards import reshard
-from lightning_merge.spectral import iterate_, singular_vectors
+from lightning_merge.spectral import iterate_
 from lightning_merge.weights import Weights
 
 
-class Exchange:
+class Exchange(Watching):
     """Puts the weights of a Trainer's averages in place; the only one that moves live tensors.
 
     Args:
@@ -37,21 +37,19 @@ class Exchange:
         ValueError: If the averages of the Trainer do not go together.
     """
 
+    module: LightningModule
+
     def __init__(self, trainer: Any, module: LightningModule) -> None:
+        super().__init__(module)
         self.trainer = trainer
-        self.module = module
         self.averages = averages_of(trainer)
         self.begun: list[Average] = []
         self.ending: Ending | None = None
         self.interrupted = False
-        self.inventory = Inventory(module)
         self.apart = Apart(self.inventory, lambda: self.interrupted)
         self.swapped_out: Mapping[str, Tensor] = {}
         self.busy = False
-        self.watches_training = False  # whether what is merged depends on which parameters require gradients
-        self._vectors: tuple[int, set[str]] | None = None
         self._measuring: tuple[int, list[nn.Module]] | None = None  # layers with statistics
-        self._trained: tuple[bool, ...] = ()  # which parameters require gradients
 
     def trains_statistics(self) -> bool:
         """Whether training itself measures any: layers in eval mode are frozen, and keep what they have."""
@@ -79,11 +77,7 @@ class Exchange:
             return  # what is assigned anew while others are in place goes with them
         if self._is_sharded:
             reshard(self.module)
-        changed = self.inventory.refresh()
-        if self.watches_training:
-            trained = tuple([parameter.requires_grad for parameter in self.inventory.parameters.values()])
-            changed, self._trained = changed or trained != self._trained, trained
-        if changed:
+        if self.has_changed():
             for average in self.begun:
                 average.look_again()
 
@@ -101,13 +95,6 @@ class Exchange:
     def under_every_name(self, tensors: Weights) -> Weights:
         """Tensors under each name that the module has for them."""
         return self.inventory.under_every_name(tensors)
-
-    @property
-    def singular_vectors(self) -> set[str]:
-        """Names of the buffers that spectral normalisation iterates."""
-        if self._vectors is None or self._vectors[0] != self.inventory.version:
-            self._vectors = self.inventory.version, singular_vectors(self.module)
-        return self._vectors[1]
 
     def fit_vectors_(self, average: Average, tensors: Weights) -> None:
         """Iterates the vectors of spectral normalisation among the tensors, until they fit the weights among them."""

@@ -4,13 +4,14 @@ import logging
 import warnings
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge._averaging._elsewhere import Background
 from lightning_merge._averaging._tensors import Tensors
 from lightning_merge._averaging._undecided import Decided, Undecided
-from lightning_merge._ranks import is_first
+from lightning_merge._ranks import is_first, several
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import Schedule
 from lightning_merge.selections import Selection
@@ -90,6 +91,14 @@ class RuleAverage:
         if self._state is None:
             raise RuntimeError(f"{self._tensors.title} has merged nothing yet.")
         return self._state
+
+    def _refuse_files_of_several(self) -> None:
+        if self.rule.keeps_files and several():
+            raise ValueError(
+                f"{self._tensors.title} keeps weights in files, and only one process can go on from those, got"
+                f" {dist.get_world_size()}. Use host memory, where each process keeps its part of sharded parameters:"
+                " `store='cpu'`, or no `directory`."
+            )
 
     # ---- what there is
 

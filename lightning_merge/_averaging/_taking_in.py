@@ -79,6 +79,11 @@ class TakingIn(RuleAverage):
             self._active_rule.update(self._kept, taken.averaged)
         return True
 
+    def begin(self, moment: Moment) -> None:
+        """Starts the average if it is to have started at this moment, at which nothing is taken in."""
+        if self._state is None and self._active_schedule.started(moment):
+            self._start(weights.nonfinite(self.checked), moment.step, self._tensors.taken())
+
     def _start(self, nonfinite: set[str], step: int, taken: Taken) -> bool:
         """Whether there is an average, and weights fit for it."""
         if nonfinite and (culprits := nonfinite & self.captured.keys()):

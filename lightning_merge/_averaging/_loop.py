@@ -1,0 +1,228 @@
+"""An average in a loop that nobody wraps: it follows an optimizer and a module."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, final
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_merge import weights
+from lightning_merge._averaging._elsewhere import refuse_without_room
+from lightning_merge._averaging._in_place import in_place, publishable
+from lightning_merge._averaging._state import AveragingState
+from lightning_merge._averaging._taking_in import TakingIn
+from lightning_merge._averaging._watching import Watching
+from lightning_merge._eval_mode import Derived, extends_train
+from lightning_merge._whole_steps import hook_whole_steps, was_skipped
+from lightning_merge.calibration import batch_norm_layers, recalibrated_statistics
+from lightning_merge.files._label import as_written
+from lightning_merge.rules import Rule
+from lightning_merge.schedules import Moment, RunLength, Schedule
+from lightning_merge.selections import Selection
+from lightning_merge.spectral import iterate_
+from lightning_merge.weights import Weights
+
+
+@final
+class Loop(TakingIn):
+    """What an ``Averager`` does; its arguments are those of that, checked.
+
+    Args:
+        module: What is trained, without what is around it.
+        optimizer: Whose applied steps are counted.
+        rule: How weights are merged.
+        schedule: When.
+        selection: Which tensors, and what becomes of buffers.
+        run: How long the run will be.
+        on_host: Whether the average is to be in host memory.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        rule: Rule,
+        schedule: Schedule,
+        selection: Selection,
+        run: RunLength,
+        on_host: bool,
+    ) -> None:
+        super().__init__(f"the average by {type(rule).__name__}", rule, schedule, selection, on_host)
+        self._active_rule, self._active_schedule = rule.resolve(run), schedule.resolve(run)
+        self._refuse_files_of_several()
+        sharded = weights.sharded_tensors(module)
+        if sharded and not rule.works_on_shards:
+            raise ValueError(
+                f"`rule` needs whole parameters, and `{next(iter(sharded))}` is sharded. Use DDP, or a rule that works"
+                f" on parts, as ExponentialMean, got {rule!r}."
+            )
+        if shapeless := [name for name, tensor in weights.named_tensors(module).items() if tensor.is_meta]:
+            raise ValueError(
+                f"`model` must have the weights that training starts from, and `{shapeless[0]}` is on the meta device:"
+                " make the average after `to_empty` and initialisation, or after the weights were loaded."
+            )
+        self.watched = Watching(module)
+        self.watched.watches_training = self.watches_training
+        self._tensors.start(self.watched, (), ())
+        if self._tensors.is_elsewhere:
+            refuse_without_room(self._tensors.title, self.tensors)
+        self._refuse_others_parameters(optimizer)
+        self._is_swapped = False
+        self._calibrated_at: tuple[int, int] | None = None  # `version` when the statistics were measured
+        self.begin(Moment(0, 0))
+        self._hooks = hook_whole_steps(optimizer, self._before_step, self._after_step)
+
+    def _refuse_others_parameters(self, optimizer: Optimizer) -> None:
+        inventory = self.watched.inventory
+        ours = [*self._tensors.averaged.values(), *(other for each in inventory.ties.values() for other in each)]
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not stepped & set(map(id, ours)):
+            raise ValueError(
+                f"`optimizer` must step parameters of {inventory.title} that are averaged, and steps none of them. Make"
+                " it of `model.parameters()`, after `fully_shard` and whatever else replaces them."
+            )
+
+    # ---- steps
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_swapped:
+            raise RuntimeError("an optimizer step inside of `merged()` would train the average: leave the block first.")
+        if self.watches_training:
+            self._look()  # an average of what was unfrozen starts where it does
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not was_skipped(optimizer):
+            self.steps += 1
+            self._note(Moment(self.steps, self._last_epoch))
+
+    def end_epoch(self) -> None:
+        self._last_epoch += 1
+        self._note(Moment(self.steps, self._last_epoch, epoch_end=True))
+
+    def _note(self, moment: Moment) -> None:
+        if self.wants(moment):
+            self._look()
+            self.take_in(moment, weights.find_nonfinite(self.checked))
+
+    def evaluate(self, score: float) -> bool:
+        """Tells the rule a score; whether nothing can change the result any more."""
+        self._look()
+        return self._state is not None and self._take_score(score) and self._active_rule.finished(self._kept)
+
+    def _look(self) -> None:
+        if self._is_swapped:
+            return
+        if self._tensors.is_sharded:
+            weights.reshard(self.watched.module)
+        if self.watched.has_changed():
+            self._follow(self.watched)
+
+    # ---- the result
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Merged weights in the place of the raw ones; blocks within one another are one, and so is one without any."""
+        merged = None if self._is_swapped else self.published()
+        if merged is None:
+            yield
+            return
+        module, before, derived = self.watched.module, Weights(), Derived(self.watched.module)
+        with ExitStack() as stack:
+            stack.callback(derived.make_anew)
+            derived.let_go()
+            stack.callback(setattr, self, "_is_swapped", False)
+            self._is_swapped = True
+            stack.enter_context(in_place(module, self.watched.inventory, merged, before))
+            stack.callback(derived.let_go)
+            derived.make_anew()
+            yield
+
+    def published(self) -> Weights | None:
+        """The merged tensors as they take the place of the live ones. All processes call this."""
+        self._look()
+        if not self.ready:
+            return None
+        is_old = self._calibrated_at != self.version
+        if is_old and self.selection.buffers == "recompute" and batch_norm_layers(self.watched.module):
+            raise RuntimeError(
+                "BatchNorm statistics have to be measured again under the merged weights (`buffers='recompute'`): call"
+                " `recalibrate(batches)` before `merged()` and `publish()`, or choose another `Selection(buffers=...)`."
+            )
+        if is_old and self.watched.singular_vectors & self._buffers.keys():
+            self.calibrate((), None)
+        names = {name for name, tensor in self.captured.items() if not isinstance(tensor, nn.Parameter)}
+        parameters, buffers = publishable(self.watched.module, self.merged() or {}, self.tensors, names)
+        if any(map(extends_train, self.watched.module.modules())):
+            parameters = weights.copies(parameters)  # in eval mode it may write to them
+        weights.mean_over_ranks_(buffers, self.captured)
+        return {**parameters, **buffers}
+
+    def calibrate(self, batches: Iterable[Any], forward: Callable[[Any], Any] | None) -> None:
+        """Makes the buffers fit the merged weights: BatchNorm statistics, and vectors of spectral normalisation."""
+        self._look()
+        if not self.ready:
+            return
+        module, inventory = self.watched.module, self.watched.inventory
+        vectors = self.watched.singular_vectors & self._buffers.keys()
+        merged = weights.like({**(self.merged() or {}), **weights.copies(self._buffers)}, self.tensors)
+        with in_place(module, inventory, merged, {}):
+            iterate_(module)
+            fresh = {} if forward is None else recalibrated_statistics(module, batches, forward)
+            fresh |= weights.copies({name: inventory.buffers[name] for name in vectors})
+        weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
+        self._calibrated_at = self.version
+
+    def publish(self) -> Weights:
+        """Leaves the merged weights in the module and counts no more steps; the raw ones that were there."""
+        if self._state is not None and (sentence := self._active_rule.conclude(self._state)):
+            self._inform(f"{self._tensors.title}: {sentence}")
+        merged = weights.copies(self.published() or {})
+        self.close()
+        weights.reshard(self.watched.module)
+        return weights.exchange(self.watched.inventory.tensors, merged, ties=self.watched.inventory.ties)
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    # ---- it is saved and loaded
+
+    def save(self) -> dict[str, Any]:
+        state = AveragingState(
+            state=None if self._state is None else self._active_rule.save(self._state),
+            evaluations=self.evaluations,
+            buffers=self._buffers,
+            calibrated_at=self._calibrated_at and list(self._calibrated_at),
+            recent=None,
+            last_epoch=self._last_epoch,
+            update_window=self.update_window and list(self.update_window),
+            skipped_nonfinite=self.skipped_nonfinite,
+        )
+        return {"rule": repr(self.rule), "steps": self.steps, **state.section()}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes over copies of what ``save`` gave; nothing if that does not fit."""
+        self.decide()
+        cure = "Load it into an average of the model, the selection and, where it is sharded, the mesh it is of."
+        with as_written(f"the state of {self._tensors.title}"):
+            found = AveragingState.of(saved)
+            steps, rule = int(saved["steps"]), str(saved["rule"])
+            state, buffers = weights.map_named(lambda name, tensor: tensor.clone(), [found.state, found.buffers])
+            average = (
+                None
+                if state is None
+                else self._active_rule.stored(self._active_rule.load(state, self._tensors.devices))
+            )
+        if average is not None:
+            self._refuse_another_model(average, cure)
+        if rule != repr(self.rule):
+            self._warn(f"{self._tensors.title} goes on from a state of {rule}.")
+        self._state, self._buffers, self.steps = state, buffers, steps
+        self.evaluations, self.skipped_nonfinite = found.evaluations, found.skipped_nonfinite
+        self._last_epoch = found.last_epoch
+        self.update_window = None if found.update_window is None else (found.update_window[0], found.update_window[1])
+        measured = found.calibrated_at
+        self._calibrated_at = None if measured is None else (measured[0], measured[1])
+        if state is not None:
+            self._to_devices()
