@@ -1,37 +1,46 @@
-"""Makes docs/methods/README.md, the table of all methods, from their cards: ``python docs/make_table.py``.
+"""Makes docs/methods/README.md, the tables of all methods, from their cards: ``python docs/make_table.py``.
 
-A card begins with its facts, as YAML between two lines of ``---``: its ``family``, ``when`` and ``when not`` to use the
-method, whether it needs a ``metric``, its ``cost``, what becomes of ``buffers``, the ``strategies`` it works under, the
-``result`` that we measured and the ``import``.
+A card begins with its facts, as YAML between two lines of ``---``: its ``family``, what it is ``for`` in a few words,
+whether it needs a ``metric``, how many ``copies`` of the weights it keeps beside the model's own, the ``strategies`` it
+works under, what was ``measured`` (contestants by comparison, see ``measured.py``) and the ``import``.
 """
 
 from pathlib import Path
 from typing import Any
 
 import yaml
+from measured import as_difference, comparisons, verdict
 
 METHODS = Path(__file__).parent / "methods"
 TABLE = METHODS / "README.md"
-FACTS = ("family", "when", "when not", "metric", "cost", "buffers", "strategies", "result", "import")
-
-FAMILIES = (
-    "Averages along a run",
-    "Averages chosen by a score",
-    "After training",
-    "Branches",
-    "Every update",
-    "Tasks in turn",
-)
+FACTS = ("family", "for", "metric", "copies", "strategies", "measured", "import")
+FAMILIES = {
+    "Averages along a run": "One run; weights are averaged on the way, by a formula. Nothing about training changes.",
+    "Averages chosen by a score": "One run; what goes into the average is chosen by validation, or trained.",
+    "After training": "Weights that are there already, of one run or several, become one model.",
+    "Branches": "Several sets of weights train side by side and are mixed on the way.",
+    "Every update": "Each step of the optimizer is merged with what an earlier fine-tuning had changed.",
+    "Tasks in turn": "Tasks arrive one after the other; after each, the model is the merge of all so far.",
+}
+"""The families of cards, in the order of the navigation."""
 
 HEAD = """\
 # All methods
 
-Made from the cards by `python docs/make_table.py`; change a card, not this page. A card has the formula, an example,
-the settings that matter and the reference. Which test shows a strategy is in [several devices](../strategies.md).
+[Five questions](../choose.md) lead to a family. *Metric*: whether it needs a validation metric. *Copies*: sets of
+weights it keeps beside the model's own. *In our measurements*: whether the 95 % interval of the gain lies
+above zero in all our settings, in some (*conditional*), or in none (*does not*); the settings are small, and listed
+[below](#what-we-measured).
+
+*Made from the cards and `benchmarks/results` by `python docs/make_table.py`: change those, not this page.*
+"""
+COLUMNS = ("method", "for", "metric", "copies", "beyond one device", "in our measurements")
+MEASURED = """
+## What we measured
+
+Differences of accuracy on held-out data, in points, with [±](../glossary.md#plus-minus) over seeds.
 
 """
-WHEN = ("method", "use it", "do not use it", "measured")
-TAKES = ("method", "needs a metric", "cost", "BatchNorm and buffers", "strategies", "import")
 
 
 def cards() -> list[Path]:
@@ -39,7 +48,11 @@ def cards() -> list[Path]:
 
 
 def families() -> dict[str, list[Path]]:
-    """The cards of each family."""
+    """The cards of each family.
+
+    Raises:
+        ValueError: If a card is of no family.
+    """
     found: dict[str, list[Path]] = {family: [] for family in FAMILIES}
     for card in cards():
         family = parts(card)[0]["family"]
@@ -51,20 +64,12 @@ def families() -> dict[str, list[Path]]:
 
 def table() -> str:
     """The whole page."""
-    read = {path.name: parts(path) for path in cards()}
-    when = [
-        (_link(name, title(text)), *_cells(facts, FACTS[1:3]), facts["result"]) for name, (facts, text) in read.items()
-    ]
-    takes = [
-        (
-            _link(name, title(text).partition(":")[0]),
-            *_cells(facts, FACTS[3:6]),
-            ", ".join(facts["strategies"]),
-            f"`{facts['import']}`",
-        )
-        for name, (facts, text) in read.items()
-    ]
-    return f"{HEAD}## Which one\n\n{_table(WHEN, when)}\n## What it takes\n\n{_table(TAKES, takes)}"
+    page = HEAD
+    for family, of_family in families().items():
+        picture = f"![{family}: what is merged when](../pictures/{slug(family)}.svg)"
+        page += f"\n## {family}\n\n{FAMILIES[family]}\n\n{picture}\n\n{_table(COLUMNS, map(_row, of_family))}"
+    measured = [row for card in cards() for row in _measured(card)]
+    return page + MEASURED + _table(("method", "setting", "beside", "points"), measured)
 
 
 def parts(card: Path) -> tuple[dict[str, Any], str]:
@@ -89,15 +94,32 @@ def short_title(card: Path) -> str:
     return title(parts(card)[1]).partition(":")[0]
 
 
-def _cells(facts: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    return [facts[name].replace("|", "\\|") for name in names]
+def slug(family: str) -> str:
+    return family.lower().replace(" ", "-")
 
 
-def _link(name: str, text: str) -> str:
-    return f"[{text}]({name})"
+def _row(card: Path) -> tuple[str, ...]:
+    facts, _ = parts(card)
+    strategies = ", ".join(each for each in facts["strategies"] if each != "one device")
+    return (_link(card), facts["for"], facts["metric"], facts["copies"], strategies, verdict(facts["measured"]))
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _measured(card: Path) -> list[tuple[str, ...]]:
+    found = []
+    for name, contestants in parts(card)[0]["measured"].items():
+        each = comparisons()[name]
+        for one in contestants:
+            setting = each.title if one.lower() == short_title(card).lower() else f"{each.title}: {one}"
+            points = as_difference(*each.difference(one), each.digits)
+            found.append((_link(card), setting, each.beside, points))
+    return found
+
+
+def _link(card: Path) -> str:
+    return f"[{short_title(card)}]({card.name})"
+
+
+def _table(columns: tuple[str, ...], rows: Any) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ("---",) * len(columns), *rows])
 
 

@@ -1,0 +1,133 @@
+"""The figures of README and the cards, from ``benchmarks/results``: ``python docs/measured.py`` prints them.
+
+What ± says is in ``docs/glossary.md``, for all pages.
+"""
+
+import json
+import math
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+class Comparison(NamedTuple):
+    """Scores of all contestants in percent, one per seed in the same order."""
+
+    title: str
+    scores: dict[str, list[float]]
+    beside: str
+    digits: int = 1
+
+    def difference(self, contestant: str, beside: str | None = None) -> tuple[float, float]:
+        """Mean and half the width of the interval of what a contestant has more, in points."""
+        other = self.scores[beside or self.beside]
+        return interval([a - b for a, b in zip(self.scores[contestant], other, strict=True)])
+
+
+@cache
+def comparisons() -> dict[str, Comparison]:
+    """All comparisons of accuracy, by the name under which a card has it among what was ``measured``."""
+    found = {
+        "quality-digits": _of_tests("quality-digits", "digits, constant rate", "raw", 2),
+        "quality-cifar10": _of_tests("quality-cifar10", "CIFAR-10, 8436 steps, constant rate", "raw"),
+        "trajectory-quality": _of_tests("trajectory-quality", "CIFAR-10, 2000 steps, constant rate", "plain"),
+        "branches-cifar10": _of_tests("branches-cifar10", "CIFAR-10, 2700 steps, cosine to 0", "sgd"),
+        "forkmerge-cifar10": _of_tests("forkmerge-cifar10", "CIFAR-10, 4500 images, cosine to 0", "target only"),
+        "preference": Comparison("preference pairs", of_preference("accuracy", 100), "AdamW, learning rate 1"),
+    }
+    for data, title in (("cifar10", "split CIFAR-10"), ("tiny", "50 classes of Tiny ImageNet")):
+        for name, score in (("", "accuracy_in_task"), ("-seen", "accuracy")):
+            scores = of_streams(data, score, "final_average")
+            found[f"continual-{data}{name}"] = Comparison(
+                f"{title}, {'seen' if name else 'told the task'}", scores, "naive"
+            )
+    return found
+
+
+def verdict(measured: dict[str, list[str]]) -> str:
+    """``helps``, ``conditional`` (in some settings), ``does not``, or ``not measured``.
+
+    A method helps in a setting where the whole interval of its difference lies above 0.
+    """
+    differences = [comparisons()[name].difference(each) for name, names in measured.items() for each in names]
+    helps = sum(mean - half > 0 for mean, half in differences)
+    if not differences:
+        return "not measured"
+    if helps == len(differences):
+        return "helps"
+    return f"conditional: {helps} of {len(differences)}" if helps else "does not"
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval."""
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values), half
+
+
+def as_difference(mean: float, half: float, digits: int = 1) -> str:
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def as_value(values: list[float], digits: int = 1) -> str:
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def figures() -> dict[str, str]:
+    """Every figure with ±, and where it comes from."""
+    found: dict[str, str] = {}
+    for name, each in comparisons().items():
+        for one in each.scores:
+            found.setdefault(as_value(each.scores[one]), f"{name}: {one}")
+            for other in each.scores:
+                if other != one:
+                    text = as_difference(*each.difference(one, other), each.digits)
+                    found.setdefault(text, f"{name}: {one} beside {other}")
+    for name in ("quality-digits", "quality-cifar10"):
+        for one, reached in read(name)["steps_to_raw_final_over_raw"].items():
+            text = f"{reached['mean']:.2f} ± {reached['half_width']:.2f}"
+            found.setdefault(text, f"{name}: steps of {one} to the final score of raw, over those of raw")
+    for one, values in of_preference("forgetting").items():
+        found.setdefault(as_value(values, 2), f"preference: forgetting of {one}")
+    for data in ("cifar10", "tiny"):
+        for one, values in of_streams(data, "accuracy_in_task", "forgetting").items():
+            found.setdefault(as_value(values), f"continual-{data}: forgetting of {one}")
+    return found
+
+
+# ---- the files
+
+
+@cache
+def read(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _of_tests(name: str, title: str, beside: str, digits: int = 1) -> Comparison:
+    tests = [run["test"] for run in read(name)["runs"]]
+    return Comparison(title, {each: [100 * test[each] for test in tests] for each in tests[0]}, beside, digits)
+
+
+def of_preference(score: str, factor: float = 1) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for point in (point for run in read("preference")["runs"] for point in run["points"]):
+        found.setdefault(f"{point['method']} {point['strength']:g}", []).append(factor * point[score])
+    return found
+
+
+def of_streams(data: str, score: str, metric: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for run in sorted(read("continual")["runs"], key=lambda run: int(run["seed"])):
+        if run["data"] == data and metric in run["metrics"][score]:
+            found.setdefault(run["method"]["name"], []).append(100 * run["metrics"][score][metric])
+    return found
+
+
+if __name__ == "__main__":
+    for text, source in figures().items():
+        print(f"{text:16} {source}")
