@@ -81,14 +81,16 @@ def point(axis: Axes, at: Sequence[float], text: str, color: str, below: bool = 
 
 
 def averages_along_a_run() -> Figure:
-    figure, axes = rows(["EMA", "SWA", "LAWA", "SMA", "post-hoc EMA,\nnarrow", "post-hoc EMA,\nwide"])
+    figure, axes = rows(["EMA", "SWA", "LAWA", "SMA", "Anneal", "post-hoc EMA,\nnarrow", "post-hoc EMA,\nwide"])
     ends = steps % 5 == 0
     shares(axes[0], 0.9 ** (STEPS - steps))
     shares(axes[1], 1.0 * (ends & (steps > 45)))
     shares(axes[2], 1.0 * (ends & (steps > 35) & (steps <= 60)))
     shares(axes[3], 1.0 * (steps > 8))
-    shares(axes[4], (steps / STEPS) ** 16.97)
-    shares(axes[5], (steps / STEPS) ** 6.94)
+    window = np.clip((steps - 40) / 20, 0, None)
+    shares(axes[4], np.diff(np.sqrt(window), prepend=0))  # the shape `1-sqrt`
+    shares(axes[5], (steps / STEPS) ** 16.97)
+    shares(axes[6], (steps / STEPS) ** 6.94)
     figure.suptitle("How much the weights of a step count in the average", fontsize=10)
     return figure
 

@@ -34,7 +34,7 @@ above zero in all our settings, in some (*conditional*), or in none (*does not*)
 
 *Made from the cards and `benchmarks/results` by `python docs/make_table.py`: change those, not this page.*
 """
-COLUMNS = ("method", "for", "metric", "copies", "beyond one device", "in our measurements")
+COLUMNS = ("method", "for", "in our measurements", "metric", "copies", "beyond one device")
 MEASURED = """
 ## What we measured
 
@@ -101,7 +101,7 @@ def slug(family: str) -> str:
 def _row(card: Path) -> tuple[str, ...]:
     facts, _ = parts(card)
     strategies = ", ".join(each for each in facts["strategies"] if each != "one device")
-    return (_link(card), facts["for"], facts["metric"], facts["copies"], strategies, verdict(facts["measured"]))
+    return (_link(card), facts["for"], verdict(facts["measured"]), facts["metric"], facts["copies"], strategies)
 
 
 def _measured(card: Path) -> list[tuple[str, ...]]:
