@@ -34,6 +34,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_merge.callbacks import (
     ASWA,
+    BEMA,
     DART,
     EMA,
     LAWA,
@@ -64,6 +65,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "ema-share": lambda: EMA(half_life="20%"),  # looks at the length of the run before the loader is restored
     "swa": lambda: SWA(start_epoch=1, swa_lr=0.02, anneal_epochs=2),
     "lawa": lambda: LAWA(k=2, every_n_steps=3),
+    "bema": lambda: BEMA(0.7, validate="both"),
     "anneal": lambda: Anneal("1-sqrt", "50%", validate="both"),
     "anneal-sliding": lambda: Anneal("cosine", 10, memory=4),
     "swad": lambda: SWAD("val/loss", n_converge=2, n_tolerance=2, stop=False, validate="both"),

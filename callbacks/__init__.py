@@ -8,6 +8,7 @@ from lightning_merge.callbacks._accept_if_better import AcceptIfBetter
 from lightning_merge.callbacks._anchor import Anchor
 from lightning_merge.callbacks._anneal import Anneal
 from lightning_merge.callbacks._aswa import ASWA
+from lightning_merge.callbacks._bema import BEMA
 from lightning_merge.callbacks._best_k import BestK
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._branching import Branching
@@ -37,6 +38,7 @@ from lightning_merge.callbacks._weight_merging import WeightMerging
 
 __all__ = [
     "ASWA",
+    "BEMA",
     "DART",
     "EMA",
     "LAWA",

@@ -3,6 +3,7 @@
 from lightning_merge.rules._annealed_mean import AnnealedMean
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._best_mean import BestMean
+from lightning_merge.rules._bias_corrected_mean import BiasCorrectedMean
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
 from lightning_merge.rules._exponential_mean import ExponentialMean
 from lightning_merge.rules._gated_mean import GatedMean
@@ -17,6 +18,7 @@ from lightning_merge.rules._window_mean import WindowMean
 __all__ = [
     "AnnealedMean",
     "BestMean",
+    "BiasCorrectedMean",
     "DecayWarmup",
     "DiffusersWarmup",
     "EmaPytorchWarmup",

@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
-import torch
-
 from lightning_merge._checks import number, path, settle
 from lightning_merge.files._read import read
 from lightning_merge.files._sets import weights_in
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._variances import keep_variances_positive_
 from lightning_merge.weights import State, Weights, clone, copy_, first_mismatch, lerp_
 
 
@@ -67,11 +66,8 @@ class Interpolation(Rule):
     def update(self, state: State, weights: Weights) -> None:
         copy_(state["merged"], state["anchor"])
         lerp_(state["merged"], weights, self.alpha)
-        for name, tensor in state["merged"].items():
-            if self.alpha > 1 and name.endswith("running_var"):
-                # Beyond both ends a variance may be negative, whose root is a NaN.
-                last = weights[name].to(tensor)
-                tensor.copy_(torch.where((tensor <= 0) & (last > 0), last, tensor))
+        if self.alpha > 1:
+            keep_variances_positive_(state["merged"], weights)
         state["updates"] += 1
 
     def stored(self, state: State) -> Weights | None:

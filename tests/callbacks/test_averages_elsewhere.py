@@ -17,6 +17,7 @@ from lightning_merge._averaging import _elsewhere
 from lightning_merge._averaging._tensors import Tensors
 from lightning_merge.callbacks import (
     ASWA,
+    BEMA,
     EMA,
     LAWA,
     SMA,
@@ -45,6 +46,7 @@ AVERAGES: dict[str, Callable[..., Any]] = {
     "aswa": lambda **o: ASWA("val/loss", start_epoch=0, **o),
     "best": lambda **o: BestK("val/loss", k=2, **o),
     "post-hoc": lambda **o: PostHocEMA(every=2, **o),
+    "bema": lambda **o: BEMA(0.7, **o),
     "anneal": lambda **o: Anneal("cosine", 7, 2, **o),
     "sliding anneal": lambda **o: Anneal("1-sqrt", 6, memory=3, **o),
     "extrapolate": lambda **o: Extrapolate(1.3, **o),

@@ -120,6 +120,7 @@ TRIED["anneal"] = lambda: [
     merging.Anneal("1-sqrt", 4, validate="both"),
     merging.Anneal("cosine", 4, memory=3, name="now"),
 ]
+TRIED["bema"] = lambda: [merging.BEMA(0.7, validate="both")]
 TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",

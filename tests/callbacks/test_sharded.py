@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_merge.callbacks import (
     ASWA,
+    BEMA,
     EMA,
     LAWA,
     SMA,
@@ -111,6 +112,7 @@ def other_averages() -> list[WeightMerging]:
         PostHocEMA(every=3, validate="raw"),
         Interpolate(alpha=0.3, validate="raw"),
         BestK("val/loss", k=2, validate="both"),
+        BEMA(validate="both"),
         Anneal("1-sqrt", 4, validate="both"),
         Anneal("cosine", 4, memory=3, name="sliding", validate="raw"),
     ]
@@ -301,7 +303,7 @@ def test_updates_and_exchanges_communicate_nothing(found: dict[str, Any]) -> Non
     for result in found["ranks"]:
         counts = result["collectives"]
         assert result["updates"] == {"ema": [0] * 8, "compensated": [0] * 8, "swa": [0] * 2, "lawa": [0] * 8}
-        for name, least in (("anneal", 4), ("sliding", 8)):
+        for name, least in (("anneal", 4), ("sliding", 8), ("bema", 8)):
             counted = result["updates of others"][name]
             assert (sum(counted), len(counted) >= least) == (0, True)
         assert counts["exchange"] == 0

@@ -12,6 +12,7 @@ import lightning_merge.rules
 from lightning_merge.rules import (
     AnnealedMean,
     BestMean,
+    BiasCorrectedMean,
     DiffusersWarmup,
     EmaPytorchWarmup,
     ExponentialMean,
@@ -50,6 +51,8 @@ RULES = [
     SlidingAnnealedMean("cosine", window="2 epochs", steps_per_update=4, memory=9),
     SlidingAnnealedMean("exponential", window=6, memory=4),
     SlidingAnnealedMean("1-sqrt", window=1, memory=2),
+    BiasCorrectedMean(),
+    BiasCorrectedMean(0.7, 0.3, lag=1, multiplier=0.5, steps_per_update=4),
     BestMean(k=1),
     BestMean(k=3),
     SelectedMean(),

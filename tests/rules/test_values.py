@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_merge.rules import (
+    BiasCorrectedMean,
     DiffusersWarmup,
     EmaPytorchWarmup,
     ExponentialMean,
@@ -31,6 +32,18 @@ VALUES = {
     "uniform mean forgets a start that is not a number": (Mean(), NAN, [4, 2], [4, 3]),
     "a quarter of the way from the start": (Interpolation(0.25), 4.0, [8, 0, 6], [5, 3, 4.5]),
     "half as far again": (Interpolation(1.5), 4.0, [8, 0, 6], [10, -2, 7]),
+    "without the lag": (  # published, from the formulas of TRL's callback
+        BiasCorrectedMean(),
+        1.0,
+        [0.6, 0.9, 0.1, 0.3],
+        [0.6317778938953563, 0.8245070457112322, 0.12869581871068436, 0.1563761014470511],
+    ),
+    "without the lag, every second step, half of it corrected": (
+        BiasCorrectedMean(1.0, 1.0, lag=2, multiplier=0.5, steps_per_update=2),
+        0.0,
+        [8, 8],
+        [2 + 1, 2 + 1 + 2 / 3],  # the average is 2, then 3; the correction 4 / 4, then 4 / 6
+    ),
     "last 1": (WindowMean(1), NAN, [4, 16], [4, 16]),
     "last 3 of the squares of 2, 4, ... 12": (
         WindowMean(3),
