@@ -132,6 +132,10 @@ class Averager:
         found = self._loop.merged()
         return None if found is None else self._loop.watched.inventory.under_every_name(found)
 
+    def raw_weights(self) -> Weights:
+        """The weights that training works on, of what is merged, by canonical name: live ones, or those set aside."""
+        return self._loop.raw()
+
     def end_epoch(self) -> None:
         """Tells it that an epoch is complete; only schedules that count epochs need to know."""
         self._loop.end_epoch()

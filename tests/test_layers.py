@@ -47,7 +47,8 @@ COMMANDS = [
     *files("lightning_merge/compat"),
     *files("lightning_merge/_commands"),
 ]
-ENGINE = [path for path in files("lightning_merge") if path not in COMMANDS]
+TRANSFORMERS = files("lightning_merge/transformers")
+ENGINE = [path for path in files("lightning_merge") if path not in (*COMMANDS, *TRANSFORMERS)]
 CALLBACKS = files("callbacks")
 
 
@@ -69,6 +70,14 @@ def test_callbacks_import_nothing_of_the_recipes():
         names = list(imports(path))
         assert not foreign(iter(names)) & {"recipes", *RECIPES_ONLY}, path
         assert "lightning_merge.cli" not in names, path
+
+
+def test_what_is_for_transformers_imports_that_and_the_engine():
+    assert TRANSFORMERS
+    for path in TRANSFORMERS:
+        names = list(imports(path))
+        assert foreign(iter(names)) <= {"torch", "transformers"}, path
+        assert not {layer(name) for name in names} & {"callbacks", "recipes"}, path
 
 
 def test_command_imports_everything_else_when_it_is_needed():

@@ -68,7 +68,7 @@ class Loop(TakingIn):
         if self._tensors.is_elsewhere:
             refuse_without_room(self._tensors.title, self.tensors)
         self._refuse_others_parameters(optimizer)
-        self._is_swapped = False
+        self._before: Weights | None = None  # the raw weights while merged ones are in their place
         self._calibrated_at: tuple[int, int] | None = None  # `version` when the statistics were measured
         self.begin(Moment(0, 0))
         self._hooks = hook_whole_steps(optimizer, self._before_step, self._after_step)
@@ -86,7 +86,7 @@ class Loop(TakingIn):
     # ---- steps
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._is_swapped:
+        if self._before is not None:
             raise RuntimeError("an optimizer step inside of `merged()` would train the average: leave the block first.")
         if self.watches_training:
             self._look()  # an average of what was unfrozen starts where it does
@@ -111,7 +111,7 @@ class Loop(TakingIn):
         return self._state is not None and self._take_score(score) and self._active_rule.finished(self._kept)
 
     def _look(self) -> None:
-        if self._is_swapped:
+        if self._before is not None:
             return
         if self._tensors.is_sharded:
             weights.reshard(self.watched.module)
@@ -123,20 +123,24 @@ class Loop(TakingIn):
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Merged weights in the place of the raw ones; blocks within one another are one, and so is one without any."""
-        merged = None if self._is_swapped else self.published()
+        merged = None if self._before is not None else self.published()
         if merged is None:
             yield
             return
-        module, before, derived = self.watched.module, Weights(), Derived(self.watched.module)
+        module, derived = self.watched.module, Derived(self.watched.module)
         with ExitStack() as stack:
             stack.callback(derived.make_anew)
             derived.let_go()
-            stack.callback(setattr, self, "_is_swapped", False)
-            self._is_swapped = True
-            stack.enter_context(in_place(module, self.watched.inventory, merged, before))
+            stack.callback(setattr, self, "_before", None)
+            self._before = Weights()
+            stack.enter_context(in_place(module, self.watched.inventory, merged, self._before))
             stack.callback(derived.let_go)
             derived.make_anew()
             yield
+
+    def raw(self) -> Weights:
+        before = self._before or {}
+        return {name: before.get(name, tensor).detach() for name, tensor in self.tensors.items()}
 
     def published(self) -> Weights | None:
         """The merged tensors as they take the place of the live ones. All processes call this."""

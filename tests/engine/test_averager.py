@@ -196,6 +196,7 @@ def test_raw_weights_are_back_whatever_happens_in_the_block() -> None:
             with averager.merged():
                 pass
             assert differing(raw, module) != []  # the inner block has not ended the outer one
+            assert differing(raw, averager.raw_weights()) == []
             module.net[1](torch.randn(4, 8))  # writes to running statistics
             raise Failure
 
