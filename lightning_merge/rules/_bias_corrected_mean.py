@@ -24,8 +24,9 @@ class BiasCorrectedMean(Rule):
         ema_power: How fast the share of new weights falls, in [0, 1].
         bias_power: How fast the correction falls, at least 0.
         lag: Steps added to the time, so that the first shares are not too large; at least 0.
-        multiplier: Of the correction, at least 0; with 0 it is an average with a decay that grows. The callback of TRL
-            multiplies the time by what it calls so, ``(lag + multiplier * t) ** -power``: with 1 both are the same.
+        multiplier: Of the correction, at least 0; with 0 it is an average with a decay that grows. The paper and
+            TRL's callback multiply the time by it instead, ``(lag + multiplier * t) ** -power``; with 1 both are the
+            same.
         steps_per_update: Optimizer steps from one update to the next, by which ``t`` grows; at least 1.
 
     Raises:
