@@ -186,11 +186,8 @@ def every_update() -> Figure:
     update, earlier, entries = random.standard_normal(20), random.standard_normal(20), np.arange(20)
     kept = random.random((2, 20)) < 0.5
     large = np.array([abs(each) >= np.median(abs(each)) for each in (update, earlier)])
-    by_sign = np.where(
-        np.sign(update) == np.sign(earlier),
-        update * large[0] + earlier * large[1],
-        np.where(abs(update * large[0]) >= abs(earlier * large[1]), update * large[0], earlier * large[1]),
-    )
+    a, b = update * large[0], earlier * large[1]
+    by_sign = np.where(np.sign(a) == np.sign(b), a + b, np.where(abs(a) >= abs(b), a, b))
     for axis, values in zip(axes, (update, earlier, update * kept[0] + earlier * kept[1], by_sign), strict=True):
         axis.bar(entries, values, width=0.7, color=RAW if values is update else BASE if values is earlier else MERGED)
         axis.axhline(0, color=BASE, linewidth=0.6)

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -204,6 +205,21 @@ def test_figures_are_those_in_the_files_of_results(measured: Any, page: Path) ->
     assert not unknown, "`python docs/measured.py` prints what the files say; a new file is read there"
 
 
+def test_pages_say_of_time_memory_and_resuming_what_the_files_say() -> None:
+    stated = importlib.import_module("stated").stated()
+    assert len(stated) > 10
+    for page, expected in stated.items():
+        text = " ".join((ROOT / "docs" / page).read_text().split())
+        assert not [words for words in expected if words not in text], f"{page}: see `python docs/stated.py`"
+
+
+@pytest.mark.parametrize("name", ["ema", "lawa", "swad"])
+def test_recipes_expect_what_the_files_say(measured: Any, name: str) -> None:
+    scores = measured.comparisons()["quality-cifar10"].scores
+    own, raw = (sum(scores[each]) / len(scores[each]) for each in (name, "raw"))
+    assert f"gave {own:.1f} % against {raw:.1f} % raw" in (ROOT / "recipes" / "cifar10" / f"{name}.yaml").read_text()
+
+
 def test_what_plus_minus_means_is_said_once() -> None:
     saying = [name(page) for page in PAGES if "95 % interval" in page.read_text()]
     assert saying == ["docs/glossary.md", "docs/methods/README.md"]
@@ -255,6 +271,19 @@ def test_the_words_of_the_glossary_are_defined_once() -> None:
     text = (ROOT / "docs" / "glossary.md").read_text()
     for word in ("rule", "combiner", "policy", "preset", "recipe"):
         assert text.count(f"| **{word}** |") == 1
+
+
+def test_every_package_that_is_installed_is_named_with_its_licence() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *(each for extra in extras.keys() - {"test", "docs", "dev"} for each in extras[extra]),
+    ]
+    names = {re.split(r"[\[><=!]", each)[0] for each in wanted} - {"lightning-merge"}
+    rows = re.findall(r"^\| ([a-z-, ]+) \| \S.* \|", (ROOT / "docs" / "releases.md").read_text(), flags=re.MULTILINE)
+    assert names
+    assert names <= {each for row in rows for each in row.split(", ")}
 
 
 def test_citation_is_complete_and_the_issue_form_asks_for_inspect() -> None:

@@ -115,7 +115,24 @@ def test_every_public_name_stands_in_the_reference_and_no_other(site: Path) -> N
     assert not {name for name in of_lightning if name.rpartition(".")[2] in hooks}
 
 
+@pytest.mark.slow
+def test_formulas_are_typeset_and_notebooks_show_their_figures(site: Path) -> None:
+    texts = {page.relative_to(site).as_posix(): page.read_text(encoding="utf-8") for page in pages(site)}
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">' in texts["methods/ema.html"]
+    assert not [name for name, text in texts.items() if "arithmatex" in text or "$$" in text]
+    for name in ("average", "doctor"):
+        assert re.search(rf'src="{name}_output_\d+_\d+\.png"', texts[f"notebooks/{name}.html"])
+
+
 # ---- in a browser
+
+CUT_OFF = """[...document.querySelectorAll("article :is(table, img, math, pre)")].filter(part => {
+  const scrolls = part => /auto|scroll/.test(getComputedStyle(part).overflowX)
+  let above = part
+  while (above.localName !== "article" && !scrolls(above)) above = above.parentElement
+  return above.localName === "article" && part.getBoundingClientRect().right > innerWidth
+}).map(part => part.outerHTML.slice(0, 80))"""
+"""What reaches beyond the screen and cannot be scrolled to."""
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +150,9 @@ def test_pages_fit_a_phone_and_complain_of_nothing(site: Path, browser: Browser)
     found = {}
     for page in pages(site):
         browser.open(page.as_uri())
-        wide = browser.run("document.documentElement.scrollWidth")
-        if wide > PHONE or browser.errors:
-            found[page.relative_to(site).as_posix()] = (wide, *browser.errors)
+        wide, cut_off = browser.run("document.documentElement.scrollWidth"), browser.run(CUT_OFF)
+        if wide > PHONE or cut_off or browser.errors:
+            found[page.relative_to(site).as_posix()] = (wide, *cut_off, *browser.errors)
         browser.errors.clear()
     assert not found
 
