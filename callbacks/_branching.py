@@ -295,7 +295,6 @@ class Branching(Published):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """What was the mean is not any more."""
-        self._running.publisher.look()
         self._running.mean = None
 
     def on_train_batch_end(

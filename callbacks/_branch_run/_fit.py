@@ -210,6 +210,7 @@ class Fit:
         if completed > self._progress.epochs:
             self._progress.epochs = completed
             self.merge(Moment(self._progress.groups, completed, epoch_end=True))
+            self.mark()
 
     def merge(self, moment: Moment) -> None:
         """Merges if that is due."""
@@ -217,22 +218,18 @@ class Fit:
             self._merge()
         if self._anchors is not None and self._progress.equal:
             self._anchors.restart(self.branches)
-        self.mark()
 
     def mark(self) -> None:
         """From here on weights are to stay as they are until the next turn."""
         if not isinstance(self.branches, OnePerRank):
-            self.outside.mark(self.trained)
-
-    @property
-    def trained(self) -> Weights:
-        """The parameters that are branched, as the active branch has them."""
-        return {name: t for name, t in self.branches.live.items() if isinstance(t, torch.nn.Parameter)}
+            self.outside.mark(self.branches.parameters)
 
     def look_before_turns(self) -> None:
         """At each batch: forks if it is the first, and notices what was changed since the last turn."""
         self.begin()
-        if not isinstance(self.branches, OnePerRank) and self.outside.moved(self.trained, self.branches.active):
+        if not isinstance(self.branches, OnePerRank) and self.outside.moved(
+            self.branches.parameters, self.branches.active
+        ):
             self._progress.trained += 1
 
     def _merge(self) -> None:

@@ -1,6 +1,7 @@
 """Weights that change between the turns of branches: in hooks that are called once per batch, not once per branch."""
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import final
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 _CLOSELY = 4
 """Turns after which all numbers are looked at. Later a change is seen where torch counts it."""
+_VERSION = attrgetter("_version")
 
 
 @final
@@ -23,24 +25,29 @@ class Outside:
     def __init__(self, title: str, count: int) -> None:
         self._title = title
         self._count = count
-        self._marks: dict[str, tuple[Tensor, int]] = {}
+        self._marked: dict[str, Tensor] = {}
+        self._versions: list[int] = []
         self._sums: dict[str, str] = {}
         self._looked = 0
         self._said = False
 
     def mark(self, live: Mapping[str, Tensor]) -> None:
         """Remembers the weights that the active branch has after its turn."""
-        self._marks = {name: (tensor, tensor._version) for name, tensor in live.items()}
+        self._marked = dict(live)
+        self._versions = list(map(_VERSION, live.values()))
         self._sums = sums(live) if self._looked < _CLOSELY else {}
         self._looked += 1
 
     def moved(self, live: Mapping[str, Tensor], active: int) -> bool:
         """Whether any was changed since; what was replaced or unfrozen does not count."""
-        marks, self._marks = self._marks, {}
-        known = {n: t for n, t in live.items() if n in marks and marks[n][0] is t}
+        marked, self._marked = self._marked, {}
+        if not self._sums and list(map(_VERSION, marked.values())) == self._versions:
+            return False  # as nearly always
+        versions = dict(zip(marked, self._versions, strict=True))
+        known = {name: tensor for name, tensor in live.items() if marked.get(name) is tensor}
         now = sums({name: t for name, t in known.items() if name in self._sums})
         for name, tensor in known.items():
-            if marks[name][1] != tensor._version or now.get(name) != self._sums.get(name):
+            if versions[name] != tensor._version or now.get(name) != self._sums.get(name):
                 self.say(name, active)
                 return True
         return False

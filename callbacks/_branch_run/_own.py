@@ -1,15 +1,15 @@
-"""What of a module and of a loop belongs to a branch while it has its turn, beside weights and optimizer state."""
+"""What of a module belongs to a branch while it has its turn, beside weights, buffers and optimizer state."""
 
-from collections.abc import Iterator
-from copy import copy
-from operator import is_
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain
+from operator import call, is_, itemgetter
 from typing import Any, TypeAlias, final
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_merge.branches import Branches
 from lightning_merge.weights import is_metric
@@ -24,8 +24,8 @@ Place: TypeAlias = tuple[int, str]
 class OwnAttributes:
     """Plain attributes that a training step assigns on the module, as a hidden state: each branch has its own.
 
-    Shared are what a step writes into (lists, dicts, metrics), and plain numbers, which count the steps of all. What is
-    assigned between the turns is for all.
+    Shared are what a step writes into (lists, dicts, metrics), plain numbers, which count the steps of all, and what
+    torch declares as settings of its layers, as a stride. What is assigned between the turns is for all.
 
     Args:
         branches: The branches; their inventory knows when submodules come and go.
@@ -35,7 +35,9 @@ class OwnAttributes:
         self._branches = branches
         self._version = -1
         self._holders: list[dict[str, Any]] = []
-        self._before: list[dict[str, Any]] = []
+        self._settings: list[frozenset[str]] = []  # by submodule
+        self._watched = _Watched([], [])
+        self._before: list[Any] = []
         self._start: dict[Place, Any] = {}  # as it was before the first turn that assigned it
         self._left: dict[Place, Any] = {}  # as the last turn left it
         self._kept: dict[int, dict[Place, Any]] = {}
@@ -52,28 +54,85 @@ class OwnAttributes:
                 for kept in self._kept.values():
                     kept.pop(place, None)
             _assign(holder, key, own.get(place, self._start[place]))
-        self._before = [dict(holder) for holder in self._holders]
+        values = self._watched.values()
+        if values is None:
+            self._watched = _Watched(self._holders, self._settings)
+            values = self._watched.values()
+        self._before = values or []
 
     def leave(self, branch: int) -> None:
         """Keeps what the turn has assigned."""
-        for number, (before, holder) in enumerate(zip(self._before, self._holders, strict=True)):
-            for key in _changed(before, holder):
-                if (number, key) not in self._start and not _is_shared(holder.get(key)):
-                    self._start[number, key] = before.get(key, _ABSENT)
+        now, was = self._watched.values(), self._watched
+        if now is None or not all(map(is_, self._before, now)):
+            before = dict(zip(was.places, self._before, strict=True))
+            if now is None:
+                self._watched = _Watched(self._holders, self._settings)
+                now = self._watched.values() or []
+            after = dict(zip(self._watched.places, now, strict=True))
+            for place in {**before, **after}:
+                value = before.get(place, _ABSENT)
+                is_assigned = value is not after.get(place, _ABSENT) and not _is_shared(after.get(place))
+                if is_assigned and place not in self._start:
+                    self._start[place] = value
         self._left = {(number, key): self._holders[number].get(key, _ABSENT) for number, key in self._start}
         self._kept[branch] = dict(self._left)
 
     def _find(self) -> None:
         if self._version != self._branches.inventory.version:
             self._version = self._branches.inventory.version
-            holders = [
-                vars(each)
+            modules = [
+                each
                 for each in self._branches.module.modules()
                 if not is_metric(each) and not isinstance(each, torch.jit.ScriptModule)
             ]
+            holders = list(map(vars, modules))
             if [id(each) for each in holders] != [id(each) for each in self._holders]:
                 self._holders = holders
+                kinds: list[Any] = list(map(type, modules))
+                self._settings = [_settings_of(kind) for kind in kinds]
+                self._watched = _Watched(holders, self._settings)
                 self._start, self._left, self._kept = {}, {}, {}
+
+
+@final
+class _Watched:
+    """The plain attributes of many objects, read at every turn.
+
+    A step has driven them out of the caches, so each object that is touched costs a tenth of a microsecond. Of a
+    submodule, therefore, the number of attributes is read, and the values of those that are no settings. None is left
+    out for what its class is, since a training step may give any of them a new attribute.
+    """
+
+    def __init__(self, holders: Sequence[dict[str, Any]], settings: Sequence[frozenset[str]]) -> None:
+        self._holders = holders
+        self._sizes = list(map(len, holders))
+        self.places: list[Place] = []
+        self._readers: list[Callable[[dict[str, Any]], tuple[Any, ...]]] = []
+        self._read: list[dict[str, Any]] = []
+        for number, (holder, known) in enumerate(zip(holders, settings, strict=True)):
+            keys = [key for key in holder if key not in known]
+            if keys:
+                keys = keys * 2 if len(keys) == 1 else keys  # of one key there would be no tuple
+                self.places += [(number, key) for key in keys]
+                self._readers.append(itemgetter(*keys))
+                self._read.append(holder)
+
+    def values(self) -> list[Any] | None:
+        """What there is at each place, or nothing if attributes have come or gone."""
+        if list(map(len, self._holders)) != self._sizes:
+            return None
+        try:
+            return list(chain.from_iterable(map(call, self._readers, self._read)))
+        except KeyError:
+            return None
+
+
+@cache
+def _settings_of(cls: type) -> frozenset[str]:
+    """What every module has, and what classes of torch declare as settings of their layers."""
+    own = [base for base in cls.__mro__ if base.__module__.startswith("torch.nn.modules.")]
+    constants = {name for base in own for name in vars(base).get("__constants__", ())}
+    return _NO_ATTRIBUTES | constants | {name for base in own for name in inspect.get_annotations(base)}
 
 
 def _is_shared(value: Any) -> bool:
@@ -81,103 +140,8 @@ def _is_shared(value: Any) -> bool:
     return isinstance(value, int | float) or (isinstance(value, Tensor) and value.grad_fn is not None)
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
-    if len(before) == len(after) and all(map(is_, before.values(), after.values())) and before.keys() == after.keys():
-        return  # as nearly every submodule, in a tenth of the time
-    for key, value in after.items():
-        if before.get(key, _ABSENT) is not value and key not in _NO_ATTRIBUTES:
-            yield key
-    for key in before.keys() - after.keys() - _NO_ATTRIBUTES:
-        yield key
-
-
 def _assign(holder: dict[str, Any], key: str, value: Any) -> None:
     if value is _ABSENT:
         holder.pop(key, None)
     elif holder.get(key, _ABSENT) is not value:
         holder[key] = value
-
-
-@final
-class Rates:
-    """Learning rates and schedules, which every branch of a group finds as the first one did.
-
-    So a schedule that the module steps itself moves once per group, and all branches train at the same rates.
-
-    Args:
-        branches: What the steps of their optimizers change is their own, and no rate.
-        schedulers: The schedules.
-    """
-
-    _KEYS = ("lr", "momentum", "betas", "weight_decay")
-
-    def __init__(self, branches: Branches, schedulers: list[Any]) -> None:
-        self._branches = branches
-        self._schedulers = list(_with_inner(schedulers))
-        self._start: list[dict[str, Any]] = []
-        self._after: list[dict[str, Any]] = []
-
-    def enter(self, first: bool) -> None:
-        """Puts rates where they were when the group began, unless they were changed since by no turn."""
-        now = self._taken()
-        if first or not _same(now, self._after):
-            self._start = now
-            return
-        for holder, start in zip(self._holders(), self._start, strict=True):
-            for key, value in start.items():
-                if isinstance(value, Tensor) and isinstance(holder.get(key), Tensor):
-                    holder[key].copy_(value)
-                elif holder.get(key, _ABSENT) is not value:
-                    holder[key] = copy(value) if type(value) in (list, dict) else value
-
-    def leave(self) -> None:
-        """Remembers where the turn left them."""
-        self._after = self._taken()
-
-    def _holders(self) -> list[dict[str, Any]]:
-        groups = [group for optimizer in self._branches.optimizers for group in optimizer.param_groups]
-        return [*groups, *(vars(each) for each in self._schedulers)]
-
-    def _taken(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
-        for number, optimizer in enumerate(self._branches.optimizers):
-            owned = self._branches.owned_settings(number)
-            for place, group in enumerate(optimizer.param_groups):
-                keys = [key for key in self._KEYS if key in group and (place, key) not in owned]
-                found.append({key: _copy(group[key]) for key in keys})
-        for each in self._schedulers:
-            own = {key: value for key, value in vars(each).items() if not isinstance(value, Optimizer)}
-            found.append({key: _copy(value) for key, value in own.items()})
-        return found
-
-
-def _with_inner(schedulers: list[Any]) -> Iterator[Any]:
-    for each in schedulers:
-        yield each
-        for value in vars(each).values():
-            inner = value if isinstance(value, list | tuple) else ()
-            yield from _with_inner([part for part in inner if isinstance(part, LRScheduler | ReduceLROnPlateau)])
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return copy(value) if type(value) in (list, dict) else value
-
-
-def _same(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> bool:
-    if len(left) != len(right):
-        return False
-    for one, other in zip(left, right, strict=True):
-        if one.keys() != other.keys() or not all(_alike(one[key], other[key]) for key in one):
-            return False
-    return True
-
-
-def _alike(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and bool(torch.equal(one, other))
-    try:
-        return one is other or bool(one == other)
-    except Exception:  # what does not compare was not replaced
-        return False

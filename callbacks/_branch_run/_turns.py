@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_merge._whole_steps import is_around
 from lightning_merge.branches import OnePerRank
 from lightning_merge.callbacks._branch_run._fit import Fit
-from lightning_merge.callbacks._branch_run._own import OwnAttributes, Rates
+from lightning_merge.callbacks._branch_run._own import OwnAttributes
 from lightning_merge.callbacks._branch_run._progress import Progress
+from lightning_merge.callbacks._branch_run._rates import Rates
 from lightning_merge.callbacks._branch_run._settings import Augmentation as Augmentation
 from lightning_merge.callbacks._branch_run._settings import Settings
 from lightning_merge.callbacks._lightning._batch_copies import own_copy
@@ -124,14 +125,14 @@ class Turns:
         self._fit.look_before_turns()
         counted = progress.state_dict()
         output = None
-        for branch in self._turns():
+        for number, branch in enumerate(self._turns()):
             if self._everyone:
                 progress.load_state_dict(counted)
             self._fit.publisher.look()  # the turn before may have assigned a buffer anew
             branches.activate(branch)
             with self._own_state(branch), self._own_gradients(branch, self._everyone and keep_gradients):
                 before = self._steps()
-                output = original(self._own_batch(branch, kwargs))
+                output = original(self._own_batch(branch, kwargs, again=number > 0))
                 branches.steps[branch] += max(self._steps() - before, int(ends() and self._counted is None))
             if self._recent is not None:
                 self._recent.keep()
@@ -180,7 +181,7 @@ class Turns:
         if shared:
             self._rates.leave()
 
-    def _own_batch(self, branch: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _own_batch(self, branch: int, kwargs: dict[str, Any], *, again: bool) -> dict[str, Any]:
         """The arguments of the training step with the batch as this branch sees it."""
         if "batch" not in kwargs:
             raise TypeError(
@@ -194,7 +195,7 @@ class Turns:
             with torch.no_grad():
                 batch = self._settings.augmentations[branch](batch)
         if self._recent is not None:
-            self._recent.hold(batch)
+            self._recent.hold(batch, again=again and self._settings.augmentations is None)
         return OrderedDict(kwargs, batch=batch)
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Copies of batches in host memory, whatever they are made of, and back on the device."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from lightning_merge._to_host import ToHost
 
@@ -71,8 +70,6 @@ def own_copy(batch: Any, title: str) -> Any:
     Raises:
         ValueError: If it holds something that cannot be copied.
     """
-    if is_plain(batch):
-        return tree_map_only(Tensor, torch.clone, batch)
     try:
         return _converted(batch, lambda tensor: _another(tensor, tensor.device))[0]
     except Exception as error:
@@ -106,6 +103,8 @@ def _copied(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, int]:
 
 
 def _converted(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, dict[int, Any]]:
+    if _is_simple(batch):
+        return _simple(batch, convert), {}
     memo: dict[int, Any] = {}
     pairs: list[tuple[Tensor, Tensor]] = []
 
@@ -121,6 +120,33 @@ def _converted(batch: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Any, di
         copied = _walk(batch, converted, memo)
     _share_memory(pairs)
     return copied, memo
+
+
+def _is_simple(batch: Any) -> bool:
+    """Whether it is plain, and its tensors have no memory in common and nothing hung on them, as of most loaders."""
+    if not is_plain(batch):
+        return False
+    tensors = list(_tensors(batch))
+    if any(each.layout is not torch.strided or vars(each) for each in tensors):
+        return False
+    return len(tensors) < 2 or len({each.untyped_storage()._cdata for each in tensors}) == len(tensors)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if type(value) is Tensor:
+        yield value
+    elif type(value) in (list, tuple, dict):
+        for item in value.values() if type(value) is dict else value:
+            yield from _tensors(item)
+
+
+def _simple(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    kind = type(value)
+    if kind is Tensor:
+        return convert(value)
+    if kind is dict:
+        return {key: _simple(item, convert) for key, item in value.items()}
+    return kind(_simple(item, convert) for item in value) if kind in (list, tuple) else value
 
 
 def _walk(value: Any, convert: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> Any:

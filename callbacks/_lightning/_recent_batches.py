@@ -39,6 +39,7 @@ class RecentBatches:
         self.in_eval: frozenset[str] | None = None
         self.fetched: Callable[[], Any] | None = None
         self._held: BatchCopy | None = None
+        self._last: BatchCopy | None = None  # that was kept
         self._holds = False
         self._only_to_try = False
         self._said = False
@@ -83,12 +84,13 @@ class RecentBatches:
             return {"batches": self.batches, "on_host": [kept.on_host for kept in self._kept]}
         return self.batches
 
-    def hold(self, batch: Any, *, only_to_try: bool = False) -> None:
+    def hold(self, batch: Any, *, only_to_try: bool = False, again: bool = False) -> None:
         """Copies a batch that is about to be trained on, since the step may change it in place.
 
         Args:
             batch: The batch, on the device that it is trained on.
             only_to_try: Whether it is not to be kept, but only to be tried if none has been yet.
+            again: Whether it is the batch that was kept last, for another branch, so that one copy does.
 
         Raises:
             ValueError: If it holds something that cannot be copied.
@@ -97,7 +99,9 @@ class RecentBatches:
             return
         self._only_to_try = only_to_try
         self._holds = self.fetched is not None or batch is not None
-        self._held = BatchCopy.of(batch) if self._holds and self.fetched is None else None
+        self._held = None
+        if self._holds and self.fetched is None:
+            self._held = self._last if again and self._last is not None else BatchCopy.of(batch)
 
     def keep(self) -> None:
         """Keeps the held batch, now that it was trained on: a resumed run trains again on one that was not."""
@@ -112,6 +116,7 @@ class RecentBatches:
         self._try(held)
         if self._only_to_try:
             return
+        self._last = held
         self._kept.append(held)
         while len(self._kept) > 1 and sum(kept.size for kept in self._kept) > self.bytes:
             self._kept.popleft()

@@ -102,7 +102,12 @@ class Branches(ABC):
     @property
     def live(self) -> Mapping[str, Tensor]:
         """The module's tensors that are branched, by canonical name: parameters and, if they are branched, buffers."""
-        return {**self._live_parameters, **self._live_buffers}
+        return {**self._live_parameters, **self._live_buffers} if self._live_buffers else self._live_parameters
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """Those of ``live`` that are no buffers."""
+        return self._live_parameters
 
     @abstractmethod
     def weights(self, branch: int) -> Weights:

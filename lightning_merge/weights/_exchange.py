@@ -40,7 +40,10 @@ def exchange(
             part.copy_(tensor)
         else:
             before[name] = parameter.data
-            _move(parameter, tensor, ties.get(name, ()))
+            if name in ties:
+                _move(parameter, tensor, ties[name])
+            else:
+                parameter.data = tensor
     return before
 
 

@@ -103,7 +103,19 @@ class Forgets(Recurrent):
         self.hidden = None
 
 
-@pytest.mark.parametrize("kind", [Recurrent, Forgets])
+class OnALayer(Recurrent):
+    """Keeps it on a layer of torch, as an attribute that the layer has not had."""
+
+    @property
+    def hidden(self) -> Any:
+        return vars(self.first).get("hidden")
+
+    @hidden.setter
+    def hidden(self, value: Any) -> None:
+        self.first.hidden = value
+
+
+@pytest.mark.parametrize("kind", [Recurrent, Forgets, OnALayer])
 def test_a_state_that_a_step_assigns_is_the_branch_s_own(kind: type[Recurrent], tmp_path: Path) -> None:
     plain, branched = fit(kind(), None, tmp_path, 2), fit(kind(), Lookaround(3, 2), tmp_path, 2)
     assert not differences(dict(branched.state_dict()), dict(plain.state_dict()))

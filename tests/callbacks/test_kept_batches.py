@@ -228,6 +228,16 @@ def test_batches_are_copied_only_where_statistics_will_be_measured_on_them(
     assert sum(copied) == expected * 4 * (4 + 1) * 4
 
 
+def test_a_batch_that_several_branches_train_on_is_copied_once() -> None:
+    recent, batch = RecentBatches(), torch.ones(3)
+    for again in (False, True, False):
+        recent.hold(batch, again=again)
+        recent.keep()
+    first, second, third = recent.batches
+    assert first is second
+    assert first is not third
+
+
 def test_batches_are_kept_once_statistics_are_no_longer_frozen(tmp_path: Path) -> None:
     average = LAWA(k=1)
     module = FrozenNorm(until=2)
