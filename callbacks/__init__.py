@@ -27,6 +27,7 @@ from lightning_merge.callbacks._papa import PAPA
 from lightning_merge.callbacks._post_hoc_ema import PostHocEMA
 from lightning_merge.callbacks._publication._callback import Published
 from lightning_merge.callbacks._random_state import RandomState
+from lightning_merge.callbacks._replay import Replayed, replay
 from lightning_merge.callbacks._sma import SMA
 from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
@@ -67,6 +68,8 @@ __all__ = [
     "PostHocEMA",
     "Published",
     "RandomState",
+    "Replayed",
     "WeightMerging",
+    "replay",
     "teacher",
 ]

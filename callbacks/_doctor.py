@@ -20,7 +20,8 @@ class Doctor(Judge, Callback):
     """Examines, at the end of a fit, every average and the raw weights beside it, and says what is wrong.
 
     It looks at the loss on the line between them, their distance, BatchNorm statistics, NaN, and how much of the
-    average is still the start. It changes nothing: ``AcceptIfBetter`` acts.
+    average is still the start. It prints a line; ``examinations["ema"].report()`` has every figure. It changes nothing:
+    ``AcceptIfBetter`` acts.
 
     Args:
         monitor: A loss that validation logs, under its plain name.
@@ -65,7 +66,7 @@ class Doctor(Judge, Callback):
         for average in publisher.averages:
             if average.ready:
                 self.examinations[average.name] = self._examine(publisher, average)
-                rank_zero_info(f"{average.title} and the raw weights: {self.examinations[average.name].report()}")
+                rank_zero_info(f"Doctor: {self.examinations[average.name].summary()}")
 
     def _examine(self, publisher: Publisher, average: Average) -> Examination:
         def loss(candidate: Weights) -> float:

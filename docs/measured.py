@@ -96,6 +96,9 @@ def figures() -> dict[str, str]:
     for data in ("cifar10", "tiny"):
         for one, values in of_streams(data, "accuracy_in_task", "forgetting").items():
             found.setdefault(as_value(values), f"continual-{data}: forgetting of {one}")
+    for one in ("raw", "raw_measured_again", "swa", "annealed"):
+        values = [100 * run[one] for run in read("first-run")["runs"]]
+        found.setdefault(as_value(values), f"first-run: val/acc of {one}")
     return found
 
 

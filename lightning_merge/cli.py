@@ -16,13 +16,25 @@ from typing import NoReturn
 from lightning_merge import __version__
 from lightning_merge._commands._mistakes import users_mistake, worker_was_told_to_end
 
-_PASSED_ON = {"run": "run", "fit": "fit", "validate": "fit", "test": "fit", "predict": "fit"}
+PASSED_ON = {"run": "run", "fit": "fit", "validate": "fit", "test": "fit", "predict": "fit"}
 """Commands whose arguments LightningCLI reads, with the module of each."""
 
-_COMMANDS = ("recipes", "inspect", "diff", "export", "verify", "doctor", "average", "soup", "unlearn")
+COMMANDS = (
+    "recipes",
+    "inspect",
+    "diff",
+    "export",
+    "verify",
+    "doctor",
+    "average",
+    "soup",
+    "unlearn",
+    "replay",
+    "completion",
+)
 """All others. The module of a command has its name, ``DESCRIPTION``, ``add_arguments`` and ``run``."""
 
-_EVERY = (*_PASSED_ON, *_COMMANDS)
+_EVERY = (*PASSED_ON, *COMMANDS)
 
 
 _HELP = """\
@@ -30,7 +42,7 @@ commands:
   recipes [NAME]               list the bundled recipes, or print one: `lightning-merge recipes digits/swa > mine.yaml`
   run NAME [--option value]    train with a recipe, e.g. `lightning-merge run digits/swa --trainer.max_epochs 10`;
                                `--config FILE` and options override it, `--print_config` shows it,
-                               `run NAME --help` lists all options
+                               `run NAME --help` explains its settings, `run NAME --help all` lists all options
   run continual/NAME [--merge.preset PRESET]
                                train a stream of tasks and merge them; run again to go on after an interruption
   unlearn RUN --task TASK      subtract a task from a stream's merged model, if the other tasks keep their accuracy
@@ -47,6 +59,8 @@ commands:
                                the best score with `--config FILE`: greedy, lcsc, bayes
   soup FILE... --out FILE [--rule RULE]
                                checkpoints of several runs: uniform, greedy, diwa, learned, model-stock
+  replay RUN|RECIPE            does it resume bit for bit? If not, which tensor or random state differs first
+  completion bash|zsh|tcsh     what completes commands, recipes and options in a shell
 """
 
 
@@ -97,8 +111,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _dispatch(arguments: list[str]) -> int:
     command = arguments[0] if arguments else ""
-    if command in _PASSED_ON:
-        passed_on = import_module(f"lightning_merge._commands.{_PASSED_ON[command]}")
+    if command in PASSED_ON:
+        passed_on = import_module(f"lightning_merge._commands.{PASSED_ON[command]}")
         return int(passed_on.main(arguments[1:] if command == "run" else arguments))
     parser = _Parser(
         prog="lightning-merge",

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning_utilities.core import rank_zero
 
@@ -64,6 +65,17 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 
 class _CLI(LightningCLI):
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Builds it, with a bar that stays on one line in the place of Lightning's."""
+        trainer = super().instantiate_trainer(**kwargs)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
+        for place, callback in enumerate(callbacks):
+            if type(callback) is RichProgressBar:  # so rich is installed
+                from lightning_merge.recipes._progress import OneLineProgressBar
+
+                callbacks[place] = OneLineProgressBar()
+        return trainer
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses, and reads the requested checkpoint, so that a bad file is reported before anything is built."""
         super().parse_arguments(parser, args)

@@ -115,10 +115,19 @@ def test_the_end_of_a_worker_by_sigterm_is_no_error_of_its_own() -> None:
 def test_an_examination_says_which_is_better() -> None:
     sets = {"raw": {"w": torch.tensor([1.0, 1.0])}, "ema": {"w": torch.tensor([2.0, 2.0])}}
     for sign, word in ((1, "worse"), (-1, "better")):
-        report = examine(sets, loss=lambda weights, sign=sign: sign * float(weights["w"].sum())).report()
-        assert report.startswith(f"verdict: merge; ema is {word} than raw by 2\n")
-    same = examine({"raw": sets["raw"], "ema": sets["raw"]}, loss=lambda weights: 1.0).report()
-    assert same.startswith("verdict: nothing to merge (identical)\n")
+        found = examine(sets, loss=lambda weights, sign=sign: sign * float(weights["w"].sum()))
+        assert found.report().startswith(f"verdict: merge; ema is {word} than raw by 2\n")
+        assert found.summary() == f"ema is {word} than raw by 2 in loss; the weights lie in one basin."
+    same = examine({"raw": sets["raw"], "ema": sets["raw"]}, loss=lambda weights: 1.0)
+    assert same.report().startswith("verdict: nothing to merge (identical)\n")
+    assert same.summary().startswith("nothing to merge (identical): raw and ema are the same weights")
+    assert examine({"a": sets["raw"]}).summary() == "nothing speaks against merging."
+
+
+def test_a_summary_says_that_statistics_were_measured_again() -> None:
+    sets = {"raw": {"w": torch.tensor([1.0, 1.0])}, "ema": {"w": torch.tensor([2.0, 2.0])}}
+    found = examine(sets, loss=lambda weights: float(weights["w"].sum()), measure_statistics=lambda weights: weights)
+    assert "ema is worse than raw by 2 in loss (BatchNorm statistics of both measured again)" in found.summary()
 
 
 @pytest.mark.parametrize(

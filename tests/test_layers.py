@@ -44,6 +44,7 @@ def foreign(names: Iterator[str]) -> set[str]:
 # What a user starts or imports by a short name: it leads to every layer.
 COMMANDS = [
     ROOT / "lightning_merge" / "cli.py",
+    ROOT / "lightning_merge" / "pytest_plugin.py",
     *files("lightning_merge/compat"),
     *files("lightning_merge/_commands"),
 ]

@@ -71,7 +71,7 @@ def recalibrate(trainer: Any, module: LightningModule, name: str, recent: Recent
         unit="batch",
         leave=False,
         delay=1.0,  # seconds: what is done at once needs no bar
-        disable=bar is None or not bar.is_enabled,
+        disable=bar is None or not bar.is_enabled or _is_rich(bar),
     )
     try:
         return _statistics(trainer, module, recent, shown, recent.way)
@@ -81,6 +81,11 @@ def recalibrate(trainer: Any, module: LightningModule, name: str, recent: Recent
             f" define `calibration_step(self, batch)` on {type(module).__name__}."
         )
         raise
+
+
+def _is_rich(bar: Any) -> bool:
+    """Whether a bar is one of rich, of either Lightning: it redraws the lines that another bar writes on."""
+    return any(kind.__name__ == "RichProgressBar" for kind in type(bar).__mro__)
 
 
 def _try(trainer: Any, module: LightningModule, title: str, recent: RecentBatches, held: BatchCopy) -> None:

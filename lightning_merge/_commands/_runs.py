@@ -14,7 +14,7 @@ import yaml
 
 from lightning_merge.weights import Weights, canonical
 
-_PARTS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
+PARTS = ("seed_everything", "trainer", "model", "data", "optimizer", "lr_scheduler")
 
 
 class Bench:
@@ -35,7 +35,7 @@ class Bench:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "model" not in content:
             raise ValueError(f"{config} names no `model`, so nothing can be measured with it.")
-        kept = {key: value for key, value in content.items() if key in _PARTS and value is not None}
+        kept = {key: value for key, value in content.items() if key in PARTS and value is not None}
         trainer = {key: value for key, value in kept.get("trainer", {}).items() if key not in _DROPPED}
         kept["trainer"] = trainer | _QUIET
         with quiet(), tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ import re
 
 from lightning_merge._commands import fit
 from lightning_merge._commands._mistakes import users_mistake
-from lightning_merge._commands._needs import RECIPE_MODULES, need
+from lightning_merge._commands._needs import PREFERENCE_MODULES, RECIPE_MODULES, need
 
 
 def main(arguments: list[str]) -> int:
@@ -13,12 +13,24 @@ def main(arguments: list[str]) -> int:
 
     if arguments and arguments[0] in ("-h", "--help"):
         print(f"usage: lightning-merge run NAME [--option value]\n\nNAME is one of: {', '.join(recipes())}")
-        print("All options of one: lightning-merge run NAME --help")
+        print("The settings of one: lightning-merge run NAME --help")
         return 0
     if not arguments or arguments[0].startswith("-"):
-        raise SystemExit(f"`run` needs the name of a recipe first: {', '.join(recipes())}.")
+        raise SystemExit(
+            "`run` needs the name of a recipe first. Type: lightning-merge run digits/swa\n"
+            "`lightning-merge recipes` lists all of them."
+        )
     config = whole(arguments[0])  # `--config` takes a text as well as a file
     need(RECIPE_MODULES)
+    if arguments[0].startswith("preference/"):
+        need(PREFERENCE_MODULES, "preference")
+    if arguments[1:] in (["--help"], ["-h"]):
+        from lightning_merge.recipes._help import recipe_help
+
+        print(recipe_help(arguments[0]))
+        return 0
+    if arguments[1:] == ["--help", "all"]:
+        arguments = arguments[:2]
     if arguments[0].startswith("continual/"):
         from lightning_merge.recipes.streams._command import run as run_stream
 

@@ -55,21 +55,41 @@ class Examination:
 
     def _comparison(self) -> str:
         """Which set has the lower loss, of two: that nothing stands between them does not make their mean better."""
-        losses = {name[8:]: loss for name, loss in self.measures.items() if name.startswith("loss of ")}
+        losses = {name[8:].partition(",")[0]: loss for name, loss in self.measures.items() if name[:8] == "loss of "}
         if len(losses) != 2 or "raw" not in losses:
             return ""
         ((merged, loss),) = [each for each in losses.items() if each[0] != "raw"]
-        gap = abs(loss - losses["raw"])
+        gap = losses["raw"] - loss
         if gap == 0:
-            return ""
-        return f"; {merged} is {'worse' if loss > losses['raw'] else 'better'} than raw by {gap:.3g}"
+            return f"{merged} is the same as raw"
+        return f"{merged} is {'better' if gap > 0 else 'worse'} than raw by {abs(gap):.2g}"
+
+    def summary(self) -> str:
+        """What speaks against merging; else which of two sets has the lower loss, and that no barrier lies between.
+
+        Example:
+            >>> losses = {"loss of raw": 0.5, "loss of ema": 0.4}
+            >>> Examination((), losses | {"barrier": 0.01}, {0.0: 0.5, 0.5: 0.46, 1.0: 0.4}).summary()
+            'ema is better than raw by 0.1 in loss; the weights lie in one basin.'
+        """
+        if self.findings:
+            return f"{self._said}: {' '.join(finding.text for finding in self.findings)}"
+        again = any(name.startswith("loss of raw,") for name in self.measures)
+        measured = " (BatchNorm statistics of both measured again)" if again else ""
+        compared = f"{found} in loss{measured}" if (found := self._comparison()) else ""
+        basin = "the weights lie in one basin" if self.line else ""
+        return ("; ".join(part for part in (compared, basin) if part) or "nothing speaks against merging") + "."
+
+    @property
+    def _said(self) -> str:
+        if self.verdict == "identical" and any(name.startswith("loss of raw") for name in self.measures):
+            return "nothing to merge (identical)"  # a run's average, as of one snapshot
+        return "merge" if not self.findings else f"do not merge as they are ({self.verdict})"
 
     def report(self) -> str:
         """The verdict, what speaks against merging, and every figure."""
-        verdict = "merge" if not self.findings else f"do not merge as they are ({self.verdict})"
-        if self.verdict == "identical" and "loss of raw" in self.measures:  # a run's average, as of one snapshot
-            verdict = "nothing to merge (identical)"
-        lines = [f"verdict: {verdict}{self._comparison()}"]
+        compared = f"; {found}" if (found := self._comparison()) and self.verdict != "identical" else ""
+        lines = [f"verdict: {self._said}{compared}"]
         lines += [f"  - {finding.text}" for finding in self.findings]
         width = max(map(len, self.measures), default=0)
         lines += [f"  {name:{width}}  {value:.4g}" for name, value in self.measures.items()]

@@ -153,7 +153,8 @@ def _is_all(limit: int | float) -> bool:
 def _files(trainer: Trainer, averages: list[Published]) -> dict[str, str]:
     """Path of the file with the final weights of each set; raw weights may share a file with merged ones."""
     files = {average.name: average.final_path for average in averages if average.final_path}
-    for checkpoint in trainer.checkpoint_callbacks:
+    # Of two that hold the end the latest one's, which is overwritten by no better score.
+    for checkpoint in sorted(trainer.checkpoint_callbacks, key=lambda each: getattr(each, "monitor", None) is not None):
         for path in (getattr(checkpoint, name, "") for name in ("last_model_path", "best_model_path")):
             if path and Path(path).is_file() and "raw" not in files:
                 with suppress(ValueError):  # a file with objects of the user's own in it stays unread

@@ -1,5 +1,6 @@
 """The table of a run and its sentences: what each set of weights measured at the end."""
 
+import math
 from pathlib import Path
 
 from rich.table import Table
@@ -33,7 +34,7 @@ def table(metrics: tuple[str, ...], rows: list[list[str]]) -> Table:
 
 
 def sentence(accuracy: str, average: Published, final: dict[str, dict[str, float]], images: int | None) -> str:
-    """Compares raw and merged accuracy in one sentence, with the standard error."""
+    """Compares raw and merged accuracy in one sentence, with the standard error of the difference."""
     if not average.ready:
         return f"{average.name} merged nothing in this run."
     merged, raw = (final.get(name, {}).get(accuracy) for name in (average.name, "raw"))
@@ -44,9 +45,16 @@ def sentence(accuracy: str, average: Published, final: dict[str, dict[str, float
             f"{average.name} {merged:.2%} {accuracy}. The raw weights were not measured at the end:"
             f" `validate: both` on {average.name} measures them."
         )
-    text = f"{average.name} {merged:.2%} against raw {raw:.2%} {accuracy}: {100 * (merged - raw):+.2f} points"
-    if images:
-        error = (raw * (1 - raw) / images) ** 0.5
-        text += f", {round((merged - raw) * images):+d} of {images} images"
-        text += f" (standard error of each: {100 * error:.2f})"
-    return text + "."
+    points = 100 * (merged - raw)
+    if not images:
+        return f"{average.name} {merged:.2%} against raw {raw:.2%} {accuracy}: {points:+.2f} points."
+    # Of two independent sets of images; of the same images it is less.
+    error = 100 * math.sqrt((merged * (1 - merged) + raw * (1 - raw)) / images)
+    if abs(points) < 2 * error or not points:
+        verdict = "is not clearly different from raw"
+    else:
+        verdict = f"is {'better' if points > 0 else 'worse'} than raw"
+    return (
+        f"{average.name} {verdict}: {merged:.2%} against {raw:.2%} {accuracy}, {points:+.2f} points (standard error"
+        f" {error:.2f}), {round((merged - raw) * images):+d} of {images} images."
+    )

@@ -84,7 +84,7 @@ def test_raw_and_merged_are_what_was_logged(tmp_path: Path, capsys: pytest.Captu
     assert cells["raw"][1] == f"{logged['raw/val/loss'][-1]:.4f}"
     assert cells["swa"][1] == f"{logged['val/loss'][-1]:.4f}"
     raw, merged = (report.measured[name][8]["val/acc"] for name in ("raw", "swa"))
-    assert f"swa {merged:.2%} against raw {raw:.2%} val/acc: {100 * (merged - raw):+.2f} points" in out
+    assert f"{merged:.2%} against {raw:.2%} val/acc, {100 * (merged - raw):+.2f} points" in out
     assert f"{round(449 * (merged - raw)):+d} of 449 images" in out
 
 

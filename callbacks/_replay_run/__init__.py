@@ -1,0 +1,1 @@
+"""What ``replay`` looks at in a fit, and how two fits are compared."""
