@@ -1,7 +1,6 @@
 """Sum of task vectors without their smallest and largest entries."""
 
 from dataclasses import dataclass
-from math import inf
 from typing import final
 
 import numpy as np
@@ -12,7 +11,7 @@ from lightning_merge._checks import number, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
-from lightning_merge.combiners._trim import count_of, rank_level, reaching
+from lightning_merge.combiners._trim import count_of, rank_levels, reaching
 from lightning_merge.weights import (
     State,
     Weights,
@@ -93,17 +92,15 @@ class Breadcrumbs(Combiner):
 
     def _add_tensor(self, total: Tensor, tensor: Tensor, factor: float) -> None:
         """A piece at a time, since the masked vector would be a further copy of the model."""
-        (skipped, above), (level, room) = (rank_level(tensor, k) for k in self._ranks(tensor.numel()))
+        (skipped, above), (level, room) = rank_levels(tensor, *self._ranks(tensor.numel()))
         own, add = total.contiguous(), np.add if factor > 0 else np.subtract
         into, flat = array(own.view(-1)), array(tensor.detach().to(total).reshape(-1))
         for where in slices(len(into)):
             new = flat[where]
-            magnitudes = np.abs(new)
-            within, room = reaching(magnitudes, level, room)
-            if skipped < inf:
-                out, above = reaching(magnitudes, skipped, above)
-                within &= ~out
-            add(into[where], new * within, out=into[where])
+            up, down, room = reaching(new, level, room)
+            far_up, far_down, above = reaching(new, skipped, above)
+            kept = (up ^ far_up) | (down ^ far_down)
+            add(into[where], new * kept, out=into[where])
         if own is not total:
             total.copy_(own)
 

@@ -10,25 +10,25 @@ ZeroSign: TypeAlias = Literal["zero", "official", "positive"]
 Divisor: TypeAlias = Literal["count", "weight_sum"] | None
 
 
-def additions(new: Any, kept: Any, weight: float, counted: bool, keys: Any) -> Iterator[tuple[str, Any]]:
-    """What is added to each sum of the state that there is; of arrays of NumPy or tensors.
+def additions(new: Any, positive: Any, negative: Any, weight: float, counted: bool, keys: Any) -> Iterator[Any]:
+    """What is added to each sum of the state that there is, after its key; of arrays of NumPy or tensors.
 
     Args:
         new: The vector.
-        kept: A mask of what is not trimmed.
+        positive: A mask of the positive values that are not trimmed.
+        negative: The same of the negative ones.
         weight: Of its task.
         counted: Whether agreeing values are counted, not their weights summed.
         keys: The sums that there are.
     """
-    if "votes" in keys:
-        yield "votes", new * kept
-    for key, sign in (("positive", new > 0), ("negative", new < 0)):
-        sign &= kept
+    for key, sign in (("positive", positive), ("negative", negative)):
         if f"{key}s" in keys:
             yield f"{key}s", sign if counted else sign * weight
         values = new * sign
+        if "votes" in keys:
+            yield "votes", values
         if weight != 1:
-            values *= weight
+            values = values * weight
         yield key, values
 
 

@@ -4,11 +4,16 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from lightning_merge.combiners._kept import Kept
-from lightning_merge.weights import Weights, array, in_threads, part, parts, slices
+from lightning_merge.weights import Weights, in_threads, part, parts
 
 _PART = 2**20
 """Numbers that a thread takes at a time: to hand out few takes as long as to merge them."""
+
+_PIECE = 2**15
+"""Numbers at a time: what stays in the cache, and what torch works on in the thread that calls it."""
 
 
 class Elementwise(Kept):
@@ -33,9 +38,11 @@ class Elementwise(Kept):
         def fold(share: dict[str, slice]) -> None:
             news = part(vector, share)
             for name, tensor in part(kept, share).items():
-                shape = (-1,) if tensor.is_contiguous() else tensor.shape
-                old, new = (array(each.detach().to(tensor).reshape(shape)) for each in (tensor, news[name]))
-                for where in slices(len(old)) if shape == (-1,) else [slice(None)]:
-                    self._step(old[where], old[where], new[where])
+                own = tensor.detach().contiguous()
+                pair = own.view(-1), news[name].detach().to(tensor).reshape(-1)
+                for old, new in zip(*(torch.split(each, _PIECE) for each in pair), strict=True):
+                    self._step(old, old, new)
+                if own.data_ptr() != tensor.data_ptr():
+                    tensor.copy_(own)
 
         in_threads(fold, parts(kept, size=_PART))

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from lightning_merge._checks import one_of, settle
 from lightning_merge.combiners._elementwise import Elementwise
-from lightning_merge.combiners._pieces import library_of, scratch
+from lightning_merge.combiners._pieces import library_of
 from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
 from lightning_merge.weights import Weights, keep_larger_
 
@@ -46,13 +44,11 @@ class MagMax(Elementwise):
         one_of("magmax_tie", self.magmax_tie, ("last", "first"), '"last" or "first"')
 
     def _step(self, out: Any, kept: Any, new: Any) -> None:
-        last = self.magmax_tie == "last"
-        if isinstance(out, Tensor):
-            torch.where(abs(new) >= abs(kept) if last else abs(new) > abs(kept), new, kept, out=out)
-        elif last:
-            _choose(out, new, kept)
-        else:
-            _choose(out, kept, new)
+        kept, new, out = (torch.as_tensor(values) for values in (kept, new, out))
+        wins = new.abs()
+        # As numbers, 0 or 1, at which lerp does not round: torch's masks take ten times as long.
+        (torch.ge if self.magmax_tie == "last" else torch.gt)(wins, kept.abs(), out=wins)
+        torch.lerp(kept, new, wins, out=out)
 
     def _merge(self, out: Any, values: Sequence[Any]) -> Any:
         # The value furthest from zero is the largest or the smallest: that of the two which gives their sum its sign.
@@ -75,16 +71,3 @@ class MagMax(Elementwise):
 
     def _factor(self, count: int) -> float:
         return scale_of(self.scale, count)
-
-
-def _choose(out: Any, first: Any, other: Any) -> None:
-    """``out <- other`` where that is further from zero, else ``first``; several times as fast as one by one."""
-    sizes, change = scratch(out, 2)
-    np.abs(first, out=sizes)
-    sizes -= np.abs(other, out=change)
-    bits, changed = (values.view(f"i{out.itemsize}") for values in (sizes, change))
-    bits >>= 8 * out.itemsize - 1  # ones where the difference is negative
-    first_bits = first.view(bits.dtype)
-    np.bitwise_xor(first_bits, other.view(bits.dtype), out=changed)
-    changed &= bits
-    np.bitwise_xor(first_bits, changed, out=out.view(bits.dtype))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from math import isfinite
-from threading import local
 from typing import Any
 
 import numpy as np
@@ -15,20 +14,6 @@ from lightning_merge.weights import Weights, array, empty, in_threads, part, par
 
 _PIECE = 2**18
 """Numbers at a time: what is written stays in the cache of a core while every vector is read."""
-
-
-_OWN = local()
-"""What each thread computes in."""
-
-
-def scratch(like: Any, count: int) -> list[Any]:
-    """So many arrays of NumPy of a shape and dtype to compute in, which the thread has already: new memory costs more
-    than what is done in it."""
-    size = count * like.nbytes
-    if getattr(_OWN, "memory", np.empty(0, np.uint8)).nbytes < size:
-        _OWN.memory = np.empty(size, np.uint8)
-    memory = _OWN.memory[:size].view(like.dtype)
-    return [memory[i * like.size : (i + 1) * like.size].reshape(like.shape) for i in range(count)]
 
 
 def combine_in_pieces(

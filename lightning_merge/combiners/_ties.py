@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -142,8 +141,8 @@ class TIES(Combiner):
         flat = array(vector[name].detach().to(state["positive"][name]).reshape(-1))
         for where in slices(len(flat)):
             new = flat[where]
-            mask, room = reaching(np.abs(new), threshold, room)
-            for key, addend in additions(new, mask, weight, self.divisor == "count", into):
+            positive, negative, room = reaching(new, threshold, room)
+            for key, addend in additions(new, positive, negative, weight, self.divisor == "count", into):
                 into[key][where] += addend
         return threshold, room
 
@@ -154,7 +153,8 @@ class TIES(Combiner):
         counts = [trim_count(self._ranked(vector, matrix), self.density, self.topk_rule) for _, matrix in groups]
         masks = largest([matrix for _, matrix in groups], counts, exact=self.topk_rule == "exact")
         for (names, matrix), mask in zip(groups, masks, strict=True):
-            for key, addend in additions(matrix, mask, weight, self.divisor == "count", state):
+            positive, negative = (sign & mask for sign in (matrix > 0, matrix < 0))
+            for key, addend in additions(matrix, positive, negative, weight, self.divisor == "count", state):
                 sums = {name: state[key][name] for name in names}
                 add_(sums, unstacked(addend.to(next(iter(sums.values())).dtype), names, vector))
 

@@ -1,29 +1,15 @@
 """The entries of a task vector that are largest in magnitude."""
 
 from collections.abc import Sequence
-from math import inf, sqrt
+from math import inf
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
-from lightning_merge.weights import average_dtype
+from lightning_merge.combiners._select import ALL, kth_largest
 
 TopK: TypeAlias = Literal["exact", "official_plus_one"]
-
-ALL = 2**62
-"""Room for any number of equal ones."""
-
-_PIECE = 2**16
-"""Numbers that are looked at while they stay in the cache."""
-
-_FEW = 2**14
-"""Of no more numbers all are in a sample."""
-
-_LINE, _STRIDE = 16, 61
-"""Numbers of a line of memory; one of so many lines is in a sample, which is no size that tensors have."""
-
-_BITS = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
 
 def count_of(share: float, size: int) -> int:
@@ -43,72 +29,6 @@ def trim_count(size: int, density: float, topk_rule: TopK) -> int:
     return min(int(density * size) + 1, size)
 
 
-def kth_largest(tensors: Sequence[Tensor], k: int) -> tuple[float, int]:
-    """The k-th largest magnitude of all the tensors together, and how many equal to it are among the k largest.
-
-    ``ALL`` if all that are equal to it are.
-
-    Args:
-        tensors: What is ranked together; on the CPU.
-        k: At most as many as there are numbers.
-
-    Example:
-        >>> import torch
-        >>> kth_largest([torch.tensor([-3.0, 1.0]), torch.tensor([2.0, -2.0])], k=2)
-        (2.0, 1)
-    """
-    arrays = [tensor.detach().to(average_dtype(tensor)).reshape(-1).numpy() for tensor in tensors]
-    above, inside = _around(arrays, k)
-    rank = len(inside) - (k - above)
-    # Numbers of one sign are in the order of their bits, and integers are selected faster.
-    inside.view(_BITS[inside.dtype]).partition(rank)
-    level = inside[rank]
-    room = k - above - int(np.count_nonzero(inside > level))
-    return float(level), room if np.count_nonzero(inside == level) > room else ALL
-
-
-def _around(arrays: Sequence[Any], k: int) -> tuple[int, Any]:
-    """How many magnitudes are above a range that holds the k-th largest, and those in the range, as a new array.
-
-    To select from all takes eight times as long as to look at each once: a sample says where to look.
-    """
-    size, wide = sum(map(len, arrays)), np.result_type(*arrays)
-    sample = np.abs(np.concatenate([_sample(values) for values in arrays], dtype=wide))
-    low, high = _bounds(sample, k / size)
-    above, inside = 0, []
-    scratch = np.empty(min(_PIECE, max(map(len, arrays))), wide)
-    for values in arrays:
-        for start in range(0, len(values), _PIECE):
-            piece = values[start : start + _PIECE]
-            magnitudes = np.abs(piece, out=scratch[: len(piece)])
-            above += int(np.count_nonzero(magnitudes > high))
-            within = magnitudes >= low
-            within &= magnitudes <= high
-            inside.append(magnitudes[np.flatnonzero(within)])
-    found = np.concatenate(inside)
-    if above < k <= above + len(found):
-        return above, found
-    return 0, np.abs(np.concatenate(arrays, dtype=wide))
-
-
-def _sample(values: Any) -> Any:
-    """Some of the numbers, a line of memory at a time: any other way all would be read."""
-    return (
-        values[: len(values) // _LINE * _LINE].reshape(-1, _LINE)[::_STRIDE].ravel() if len(values) > _FEW else values
-    )
-
-
-def _bounds(sample: Any, share: float) -> tuple[Any, Any]:
-    """Between which magnitudes that is, of which this share is larger, as far as a sample tells."""
-    expected = share * len(sample)
-    margin = 6.0 * sqrt(expected * (1.0 - share)) + 4.0
-    first, last = len(sample) - 1 - int(expected + margin), len(sample) - 1 - int(expected - margin)
-    ranks = sorted({rank for rank in (first, last) if 0 <= rank < len(sample)})
-    sample.partition(ranks or 0)
-    low = sample[first] if first >= 0 else sample.dtype.type(0)
-    return low, sample[last] if last < len(sample) else sample.dtype.type(np.inf)
-
-
 def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK) -> tuple[float, int]:
     """The magnitude from which on entries are kept, and how many of those that are equal to it, or ``ALL``.
 
@@ -124,32 +44,32 @@ def trim_level(tensors: Sequence[Tensor], density: float, topk_rule: TopK) -> tu
     size = sum(tensor.numel() for tensor in ranked)
     if not ranked:
         return 0.0, 0
-    level, room = kth_largest(ranked, trim_count(size, density, topk_rule))
+    [(level, room)] = kth_largest(ranked, trim_count(size, density, topk_rule))
     return level, room if exact else ALL
 
 
-def reaching(magnitudes: Any, level: float, room: int) -> tuple[Any, int]:
-    """A mask of those above the level and the first ``room`` of those equal to it; what room is left.
+def reaching(values: Any, level: float, room: int) -> tuple[Any, Any, int]:
+    """Masks of the positive and of the negative ones that are trimmed to; what room is left.
 
     Args:
-        magnitudes: Array of NumPy, of one dimension.
-        level: From ``trim_level``.
-        room: How many that are equal to it are still kept.
+        values: Array of NumPy, of one dimension.
+        level: From ``trim_level``: magnitudes above it are kept.
+        room: How many that are equal to it are kept too, those that come first.
 
     Example:
-        >>> reaching(np.array([1.0, 2.0, 3.0, 2.0]), level=2.0, room=1)
-        (array([False,  True,  True, False]), 0)
+        >>> reaching(np.array([1.0, 2.0, -3.0, 2.0]), level=2.0, room=1)
+        (array([False,  True, False, False]), array([False, False,  True, False]), 0)
     """
-    mask = magnitudes >= level
+    below = np.nextafter(values.dtype.type(level), values.dtype.type(0))  # of zeros none is positive or negative
+    positive, negative = values > below, values < -below
     if room == ALL:
-        return mask, room
-    places = np.flatnonzero(magnitudes == level)
-    mask[places[room:]] = False
-    return mask, max(room - len(places), 0)
+        return positive, negative, room
+    places = np.flatnonzero((values == level) | (values == -level))
+    positive[places[room:]] = negative[places[room:]] = False
+    return positive, negative, max(room - len(places), 0)
 
 
-def rank_level(tensor: Tensor, k: int) -> tuple[float, int]:
-    """The magnitude from which on the k largest of a tensor are, and how many of those that are equal to it."""
-    if k == 0:
-        return inf, 0
-    return (0.0, ALL) if tensor.numel() <= k else kth_largest([tensor], k)
+def rank_levels(tensor: Tensor, *ks: int) -> list[tuple[float, int]]:
+    """For each k the magnitude from which on the k largest of a tensor are, and how many of those equal to it."""
+    found = iter(kth_largest([tensor], *(k for k in ks if 0 < k < tensor.numel())))
+    return [(inf, 0) if k == 0 else (0.0, ALL) if k >= tensor.numel() else next(found) for k in ks]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_merge.combiners import _trim
-from lightning_merge.combiners._trim import ALL, kth_largest
+from lightning_merge.combiners import _select
+from lightning_merge.combiners._select import ALL, kth_largest
 
 N = 60_000
 
@@ -39,15 +39,21 @@ def test_the_kth_largest_is_that_of_a_sort(case: str, share: float) -> None:
     tensors = CASES[case]()
     sizes = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).abs().sort(descending=True).values
     k = max(1, int(share * len(sizes)))
-    level, room = kth_largest(tensors, k)
+    [(level, room)] = kth_largest(tensors, k)
     assert level == sizes[k - 1]
     equal, above = int((sizes == level).sum()), int((sizes > level).sum())
     assert room == (k - above if equal > k - above else ALL)
 
 
-def test_most_numbers_are_not_selected_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    around = _trim._around
-    monkeypatch.setattr(_trim, "_around", lambda *arguments: found.append(around(*arguments)) or found[-1])
-    kth_largest([drawn()], N // 5)
-    assert len(found[0][1]) < 0.2 * N
+def test_several_ranks_are_found_in_one_look() -> None:
+    ks = [1, N // 10, N // 3, N]
+    assert kth_largest([drawn()], *ks) == [found for k in ks for found in kth_largest([drawn()], k)]
+
+
+def test_few_numbers_are_selected_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    partitioned = _select._partitioned
+    monkeypatch.setattr(_select, "_partitioned", lambda x, k: sizes.append(len(x)) or partitioned(x, k))
+    kth_largest([drawn()], N // 10, N // 3)
+    assert len(sizes) == 2
+    assert max(sizes) < 0.2 * N
