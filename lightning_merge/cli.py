@@ -51,6 +51,8 @@ commands:
   inspect FILE                 which weights are in a checkpoint, which of them its score belongs to, how to load it
   diff FILE[:SET] [FILE[:SET]] how far apart two sets of weights are, and where; of one file, its two sets
   export FILE OUT [--set SET]  one set as safetensors (OUT ends in .safetensors), a plain state dict (.pt) or for timm
+  export FILE FOLDER --hf MODEL
+                               one set in a folder that from_pretrained reads, like MODEL's; of PEFT the adapter
   verify RUN                   measure a run's files again, and compare with the scores that they record
   doctor FILE... [--config FILE] [--base FILE]
                                whether sets of weights can be merged, with the figure that says so

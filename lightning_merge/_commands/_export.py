@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from lightning_merge._commands._safetensors import write_safetensors
 from lightning_merge._commands._target import literal, loading, refuse_input, refuse_target, save
-from lightning_merge.files import replacing
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._sets import bytes_of, contiguous, tensors
-from lightning_merge.weights import Weights, first_mismatch
+from lightning_merge.weights import first_mismatch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
@@ -53,7 +53,7 @@ def export(
     classes = None if arch is None else _refuse_other_architecture(arch, {**weights, **extra}, list(everything))
     about = {"arch": arch, "set": chosen, "source": file.name}
     if as_safetensors:
-        _write_safetensors(target, weights, about)
+        write_safetensors(target, weights, about)
     else:
         whole = {**weights, **extra}
         save({"arch": arch, "state_dict": whole} if arch else whole, target)
@@ -72,15 +72,6 @@ def export(
     else:
         how = f'timm.create_model("{arch}", num_classes={classes}, checkpoint_path={literal(target)})'
     return "\n".join([*lines, f"  load: {how}"])
-
-
-def _write_safetensors(target: str | os.PathLike[str], weights: Weights, about: dict[str, Any]) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ImportError('writing it needs safetensors: pip install "lightning-merge[export]"') from error
-    with replacing(target) as unfinished:
-        save_file(weights, unfinished, {"format": "pt"} | {key: str(value) for key, value in about.items() if value})
 
 
 def _refuse_other_architecture(arch: str, state: dict[str, Any], names: list[str]) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_merge._commands._target import literal
 from lightning_merge.files._check import opened
-from lightning_merge.files._folders import is_index
+from lightning_merge.files._folders import AVERAGE, Config, class_of, config_of, is_index
 from lightning_merge.files._label import Label
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._other_formats import is_safetensors
@@ -90,6 +90,7 @@ def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
                 yield f"  updates of {name}: {'not recorded' if found.updates is None else found.updates}"
         yield "  score: the file does not say which weights its score was measured on"
     if is_safetensors(path) or _is_gathered(path):
+        yield from _beside(path)
         yield from _how_to_load(path, file.sets[file.default], "safetensors.torch.load_file({path})")
         return
     yield f"  keys: {_some([str(key) for key in content])}"
@@ -140,6 +141,32 @@ def _average(average: Mapping[str, Any]) -> str:
     return text
 
 
+def _beside(path: str | os.PathLike[str]) -> Iterator[str]:
+    """What ``MergeCallback`` has put into a checkpoint folder of transformers."""
+    kept = Path(path) / AVERAGE
+    if is_remote(path) or not kept.is_file():
+        return
+    content: Any = read(kept, check=False)
+    average = content.get("average") if isinstance(content, Mapping) else None
+    if average is None:
+        yield "  holds merged weights alone: training cannot go on from it"
+        return
+    updates = (average.get("state") or {}).get("updates", 0)
+    said = f"{average.get('rule')}, {updates} updates in {average.get('steps')} steps"
+    held = "merged weights" if content.get("raw") else "raw weights, since nothing was merged"
+    yield f"  holds {held}; {kept.name} has the raw ones and the average to go on with: {said}"
+
+
+def _config(path: str | os.PathLike[str]) -> Config | None:
+    """The settings of a folder that ``save_pretrained`` wrote."""
+    if is_remote(path) or not Path(path).is_dir():
+        return None
+    try:
+        return config_of(path)
+    except ValueError:
+        return None
+
+
 _STATE_DICT = 'torch.load({path}, weights_only=True)["state_dict"]'
 
 
@@ -147,6 +174,9 @@ def _how_to_load(
     path: str | os.PathLike[str], found: StoredSet, plainly: str, name: str | None = None
 ) -> Iterator[str]:
     """The line that loads a set; one that needs no lightning-merge where that has been tried and does it."""
+    if (config := _config(path)) is not None:
+        yield f"  load: {class_of(config, literal(path))}"
+        return
     if is_index(path) or (not is_remote(path) and Path(path).is_dir()):
         command = f"lightning-merge export {shlex.quote(os.fspath(path))} weights.pt"
         what = "several files" if _is_gathered(path) else "a sharded checkpoint"

@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning_merge.files._other_formats import is_safetensors
 from lightning_merge.files._read import read
 from lightning_merge.files._safetensors import read_safetensors
 from lightning_merge.weights import Weights
+
+AVERAGE = "lightning_merge.pt"
+"""Of a checkpoint of transformers: the raw weights, and the average that the model in the folder is of."""
 
 _INDEX = (".safetensors.index.json", ".bin.index.json", ".pt.index.json")
 _STEMS = {
@@ -20,6 +23,51 @@ _STEMS = {
     "open_clip_pytorch_model": "open_clip",
 }
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+
+
+class Config(NamedTuple):
+    """What the settings of a folder say of the model in it.
+
+    Args:
+        architecture: The class of transformers; empty if it is not said.
+        is_adapter: Whether it holds an adapter of peft.
+        base: The model that the adapter is of; empty if it is not said.
+    """
+
+    architecture: str
+    is_adapter: bool
+    base: str
+
+
+def config_of(folder: str | os.PathLike[str]) -> Config:
+    """Reads the settings that ``save_pretrained`` wrote.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    for name in ("adapter_config.json", "config.json"):
+        try:
+            found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+            architecture = (found.get("architectures") or [""])[0]
+            return Config(str(architecture), name[0] == "a", str(found.get("base_model_name_or_path") or ""))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
+            raise ValueError(f"{Path(folder) / name} cannot be read as settings of a model: {error}") from error
+    raise ValueError(
+        f"{folder} is not a folder that `save_pretrained` wrote: it has neither config.json nor adapter_config.json."
+    )
+
+
+def class_of(config: Config, path: str) -> str:
+    """The line that loads the model of a folder, whose path is given as Python reads it."""
+    if config.is_adapter:
+        base = f" of {config.base}" if config.base else ""
+        return (
+            f"from peft import PeftModel; model = PeftModel.from_pretrained(model, {path}), with the base model{base}"
+        )
+    name = config.architecture or "AutoModel"
+    return f"from transformers import {name}; model = {name}.from_pretrained({path})"
 
 
 def is_index(path: str | os.PathLike[str]) -> bool:

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_merge.files._folders import AVERAGE
 from lightning_merge.files._label import as_written
 from lightning_merge.weights import copy_
-
-FILE = "lightning_merge.pt"
 
 
 def write(folder: str, average: dict[str, Any] | None, raw: Mapping[str, Tensor]) -> None:
@@ -23,7 +22,7 @@ def write(folder: str, average: dict[str, Any] | None, raw: Mapping[str, Tensor]
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     content = {"average": average, "raw": {name: tensor.detach() for name, tensor in raw.items()}}
-    torch.save(content, Path(folder) / FILE)
+    torch.save(content, Path(folder) / AVERAGE)
 
 
 def read(folder: str, live: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
@@ -36,7 +35,7 @@ def read(folder: str, live: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
     Raises:
         ValueError: If the folder holds merged weights alone, or the file is of another model.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / AVERAGE
     if not path.is_file():
         return None
     with as_written(str(path)):
