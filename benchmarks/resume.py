@@ -47,6 +47,7 @@ from lightning_merge.callbacks import (
     WASH,
     Anneal,
     DiLoCo,
+    EvaluationWeights,
     ForkMerge,
     LocalSGD,
     Lookaround,
@@ -66,6 +67,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "swa": lambda: SWA(start_epoch=1, swa_lr=0.02, anneal_epochs=2),
     "lawa": lambda: LAWA(k=2, every_n_steps=3),
     "bema": lambda: BEMA(0.7, validate="both"),
+    "evaluation-weights": lambda: EvaluationWeights(validate="both"),
     "anneal": lambda: Anneal("1-sqrt", "50%", validate="both"),
     "anneal-sliding": lambda: Anneal("cosine", 10, memory=4),
     "swad": lambda: SWAD("val/loss", n_converge=2, n_tolerance=2, stop=False, validate="both"),
@@ -100,6 +102,7 @@ class Network(pl.LightningModule):
         self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 1))
         self.on_event: Callable[[str], None] = lambda kind: None
         self.has_tasks = False
+        self.is_free = False  # of a schedule
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
         if self.trainer.training:  # not when BatchNorm statistics are measured
@@ -117,6 +120,10 @@ class Network(pl.LightningModule):
         self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
 
     def configure_optimizers(self) -> Any:
+        if self.is_free:
+            import schedulefree  # type: ignore[import-untyped]
+
+            return schedulefree.AdamWScheduleFree(self.parameters(), lr=0.01, warmup_steps=3)
         optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
         return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)]
 
@@ -134,6 +141,7 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
     pl.seed_everything(7, verbose=False)
     average = METHODS[method]()
     network = Network()
+    network.is_free = isinstance(average, EvaluationWeights)
     network.has_tasks = isinstance(average, ForkMerge)
     if on_event is not None:
         network.on_event = on_event

@@ -17,6 +17,7 @@ from lightning_merge.callbacks._dart import DART
 from lightning_merge.callbacks._diloco import DiLoCo
 from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
+from lightning_merge.callbacks._evaluation_weights import EvaluationWeights
 from lightning_merge.callbacks._forkmerge import ForkMerge
 from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
@@ -59,6 +60,7 @@ __all__ = [
     "ContinualMerging",
     "DiLoCo",
     "Doctor",
+    "EvaluationWeights",
     "Extrapolate",
     "ForkMerge",
     "Interpolate",

@@ -12,6 +12,7 @@ from lightning_merge._averaging._state import AveragingState
 from lightning_merge._ranks import agreed
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
+from lightning_merge.callbacks._averaging_run._second_sets import has_second_set
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written
@@ -61,7 +62,14 @@ class MergingByRule(AverageByRule):
 
     def remarks(self) -> list[str]:
         pulled = self.selection.pulled_along(self._session.inventory)
-        return [f"{self.title} merges `{n}` too: it is the same tensor as `{other}`." for n, other in pulled.items()]
+        said = [f"{self.title} merges `{n}` too: it is the same tensor as `{other}`." for n, other in pulled.items()]
+        optimizer = self._session.trainer.optimizers[self.optimizer]
+        if has_second_set(optimizer):
+            said.append(
+                f"{self.title} merges the weights that {type(optimizer).__name__} trains, not those that it gives for"
+                " evaluation; `EvaluationWeights()` measures and saves these."
+            )
+        return said
 
     def _look_up(self) -> None:
         known: set[str] = set()
