@@ -60,6 +60,12 @@ class PostHocEMA(WeightMerging):
             **known(options, RuleOptions, self),
         )
 
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The widths that are tracked."""
+        assert isinstance(self.rule, PowerMeans)
+        return tuple(self.rule.sigmas)
+
     def synthesise(self, sigma: float, step: int | None = None) -> Weights:
         """The average of this width, during or after the fit, by canonical name; buffers are those of the last update.
 

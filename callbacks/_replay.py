@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_merge._checks import function, instance, whole
+from lightning_merge._checks import path as checked_path
 from lightning_merge.callbacks._replay_run._compare import Difference, first_difference
 from lightning_merge.callbacks._replay_run._recorder import Recorder
 
@@ -56,7 +57,7 @@ def replay(
     function("make", make)
     epoch = whole("epoch", epoch, 0)
     batch = None if batch is None else whole("batch", batch, 0)
-    path = Path(folder) / "replay.ckpt"
+    path = Path(checked_path("folder", folder)) / "replay.ckpt"
     path.unlink(missing_ok=True)
     points = record(make, Recorder(path, epoch, batch)).points
     if not path.is_file():

@@ -52,6 +52,8 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         said = condensed(message)
         mean = _meant(message, list(_options_of(self)))
+        if "`--model`" in said:
+            mean = ". Type `--config mine.yaml`; `lightning-merge recipes digits/swa > mine.yaml` gives one to change"
         print(f"lightning-merge: error: {said}{mean}\n`--help` lists all options.", file=sys.stderr)
         self.exit(2)
 

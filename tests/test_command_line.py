@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_merge._commands import _needs, fit
 from lightning_merge._commands._mistakes import worker_was_told_to_end
 from lightning_merge.diagnostics import examine
 from lightning_merge.search import Grid, search
@@ -76,6 +77,31 @@ def test_what_is_required_is_named_as_it_is_typed(run: Run) -> None:
     code, _, err = run("fit")
     assert code == 2
     assert "required: `--model`" in err
+
+
+def test_what_is_missing_is_said_with_what_to_type(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "lightning-merge recipes digits/swa > mine.yaml" in run("fit")[2]
+    assert "Type: lightning-merge run digits/swa" in run("run")[2]
+    real = _needs.find_spec
+    monkeypatch.setattr(_needs, "find_spec", lambda name: None if name == "transformers" else real(name))
+    code, _, err = run("run", "preference/dpo")
+    assert code == 2
+    assert err.splitlines()[-1] == 'pip install "lightning-merge[preference]"'
+
+
+@pytest.mark.parametrize(
+    ("missing", "first"), [("sft", "preference/sft --data.pairs FILE"), ("base", "preference/base --data.text FILE")]
+)
+def test_a_recipe_that_starts_from_another_names_the_command(
+    missing: str, first: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours: dict[str, Any] = {"__name__": "lightning_merge.recipes"}  # where the error is raised that is a user's
+    text = f"there is no file runs/preference/{missing}/version_0/checkpoints/last.ckpt."
+    exec(f"def main(arguments): raise ValueError({text!r})", ours)
+    monkeypatch.setattr(fit, "main", ours["main"])
+    code, _, err = run("run", "preference/dpo", "--data.pairs", "pairs.jsonl")
+    assert code == 2
+    assert err.strip().endswith(f"Type this first: lightning-merge run {first}")
 
 
 def test_the_package_is_run_as_a_module() -> None:

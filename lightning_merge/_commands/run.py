@@ -42,5 +42,7 @@ def main(arguments: list[str]) -> int:
         first = re.search(r"there is no file (?:\S*/)?runs/(\w+/[\w-]+)/", users_mistake(error) or "")
         if first is None or first[1] not in recipes():
             raise
-        cure = f"`lightning-merge run {first[1]}` writes it: run that first."
+        data = {"preference": " --data.pairs FILE", "preference/base": " --data.text FILE"}
+        given = data.get(first[1], data.get(first[1].partition("/")[0], ""))
+        cure = f"Another recipe writes it. Type this first: lightning-merge run {first[1]}{given}"
         raise ValueError(f"{users_mistake(error)} {cure}") from error

@@ -93,6 +93,24 @@ def examination(name: str, found: Examination) -> str:
     return "\n".join([*parts, f"<table>{cells}</table>"])
 
 
+def widths(name: str, losses: Mapping[float, float]) -> str:
+    """The loss of an average by its width, and which would have been best."""
+    figure, axes = _axes()
+    shares = [100 * sigma for sigma in losses]
+    axes.plot(shares, list(losses.values()), marker="o", color=COLOURS[0], label="measured")
+    best, published = min(losses, key=losses.__getitem__), max(losses)
+    axes.plot(100 * best, losses[best], marker="*", markersize=16, color=COLOURS[1], ls="", label="lowest loss")
+    axes.axvline(100 * published, color=GREY, linestyle=":", label="published")
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{share:.3g} %" for share in shares], minor=False)
+    axes.minorticks_off()
+    axes.set_xlabel("width, as a share of the run")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
+    note = "<p class=note>Chosen on the very samples that it was measured on: expect a little less on others.</p>"
+    return f"{image(figure, f'loss of {name} by its width')}\n{note}"
+
+
 def trajectory(path: Tensor, placed: Mapping[str, Tensor], held: float) -> str:
     """The run in the plane of its two principal components, with the averages on it."""
     figure, axes = _axes()

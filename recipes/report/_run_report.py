@@ -107,12 +107,13 @@ class RunReport(Callback):
 
     def _examined(self, trainer: Trainer) -> list[tuple[str, str]]:
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
-        doctors = [callback for callback in callbacks if isinstance(callback, Doctor)]
-        return [
-            (f"Is {name} sound?", _page.examination(name, found))
-            for doctor in doctors
-            for name, found in doctor.examinations.items()
-        ]
+        sections = []
+        for doctor in (callback for callback in callbacks if isinstance(callback, Doctor)):
+            for name, found in doctor.examinations.items():
+                sections.append((f"Is {name} sound?", _page.examination(name, found)))
+            for name, losses in doctor.widths.items():
+                sections.append((f"Which width of {name} would have been best?", _page.widths(name, losses)))
+        return sections
 
     def _way(self, averages: list[Published]) -> list[tuple[str, str]]:
         if len(self.trajectory.points) < 3:

@@ -108,6 +108,15 @@ def test_a_point_in_an_epoch_takes_a_loader_that_remembers(tmp_path: Path) -> No
     assert "StatefulDataLoader" in str(found.difference)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("make", None), ("folder", 3), ("epoch", -1), ("epoch", 1.5), ("epoch", None), ("batch", -1), ("batch", "x")],
+)
+def test_an_argument_is_refused_by_its_name(name: str, wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"`{name}` must be"):
+        replay(**{"make": partial(make, tmp_path), "folder": tmp_path, name: wrong})
+
+
 def test_what_was_never_reached_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="never came to the end of epoch 7: it ended after batch"):
         replay(partial(make, tmp_path), tmp_path, epoch=7)

@@ -25,7 +25,7 @@ REAL = Path(__file__).resolve().parents[3] / "shared/data"
 METHODS = {"plain", "ema", "swa", "lawa", "swad", "lookaround", "twa", "aswa", "forkmerge"}
 # test_stream.py runs the streams, test_two_process_recipes.py those that start a second process.
 ELSEWHERE = ("digits/", "preference/", "continual/", "cifar10/ema-")
-TINY_OPTIONS = ("digits/lawa", "digits/swad", "digits/twa")
+TINY_OPTIONS = ("digits/anneal", "digits/lawa", "digits/swad", "digits/twa")
 OURS = [name for name in recipes() if not name.startswith(ELSEWHERE) or name in TINY_OPTIONS]
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_merge.callbacks import EMA, SWA, Doctor, ForkMerge
+from lightning_merge.callbacks import EMA, SWA, Doctor, ForkMerge, PostHocEMA
 from lightning_merge.files._read import read
 from lightning_merge.recipes import AuxiliaryClassifier, Classifier, Digits, RunReport, SmallConvNet
 from lightning_merge.recipes.report._curves import curves_figure, limits
@@ -273,6 +273,13 @@ def test_page_holds_table_curves_verdict_and_way_and_needs_nothing_else(tmp_path
     assert HTMLParser().feed(page) is None
     for tag in ("table", "p", "h2", "body", "tr", "td"):
         assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
+
+
+def test_page_shows_which_width_would_have_been_best(tmp_path: Path) -> None:
+    fit(tmp_path, Doctor(points=1), PostHocEMA(every=2), limit_val_batches=1)
+    text = (tmp_path / "report.html").read_text()
+    assert "<h2>Which width of posthoc-ema would have been best?</h2>" in text
+    assert 'alt="loss of posthoc-ema by its width"' in text
 
 
 def test_text_on_the_page_is_escaped() -> None:

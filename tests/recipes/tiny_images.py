@@ -8,6 +8,7 @@ from PIL import Image
 CLASSES = 3
 
 _ONE_IS_ENOUGH = {
+    "anneal": ["--trainer.callbacks.window=1 steps", "--trainer.callbacks.every_n_steps=1"],
     "lawa": ["--trainer.callbacks.k=1"],
     "swad": ["--trainer.callbacks.n_converge=1"],
     # Two snapshots and a step of their coefficients take three steps, and images for them.
