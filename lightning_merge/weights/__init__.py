@@ -26,6 +26,10 @@ from lightning_merge.weights._chunks import stacked as stacked
 from lightning_merge.weights._chunks import unflatten as unflatten
 from lightning_merge.weights._chunks import unstacked as unstacked
 from lightning_merge.weights._chunks import worth_it as worth_it
+from lightning_merge.weights._copies import clone as clone
+from lightning_merge.weights._copies import copies as copies
+from lightning_merge.weights._copies import empty as empty
+from lightning_merge.weights._copies import zeros as zeros
 from lightning_merge.weights._exchange import exchange as exchange
 from lightning_merge.weights._exchange import put_back as put_back
 from lightning_merge.weights._fixed import Fixed as Fixed
@@ -55,13 +59,9 @@ from lightning_merge.weights._over_ranks import apart as apart
 from lightning_merge.weights._over_ranks import mean_over_ranks_ as mean_over_ranks_
 from lightning_merge.weights._over_ranks import of_first_rank as of_first_rank
 from lightning_merge.weights._precision import average_dtype as average_dtype
-from lightning_merge.weights._precision import clone as clone
-from lightning_merge.weights._precision import copies as copies
-from lightning_merge.weights._precision import empty as empty
 from lightning_merge.weights._precision import is_averaged as is_averaged
 from lightning_merge.weights._precision import like as like
 from lightning_merge.weights._precision import to_devices as to_devices
-from lightning_merge.weights._precision import zeros as zeros
 from lightning_merge.weights._shards import as_sharded as as_sharded
 from lightning_merge.weights._shards import is_sharded as is_sharded
 from lightning_merge.weights._shards import local as local

@@ -12,7 +12,7 @@ def region(tensor: Tensor) -> tuple[Any, ...]:
         return (id(tensor),)
     start = (tensor.device, tensor.data_ptr(), tensor.dtype)
     # A dense tensor is the same numbers in any shape: transposed, or flattened.
-    return (*start, tensor.numel()) if _is_dense(tensor) else (*start, tensor.shape, tensor.stride())
+    return (*start, tensor.numel()) if is_dense(tensor) else (*start, tensor.shape, tensor.stride())
 
 
 def view(tensor: Tensor, like: Tensor, other: Tensor) -> Tensor:
@@ -35,7 +35,8 @@ def is_in_memory(tensor: Tensor) -> bool:
     return plain and not tensor.is_meta and tensor.numel() > 0
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its numbers are all that is between the first and the last of them in memory."""
     if tensor.is_contiguous():
         return True
     expected = 1

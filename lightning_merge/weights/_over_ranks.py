@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_merge.weights._copies import copies
 from lightning_merge.weights._names import Weights
-from lightning_merge.weights._precision import copies, is_averaged
+from lightning_merge.weights._precision import is_averaged
 from lightning_merge.weights._shards import as_sharded, is_sharded, part_of
 
 

@@ -1,9 +1,8 @@
-"""Precision: of which tensors a mean means something, and what it is kept in; copies and memory in it."""
+"""Precision: of which tensors a mean means something, and what it is kept in."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,37 +35,9 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(part.data) is Tensor
 
 
-def clone(weights: Mapping[str, Tensor]) -> Weights:
-    """A copy of its own storage, in the precision averages are kept in."""
-    return {
-        name: t.detach().to(average_dtype(t), copy=True, memory_format=torch.preserve_format)
-        for name, t in weights.items()
-    }
-
-
-def copies(weights: Mapping[str, Tensor]) -> Weights:
-    """A copy of its own storage, in the precision the tensors have."""
-    return {name: t.detach().clone() for name, t in weights.items()}
-
-
 def like(weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Weights:
     """The weights in the dtype and on the device of ``reference``; a tensor that fits already is not copied."""
     return {name: t.to(reference[name]) for name, t in weights.items()}
-
-
-def zeros(weights: Mapping[str, Tensor]) -> Weights:
-    """Zeros of the same shapes, in the precision averages are kept in."""
-    return {name: torch.zeros_like(t, dtype=average_dtype(t)) for name, t in weights.items()}
-
-
-def empty(weights: Mapping[str, Tensor]) -> Weights:
-    """Memory for such weights, in the precision averages are kept in; what is in it is undefined."""
-    return {
-        name: torch.from_numpy(np.empty(t.shape, np.float32))  # NumPy's comes in large pages: three times as fast
-        if type(t) is Tensor and t.device.type == "cpu" and average_dtype(t) == torch.float32 and t.is_contiguous()
-        else torch.empty_like(t, dtype=average_dtype(t))
-        for name, t in weights.items()
-    }
 
 
 def to_devices(value: Any, devices: "Mapping[str, torch.device] | torch.device", device: Any = None) -> Any:

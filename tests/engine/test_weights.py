@@ -125,6 +125,32 @@ def test_copies_share_no_memory_and_no_graph_and_keep_the_layout(copied):
     assert torch.equal(copy, source)
 
 
+def test_copies_of_much_lie_side_by_side_and_are_tensors_of_their_own():
+    large = {
+        "dense": torch.randn(1024, 1024).requires_grad_(),
+        "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "half": torch.randn(7, dtype=torch.bfloat16),
+        "transposed": torch.randn(3, 5).T,
+        "scalar": torch.tensor(2.0),
+        "strided": torch.randn(4, 6)[:, ::2],
+        "expanded": torch.randn(3, 1).expand(3, 4),
+        "double": torch.randn(2, dtype=torch.float64),
+        "integer": torch.tensor([1, 2]),
+        "none": torch.zeros(0),
+    }
+    for made in (clone(large), clone(large), zeros(large)):
+        for name, tensor in made.items():
+            assert tensor.dtype == average_dtype(large[name])
+            assert not tensor.requires_grad
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes  # a file of one holds no other
+            assert tensor.data_ptr() % 64 == 0
+            assert tensor.stride() == torch.empty_like(large[name]).stride()
+        assert len({tensor.data_ptr() for tensor in made.values() if tensor.numel()}) == len(large) - 1
+    assert made.keys() == large.keys()
+    assert not any(tensor.any() for tensor in made.values())
+    assert all(torch.equal(tensor, large[name].to(tensor.dtype)) for name, tensor in clone(large).items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_lerp_is_done_in_the_precision_of_the_target(dtype):
     target = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3.0)}
