@@ -128,8 +128,8 @@ class WeightMerging(MergingByRule):
         """Copies the batch, before the step can change it, if BatchNorm statistics will be measured again."""
         if self._undecided is not None and self._undecided.finding.is_there:
             self.decide()  # which lets go of what it keeps of before
-        by_the_end = Moment(self.steps, trainer.current_epoch + 1, epoch_end=True)
         if self._recent is not None:
+            by_the_end = Moment(self.steps, trainer.current_epoch + 1, epoch_end=True)
             self._recent.hold(batch, only_to_try=not self._active_schedule.started(by_the_end))
 
     def on_train_batch_end(

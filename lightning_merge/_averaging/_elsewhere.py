@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -29,7 +29,7 @@ class Taken:
 
     averaged: Weights
     copied: Weights
-    way: ToHost = field(default_factory=ToHost)
+    way: ToHost = ToHost()  # noqa: RUF009 (that of nothing, which holds nothing)
 
     @classmethod
     def to_host(cls, averaged: Mapping[str, Tensor], copied: Mapping[str, Tensor]) -> "Taken":

@@ -88,9 +88,10 @@ class RuleAverage:
     @property
     def _kept(self) -> State:
         """The state of the rule, once it has begun."""
-        if self._state is None:
+        state = self._state
+        if state is None:
             raise RuntimeError(f"{self._tensors.title} has merged nothing yet.")
-        return self._state
+        return state
 
     def _refuse_files_of_several(self) -> None:
         if self.rule.keeps_files and several():

@@ -1,7 +1,6 @@
 """What an average by a rule does: it takes weights in, is told scores, and follows the module."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 
 from torch import Tensor
 
@@ -65,18 +64,23 @@ class TakingIn(RuleAverage):
     def _take_in(self, moment: Moment, nonfinite: set[str], taken: Taken) -> None:
         if not self._start(nonfinite, moment.step, taken) or not self._active_schedule.due(moment):
             return
-        if not self._update(taken):
+        if not self._active_rule.can_be_undone:
+            if self._update(taken):
+                self._note_update(moment.step, taken)
             return
+        # The buffers first: the look for NaN has just read them, and after the update they are in no cache any more.
         self._note_update(moment.step, taken)
+        with weights.joining():
+            self._update(taken)
 
     def _note_update(self, step: int, taken: Taken) -> None:
         weights.copy_(self._buffers, taken.copied)
-        self.update_window = (self.update_window[0] if self.update_window else step, step)
+        window = self.update_window
+        self.update_window = (window[0] if window else step, step)
 
     def _update(self, taken: Taken) -> bool:
         """Hands the weights to the rule; whether they were taken in."""
-        with weights.joining() if self._active_rule.can_be_undone else nullcontext():
-            self._active_rule.update(self._kept, taken.averaged)
+        self._active_rule.update(self._kept, taken.averaged)
         return True
 
     def begin(self, moment: Moment) -> None:

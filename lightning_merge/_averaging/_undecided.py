@@ -70,7 +70,8 @@ class Decided(Generic[T]):
     def __get__(self, instance: Any, owner: type) -> "T | Self":
         if instance is None:
             return self
-        instance.decide()
+        if instance._undecided is not None or instance._background is not None:  # at every step, so no call for nothing
+            instance.decide()
         return cast("T", instance.__dict__[self._key])
 
     def __set__(self, instance: Any, value: T) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_merge.weights._names import Weights
 from lightning_merge.weights._one_pass import step, waits
-from lightning_merge.weights._pairs import pairs
+from lightning_merge.weights._pairs import in_order, pairs
 
 _anew: ContextVar[bool] = ContextVar("_anew", default=False)
 
@@ -43,7 +43,7 @@ def copy_(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
     if _anew.get() and isinstance(target, dict):
         target |= {name: torch.empty_like(tensor) for name, tensor in target.items()}
     if target:  # torch refuses empty lists
-        torch._foreach_copy_(list(target.values()), [source[name] for name in target])
+        torch._foreach_copy_(list(target.values()), in_order(list(target), source))
 
 
 @torch.no_grad()

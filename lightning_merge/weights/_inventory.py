@@ -4,8 +4,8 @@ Names are canonical: the prefixes that ``torch.compile`` and wrappers insert are
 every run and file.
 """
 
+import gc
 from collections.abc import Mapping
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -92,12 +92,17 @@ class Inventory:
 
     def _is_unchanged(self) -> bool:
         """Whether every name leads to the object that it led to at the last look; this is asked at every step."""
-        if any(self._empty):
-            return False
-        entries = self._views
-        if self._scripted:  # which make a new dict at each look
-            entries = [*entries, *(each.values() for each in self._scripted)]
-        return sum(map(len, entries)) == len(self._seen) and all(map(is_, chain.from_iterable(entries), self._seen))
+        found = self._present()
+        return len(found) == len(self._seen) and all(map(is_, found, self._seen))
+
+    def _present(self) -> list[Any]:
+        """What all names lead to."""
+        # The dicts of a module lie in no cache after a step: a walk from one to the next in Python would take twice as
+        # long as all else that a step asks.
+        found = gc.get_referents(*self._plain)
+        for each in self._special:
+            found += each.values()
+        return found
 
     def _walk(self) -> None:
         owners = list(submodules(self._module))
@@ -106,12 +111,9 @@ class Inventory:
             (entries, key, value) for entries in tensors for key, value in entries.items()
         ]
         everything = [*tensors, *(owner._modules for _, owner in owners)]
-        plain = [entries for entries in everything if isinstance(entries, dict)]
-        self._views = [entries.values() for entries in plain if entries]  # they follow their dict
-        self._empty = [entries for entries in plain if not entries]
-        self._scripted = [entries for entries in everything if not isinstance(entries, dict)]
-        scripted = (each.values() for each in self._scripted)
-        self._seen: list[Any] = list(chain.from_iterable(chain(self._views, scripted)))
+        self._plain = [entries for entries in everything if type(entries) is dict]
+        self._special = [entries for entries in everything if type(entries) is not dict]  # as scripted modules have
+        self._seen = self._present()
         self._has_lazy = any(isinstance(value, UninitializedTensorMixin) for value in self._seen)
         self.version += 1
         places = sorted(places_of(owners), key=lambda place: _ORDER[place.kind])  # stable: in the order of the module

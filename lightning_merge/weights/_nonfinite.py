@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +29,7 @@ class Finding:
     @property
     def is_there(self) -> bool:
         """Whether it can be read without waiting."""
-        return all(asked.is_there for asked in self._asked)
+        return not self._asked or all(asked.is_there for asked in self._asked)
 
     def names(self) -> set[str]:
         """The names, for which it waits if it must."""
@@ -79,11 +78,6 @@ def nonfinite(weights: Mapping[str, Tensor]) -> set[str]:
 def _names(averaged: Mapping[str, Tensor], norms: Norms) -> set[str]:
     # A number per tensor or less, and one read per dtype and device: a norm of finite numbers can only overflow to
     # infinity, so a finite norm proves tensors finite and the exact test runs on the rare rest.
-    if all(map(_are_finite, norms.taken())):
+    if norms.are_finite():
         return set()
     return {name for name, t in averaged.items() if not bool(t.isfinite().all())}
-
-
-def _are_finite(norms: Tensor) -> bool:
-    # What is in host memory is read there: nothing has to be waited for.
-    return bool(np.isfinite(norms.numpy()).all() if norms.device.type == "cpu" else norms.isfinite().all())

@@ -1,7 +1,7 @@
 """Several means that take in the same weights, which are read once for all of them."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ class _Step(NamedTuple):
 
 _steps: ContextVar[list[_Step] | None] = ContextVar("_steps", default=None)
 _joins: ContextVar[bool] = ContextVar("_joins", default=False)
+_ALONE = nullcontext()
 
 
 @contextmanager
@@ -40,9 +41,16 @@ def in_one_pass() -> Iterator[None]:
         _do(steps)
 
 
+def joining() -> AbstractContextManager[None]:
+    """Inside, ``lerp_`` waits for the end of the pass that is open, if one is, to be done for all at once.
+
+    It is for who does not read before that what ``lerp_`` has written.
+    """
+    return _ALONE if _steps.get() is None else _joining()
+
+
 @contextmanager
-def joining() -> Iterator[None]:
-    """Inside, ``lerp_`` waits for the end of ``in_one_pass``: for who does not read what it has written before that."""
+def _joining() -> Iterator[None]:
     token = _joins.set(True)
     try:
         yield

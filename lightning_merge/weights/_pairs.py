@@ -29,7 +29,7 @@ class Pairs(NamedTuple):
 def pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[Pairs]:
     """The tensors of ``target`` with those of ``source``; most sets are one group."""
     names, targets = list(target), list(target.values())
-    sources = [source[name] for name in names]
+    sources = in_order(names, source)
     if alike(targets, sources):
         if names:  # torch refuses empty lists
             yield Pairs(names, targets, sources)
@@ -43,6 +43,11 @@ def pairs(target: Weights, source: Mapping[str, Tensor]) -> Iterator[Pairs]:
         group.sources.append(other)
     for group in (group for of_dtypes in groups.values() for group in of_dtypes.values()):
         yield from [group] if alike(group.targets, group.sources) else _converted(group)
+
+
+def in_order(names: list[str], source: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors of these names; of a set that has no others and in this order they are not looked up one by one."""
+    return list(source.values()) if list(source) == names else [source[name] for name in names]
 
 
 def alike(*lists: Sequence[Tensor]) -> bool:

@@ -1,11 +1,11 @@
 """How large the numbers of a set are."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors
 
 from lightning_merge.weights._precision import average_dtype
 
@@ -42,27 +42,39 @@ class Norms:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._groups: dict[tuple[torch.dtype, torch.device], _Group] = {}
         for tensor in tensors:
-            group = self._groups.setdefault((tensor.dtype, tensor.device), _Group([], [], []))
+            group = self._groups.setdefault((tensor.dtype, tensor.device), _Group([], [], [], []))
             for_blas = tensor.dtype in (torch.float32, torch.float64) and tensor.device.type == "cpu"
             kind = group.others if not for_blas else group.small if tensor.numel() < _SMALL else group.large
+            if kind is group.small and tensor.dim() == 1:
+                kind = group.vectors
             kind.append(tensor)
+
+    def are_finite(self) -> bool:
+        """Whether all norms are finite, and with them all numbers; a norm may overflow all the same."""
+        return all(map(_are_finite, self.taken()))
 
     def taken(self) -> Iterator[Tensor]:
         """One tensor of norms, or of their squares, for each dtype and device."""
-        for large, small, others in self._groups.values():
+        for large, small, vectors, others in self._groups.values():
             # On a CPU BLAS reads a large tensor faster than torch does, on both cores; small ones are all dispatch.
-            flat = [tensor.reshape(-1) for tensor in large]
-            if small:
-                flat.append(_flatten_dense_tensors(small))  # type: ignore[no-untyped-call]
-            norms = [torch.dot(each, each) for each in flat]
+            norms = [torch.dot(flat, flat) for flat in [tensor.reshape(-1) for tensor in large]]
+            if small or vectors:  # most are vectors, which are joined at once
+                joined = torch.cat([*vectors, *[tensor.reshape(-1) for tensor in small]])
+                norms.append(torch.dot(joined, joined))
             if others:
                 norms += torch._foreach_norm(others, dtype=average_dtype(others[0]))
             yield torch.stack(norms)
 
 
+def _are_finite(norms: Tensor) -> bool:
+    # What is in host memory is read there: nothing has to be waited for, and that takes less than an operation.
+    return all(map(isfinite, norms.tolist())) if norms.is_cpu else bool(norms.isfinite().all())
+
+
 class _Group(NamedTuple):
     large: list[Tensor]
     small: list[Tensor]
+    vectors: list[Tensor]
     others: list[Tensor]
 
 

@@ -6,6 +6,7 @@ import torchmetrics
 from torch import Tensor, nn
 
 from lightning_merge.weights import (
+    Inventory,
     average_dtype,
     canonical,
     clone,
@@ -83,6 +84,26 @@ def test_names_are_the_same_in_a_compiled_module():
     compiled = named_tensors(torch.compile(model))
     assert list(compiled) == list(plain)
     assert canonical("_orig_mod.net._fsdp_wrapped_module.0._checkpoint_wrapped_module.weight") == "net.0.weight"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: setattr(module.norm, "num_batches_tracked", torch.tensor(0)),  # equal, and another
+        lambda module: module.norm._buffers.update(running_mean=torch.zeros(3)),
+        lambda module: module.encoder._parameters.update(bias=None),
+        lambda module: module.norm._modules.update(extra=nn.Linear(1, 1)),  # where there was none
+        lambda module: module.norm._modules.update(extra=None),
+        lambda module: module._modules.pop("again"),
+    ],
+)
+def test_what_is_replaced_added_or_removed_is_seen_however_it_was_done(change):
+    module = Model()
+    inventory = Inventory(module)
+    assert not inventory.refresh()
+    change(module)
+    assert inventory.refresh()
+    assert not inventory.refresh()
 
 
 def test_metrics_are_told_from_modules():
