@@ -86,9 +86,12 @@ def _do(steps: list[_Step]) -> None:
 
 
 def _is_like(one: _Step, other: _Step) -> bool:
-    """Whether two steps take in the same tensors, in the same precision, into means that are in the same place."""
+    """Whether two steps take in the same tensors, in the same precision, into means laid out alike in one place."""
     return list(one.target) == list(other.target) and all(
-        one.source[name] is other.source[name] and value.dtype == mean.dtype and value.device == mean.device
+        one.source[name] is other.source[name]
+        and value.dtype == mean.dtype
+        and value.device == mean.device
+        and value.stride() == mean.stride()
         for (name, value), mean in zip(one.target.items(), other.target.values(), strict=True)
     )
 
@@ -100,14 +103,31 @@ def _do_together(steps: list[_Step]) -> None:
         for each in steps:
             step(*each)
         return
-    names = list(first.target)
-    for start, end in runs(list(first.target.values()), size):
-        part = names[start:end]
-        # What has to be converted is so once for all.
-        for of_part, _, sources in list(pairs({n: first.target[n] for n in part}, first.source)):
-            shared = dict(zip(of_part, sources, strict=True))
-            for each in steps:
-                target = {name: each.target[name] for name in of_part}
-                step(target, shared, each.weight, each.anew)
-                if each.anew:
-                    each.target.update(target)
+    # What has to be converted is so once for all.
+    for names, targets, sources in pairs(first.target, first.source):
+        for start, end in runs(targets, size):
+            if end - start == 1 and targets[start].numel() > size and _can_be_cut(first, targets[start]):
+                _do_in_pieces(steps, names[start], sources[start], size)
+            else:
+                _do_at_once(steps, names[start:end], sources[start:end])
+
+
+def _can_be_cut(first: _Step, target: Tensor) -> bool:
+    return target.is_cpu and target.is_contiguous() and not first.anew
+
+
+def _do_in_pieces(steps: list[_Step], name: str, source: Tensor, size: int) -> None:
+    """All means of one large tensor, a piece after the other."""
+    cut = [each.target[name].view(-1).unsafe_split(size) for each in steps]
+    for piece, *targets in zip(source.reshape(-1).unsafe_split(size), *cut, strict=True):
+        for each, target in zip(steps, targets, strict=True):
+            target.lerp_(piece, each.weight)
+
+
+def _do_at_once(steps: list[_Step], names: list[str], sources: list[Tensor]) -> None:
+    for each in steps:
+        targets = [each.target[name] for name in names]
+        if each.anew:
+            each.target.update(zip(names, torch._foreach_lerp(targets, sources, each.weight), strict=True))
+        else:
+            torch._foreach_lerp_(targets, sources, each.weight)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_merge import weights
 from lightning_merge.rules import ExponentialMean, Mean, PowerMeans, SelectedMean, WindowMean
+from lightning_merge.weights import _one_pass
 from lightning_merge.weights._pairs import pairs, runs
 
 KINDS: dict[str, Callable[[int], Tensor]] = {
@@ -69,6 +70,33 @@ def test_means_that_take_the_same_weights_in_at_once_are_those_of_one_after_the_
         assert left is not None
         assert right is not None
         assert same(left, right)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 5, 64, 2**19])
+def test_tensors_that_are_cut_for_several_means_end_as_whole_ones(
+    at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_one_pass._AT_A_TIME, "cpu", at_a_time)
+    live = {
+        "odd": torch.randn(7, 11),
+        "half": torch.randn(13).half(),
+        "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "transposed": torch.randn(5, 9).T,
+        "scalar": torch.randn(()),
+        "none": torch.zeros(0),
+    }
+    means = [weights.clone(live) for _ in range(3)]
+    means.append({name: t.contiguous() for name, t in weights.clone(live).items()})  # laid out in another way
+    alone = [{name: t.clone() for name, t in mean.items()} for mean in means]
+    for _ in range(2):
+        for tensor in live.values():
+            tensor.add_(torch.randn_like(tensor))
+        with weights.in_one_pass(), weights.joining():
+            for number, mean in enumerate(means):
+                weights.lerp_(mean, live, 0.1 * (number + 1))
+        for number, mean in enumerate(alone):
+            weights.lerp_(mean, live, 0.1 * (number + 1))
+    assert all(same(one, other) for one, other in zip(means, alone, strict=True))
 
 
 def test_what_does_not_join_does_not_wait() -> None:
