@@ -10,6 +10,7 @@ from typing import Any
 import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from nbconvert import MarkdownExporter
 
 sys.path.append(str(Path(__file__).parent))
@@ -27,6 +28,13 @@ def on_config(config: MkDocsConfig) -> None:
         {family: [{make_table.short_title(card): f"methods/{card.name}"} for card in cards]}
         for family, cards in make_table.families().items()
     ]
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """A card ends with links to the reference of what it imports."""
+    module, _, names = str(page.meta.get("import", "")).removeprefix("from ").partition(" import ")
+    links = ", ".join(f"[{name}][{module}.{name}]" for name in names.split(", ") if name)
+    return f"{markdown}\n\n**Every argument.** {links}\n" if links else markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
