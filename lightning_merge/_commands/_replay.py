@@ -56,7 +56,10 @@ def _shortened(name: str, folder: Path, epochs: int, batches: int) -> Path:
     path = given / "config.yaml" if given.is_dir() else given
     if path.suffix in (".yaml", ".yml") and not path.is_file():
         raise ValueError(f"there is no file {path}: give a run folder with its config.yaml, or the name of a recipe.")
-    read = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else recipe(name))
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else recipe(name))
+    except ValueError as error:
+        raise ValueError(f"there is no run folder {name}, and {error}") from None
     content: dict[str, Any] = {key: value for key, value in read.items() if key in PARTS}
     trainer: dict[str, Any] = content.get("trainer") or {}
     kept = [each for each in trainer.get("callbacks") or [] if each["class_path"].rpartition(".")[2] not in _WITHOUT]
