@@ -354,11 +354,11 @@ model(torch.ones(1, 2)).sum().backward()
 optimizer.step()
 with averager.merged():
     average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-mixed = combiners.Average().combine([average, model.state_dict()]) if hasattr(combiners.Average, "combine") else average
-print(averager.updates, len(mixed))
+models = [average, model.state_dict()]
+print(averager.updates, len(combiners.Average().combine(models)), len(soups.soup(models)))
 """
 
 
 def test_without_lightning_there_are_rules_combiners_soups_and_averagers() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["1", "2"], done.stderr
+    assert done.stdout.split() == ["1", "2", "2"], done.stderr
