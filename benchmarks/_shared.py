@@ -62,11 +62,16 @@ def write(result: Mapping[str, Any], output: Path | None) -> None:
     part.replace(output)
 
 
-def seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
+
+
+def clock_of(threads: int) -> Callable[[], float]:
+    """Time on the wall, or of one thread the processor's, in which others on the machine do not count."""
+    return time.process_time if threads == 1 else time.perf_counter
 
 
 def alternating(contestants: Mapping[str, Callable[[], Any]], rounds: int = 15, warm: int = 2) -> dict[str, float]:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, final
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_merge.combiners._select import kth_largest
 from lightning_merge.optim._blocks import Draw
 from lightning_merge.weights import array
 from lightning_merge.weights._held import Part
@@ -33,6 +33,10 @@ class Cut:
 
     def keep_(self, values: Tensor, here: slice, draw: Draw, block: tuple[int, int, int]) -> None:
         """Sets those of the values, which are ``here`` in the part, to zero that are not kept."""
+        if self.tied is None and self.ties == 1:
+            level = torch.tensor(self.threshold, dtype=values.dtype)
+            torch.hardshrink(values, float(level.nextafter(torch.zeros_like(level))), out=values)
+            return
         numbers = array(values)
         numbers *= array(self.keep(values, here, draw, block))
 
@@ -45,12 +49,16 @@ class Cut:
             return kept.index_fill_(0, inside - here.start, True)
         if self.ties == 1:
             return torch.as_tensor(size >= self.threshold)
-        equal = torch.as_tensor(size == self.threshold)
-        return torch.as_tensor(size > self.threshold) | (equal & draw.keep(self.ties, *block))
+        kept = size == self.threshold
+        kept &= array(draw.keep(self.ties, *block))
+        kept |= size > self.threshold
+        return torch.as_tensor(kept)
 
 
-def find_cut(values: Tensor, whole: Part, draw: Draw, density: float) -> Cut:
+def find_cut(values: Tensor, whole: Part, draw: Draw, density: float, start: Tensor | None = None) -> Cut:
     """Where to cut a tensor so that the share ``density`` of it is kept; the same on all processes that hold parts.
+
+    With a ``start``, where to cut ``values - start``, of which only what is looked at is computed.
 
     Exact, the first of equal elements being kept, for a tensor that is no larger than the sample would be.
     """
@@ -61,15 +69,16 @@ def find_cut(values: Tensor, whole: Part, draw: Draw, density: float) -> Cut:
     if exact:
         size = whole.numel
         seen = values.new_zeros(size)
-        seen[whole.start : whole.stop] = values.abs()
+        seen[whole.start : whole.stop] = (values if start is None else values - start).abs()
     else:
         seen = values.new_zeros(size)
         places = draw.sample(size)
         low, high = torch.searchsorted(places, torch.tensor([whole.start, whole.stop], device=places.device)).tolist()
-        seen[low:high] = values[places[low:high] - whole.start].abs()
+        here = places[low:high] - whole.start
+        seen[low:high] = (values[here] if start is None else values[here] - start[here]).abs()
     whole.total_(seen)
     keep = max(int(density * size), 1)
-    threshold = _kth_smallest(seen, size - keep)
+    threshold = _kth_largest(seen, keep)
     above, equal = (int(mask.sum()) for mask in _compared(seen, threshold))
     wanted = keep - above
     if exact:
@@ -78,13 +87,11 @@ def find_cut(values: Tensor, whole: Part, draw: Draw, density: float) -> Cut:
     return Cut(threshold, wanted / equal if equal > NOTABLE_TIES * keep + 1 else 1.0, None)
 
 
-def _kth_smallest(sizes: Tensor, rank: int) -> float:
-    """What has so many that are no larger before it; of magnitudes, which NumPy selects by their bits."""
-    values = array(sizes)
-    if isinstance(values, Tensor):
-        return float(torch.kthvalue(values, rank + 1).values)
-    bits = values.view(f"i{values.itemsize}")
-    return float(np.partition(bits, rank)[rank : rank + 1].view(values.dtype)[0])
+def _kth_largest(sizes: Tensor, k: int) -> float:
+    if isinstance(array(sizes), Tensor):
+        return float(torch.kthvalue(sizes, sizes.numel() - k + 1).values)
+    [(level, _)] = kth_largest([sizes], k)
+    return level
 
 
 def _compared(sizes: Tensor, threshold: float) -> tuple[Any, Any]:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Literal, Unpack, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +16,6 @@ from lightning_merge.optim._settings import Form, OnlineOptions, OnlineSettings,
 from lightning_merge.optim._side import Side
 from lightning_merge.optim._task_vector import Source
 from lightning_merge.optim._turn import Moment, Turn
-from lightning_merge.weights import array
 from lightning_merge.weights._held import Part
 
 
@@ -128,38 +126,36 @@ class OnTIES(OnlineMerging):
         return elected
 
     def _merge_into(self, after: Tensor, before: Tensor, turn: Turn) -> None:
-        after.sub_(before)
-        index, cut = turn.tau.index, None
-        if not self.is_dense(turn.part):
-            if self.rescale == "l1" or index is not None:
+        index, cut, dense = turn.tau.index, None, self.is_dense(turn.part)
+        whole = index is not None or (self.rescale == "l1" and not dense)
+        if whole:
+            after.sub_(before)
+        if not dense:
+            if whole:
                 self._trim(after, turn.part, turn.draw)
             else:
-                cut = find_cut(after, turn.part, turn.draw, self.density)
+                cut = find_cut(after, turn.part, turn.draw, self.density, before)
         if index is not None:
             elected = self._elect(after.index_select(0, index), turn.tau.values.to(after.dtype), turn)
             after.mul_(turn.update).index_copy_(0, index, elected)
         # All that is done to a piece while it is in the cache.
         for block in blocks(turn.part.start, turn.part.stop, PIECE):
             here = within(turn.part.start, *block)
-            update = after[here]
+            update = after[here] if whole else after[here].sub_(before[here])
             if cut is not None:
                 self._cut(update, cut, here, turn.draw, block)
             if index is None:
-                update.copy_(self._elect(update, turn.tau.values[here].to(after.dtype), turn))
+                self._elect(update, turn.tau.values[here].to(after.dtype), turn)
             add_(update, before[here], turn)
 
     def _elect(self, update: Tensor, tau: Tensor, turn: Moment) -> Tensor:
-        """The two weighted terms together, without the one that the elected sign is not."""
-        ours, theirs = update * turn.update, tau * turn.reference
-        if self.form == "official":
-            positive = update + tau >= 0
-            ours_lose, theirs_lose = (update >= 0) != positive, (tau >= 0) != positive
-        elif isinstance(array(ours), np.ndarray):
-            return _larger_of_opposite(ours, theirs)
-        else:
-            opposite = ours.signbit() != theirs.signbit()
-            ours_lose, theirs_lose = opposite & (ours.abs() < theirs.abs()), opposite & (theirs.abs() < ours.abs())
-        return ours.mul_((~ours_lose).to(ours)).add_(theirs.mul_((~theirs_lose).to(theirs)))
+        """The two weighted terms together, without the one that the elected sign is not; in ``update``."""
+        theirs = tau * turn.reference
+        if self.form == "paper":
+            return _larger_of_opposite(update.mul_(turn.update), theirs)
+        positive = update + tau >= 0
+        ours_win, theirs_win = (update >= 0) == positive, (tau >= 0) == positive
+        return update.mul_(turn.update).mul_(ours_win.to(update)).add_(theirs.mul_(theirs_win.to(theirs)))
 
     def _trim(self, values: Tensor, whole: Part, draw: Draw) -> None:
         """``values <- F(values)``, in place."""
@@ -181,16 +177,10 @@ class OnTIES(OnlineMerging):
 
 
 def _larger_of_opposite(a: Tensor, b: Tensor) -> Tensor:
-    """``a + b``, of two of opposite signs the larger alone; by bits, since torch's masks take ten times as long."""
-    left, right = a.numpy(), b.numpy()
-    less = np.abs(left) - np.abs(right)
-    more = -less
-    ours, theirs, lose, win = (values.view(f"i{values.itemsize}") for values in (left, right, less, more))
-    opposite = ours ^ theirs
-    for bits in (opposite, lose, win):
-        bits >>= 8 * bits.itemsize - 1  # ones where negative
-    lose &= opposite
-    win &= opposite
-    ours &= ~lose
-    theirs &= ~win
-    return a.add_(b)
+    """``a <- a + b``, of two of opposite signs the larger alone; ``b`` is written to."""
+    # In magnitude it is the largest of a, b and their sum: of one sign no other is larger than the sum, of opposite
+    # signs the sum is smaller than one of them. Masks of torch take ten times as long.
+    total = a + b
+    torch.maximum(a.abs_(), b.abs_(), out=a)
+    torch.maximum(a, torch.abs(total, out=b), out=a)
+    return a.mul_(total.sign_())
