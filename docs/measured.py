@@ -99,6 +99,9 @@ def figures() -> dict[str, str]:
     for one in ("raw", "raw_measured_again", "swa", "annealed"):
         values = [100 * run[one] for run in read("first-run")["runs"]]
         found.setdefault(as_value(values), f"first-run: val/acc of {one}")
+    for names, difference in read("anneal-quality").items():
+        if " - " in names:
+            found.setdefault(as_difference(*difference, 3), f"anneal-quality: held-out loss, {names}")
     return found
 
 
