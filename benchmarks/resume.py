@@ -54,6 +54,7 @@ from lightning_merge.callbacks import (
     PostHocEMA,
     RandomState,
 )
+from lightning_merge.search import Grid
 
 
 def noisy(batch: list[Tensor]) -> list[Tensor]:
@@ -85,7 +86,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "localsgd": lambda: LocalSGD(2, 3, start=6),
     "diloco": lambda: DiLoCo(2, 3),
     "warp": lambda: WARP(2, 3, decay=0.8),
-    "forkmerge": lambda: ForkMerge({"one": {"sum": 1.0}, "both": {"sum": 1.0, "size": 0.5}}, 3),
+    # A grid of few shares: each is measured after a pass over the data for the statistics of BatchNorm.
+    "forkmerge": lambda: ForkMerge({"one": {"sum": 1.0}, "both": {"sum": 1.0, "size": 0.5}}, 3, Grid(0.5)),
 }
 Run: TypeAlias = Callable[..., None]
 """Takes a method, a folder, and what is called at each event: ``train``."""

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-DEADLINE = 120.0
-"""Seconds after which a process that has not ended counts as hanging."""
+DEADLINE = 300.0
+"""Seconds after which a process that has not ended counts as hanging, also on a busy machine."""
 
 
 def launch(world: int, work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any]:

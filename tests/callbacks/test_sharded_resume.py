@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import DEADLINE, launch, returned, start
+from processes import launch, returned, start
 from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, loaders, together, whole
 from tiny import differing, raw_of, read, trainer
 from torch import Tensor
@@ -105,7 +105,7 @@ def in_each_world(work: Callable[..., Any], root: Path, folder: str, *arguments:
     """What the first process of each world returned. They run at once: processes of one mostly wait for each other."""
     roots = {world: root / f"{folder}{world}" for world in WORLDS}
     started = {world: start(world, work, place, *arguments) for world, place in roots.items()}
-    return {world: returned(started[world], place, 2 * DEADLINE)[0] for world, place in roots.items()}
+    return {world: returned(started[world], place)[0] for world, place in roots.items()}
 
 
 @pytest.fixture(scope="module")

@@ -108,7 +108,7 @@ def test_a_bare_number_below_1_is_no_share_and_says_how_to_write_one(number):
     assert Duration.parse("0.5 steps") == Duration(0.5)
 
 
-@pytest.mark.parametrize("given", [[3], None, True, object()], ids=repr)
+@pytest.mark.parametrize("given", [[3], None, True, object()], ids=["a list", "None", "True", "an object"])
 def test_what_is_neither_text_nor_number_is_no_duration(given):
     with pytest.raises(TypeError, match="`stage` must be a number of steps, or read like '500 steps'"):
         Duration.parse(given, "stage")

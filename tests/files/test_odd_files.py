@@ -6,7 +6,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +69,14 @@ def test_inspect_prints_a_line_that_loads_wrapped_names(prefix: str, nested: boo
     assert loads(describe(tmp_path / "a.pt"))
 
 
+def runs_as_typed(line: str) -> None:
+    """Runs ``python -c CODE``: a shell takes the line apart, and this process runs the code: no start of torch."""
+    words = subprocess.run(line.replace("python", "printf '%s\\0'", 1), shell=True, check=True, capture_output=True)
+    option, code, end = os.fsdecode(words.stdout).split("\0")
+    assert (option, end) == ("-c", "")
+    exec(code, {"__name__": "__main__"})
+
+
 @pytest.mark.parametrize("folder", ["a b", "it's", 'so "called"', "two\nlines", "back\\slash", "$HOME", "日本"])
 def test_printed_lines_work_whatever_the_name(folder: str, tmp_path: Path) -> None:
     place = tmp_path / folder
@@ -81,8 +88,7 @@ def test_printed_lines_work_whatever_the_name(folder: str, tmp_path: Path) -> No
     torch.save(model(), place / "whole.pt")
     with pytest.raises(ValueError, match="convert it once") as raised:
         describe(place / "whole.pt")
-    command = str(raised.value).partition("\n  ")[2].replace("python", sys.executable, 1)
-    subprocess.run(command, shell=True, check=True)
+    runs_as_typed(str(raised.value).partition("\n  ")[2])
     assert (place / "whole.weights.pt").is_file()
 
 

@@ -11,11 +11,23 @@ from tiny_images import tiny_options
 
 pytestmark = pytest.mark.multiprocess
 
+COMMAND = """
+import os
+import sys
+from lightning_merge.cli import main
+
+code = main()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
+"""What an installation writes, but for its end: ``processes.py`` says why."""
+
 
 @pytest.mark.parametrize("name", ["cifar10/ema-ddp", "cifar10/ema-fsdp2"])
 def test_recipe_runs_two_steps_in_two_processes(name: str, tmp_path: Path) -> None:
-    command = tmp_path / "lightning-merge"  # what an installation writes
-    command.write_text("import sys\nfrom lightning_merge.cli import main\n\nsys.exit(main())\n")
+    command = tmp_path / "lightning-merge"
+    command.write_text(COMMAND)
     options = [
         *tiny_options(name, tmp_path),
         "--data.batch_size=2",
