@@ -60,7 +60,8 @@ commands:
                                one run's checkpoints merged into one file: mean, window, ema, wsm-..., or searched for
                                the best score with `--config FILE`: greedy, lcsc, bayes
   soup FILE... --out FILE [--rule RULE]
-                               checkpoints of several runs: uniform, greedy, diwa, learned, model-stock
+                               checkpoints of several runs: uniform, greedy, diwa, learned; with `--base FILE`
+                               model-stock, iso-c, tsv-m
   replay RUN|RECIPE            does it resume bit for bit? If not, which tensor or random state differs first
   completion bash|zsh|tcsh     what completes commands, recipes and options in a shell
 """

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from lightning_merge.cli import main
+from lightning_merge.combiners import TSVM, Combiner, IsoC, combine_files
 
 Run = Callable[..., tuple[int, str, str]]
 
 SMALL = ["--trainer.max_epochs=4", "--trainer.limit_train_batches=4", "--trainer.enable_progress_bar=false"]
+
+BASED = ["soup", "walk/1.ckpt", "--base", "walk/1.ckpt", "--out", "a.pt", "--rule"]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,23 @@ def test_model_stock_goes_from_the_base_as_far_as_the_files_agree(run: Run, tmp_
     assert found["n"] == 3
 
 
+@pytest.mark.parametrize(
+    ("rule", "combiner"), [("iso-c", IsoC()), ("iso-c", IsoC(1.5)), ("tsv-m", TSVM()), ("tsv-m", TSVM(0.5))]
+)
+def test_rules_from_a_base_are_the_combiners(run: Run, tmp_path: Path, rule: str, combiner: Combiner) -> None:
+    torch.manual_seed(0)
+    for name in ("base", "a", "b"):
+        torch.save({"w": torch.randn(4, 3), "v": torch.randn(2), "n": torch.tensor(3)}, tmp_path / f"{name}.pt")
+    given = [] if combiner == type(combiner)() else ["--scale", vars(combiner)["scale"]]
+    assert run("soup", "a.pt", "b.pt", "--rule", rule, *given, "--base", "base.pt", "--out", "out.pt")[0] == 0
+    written = load(tmp_path / "out.pt")
+    expected = combine_files(combiner, tmp_path / "base.pt", [tmp_path / "a.pt", tmp_path / "b.pt"])
+    assert written["provenance"]["base"].endswith("base.pt")
+    assert set(written["state_dict"]) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(written["state_dict"][name], tensor), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["greedy", "lcsc", "bayes"])
 def test_searched_average_scores_best_and_continues_from_its_log(run: Run, folder: Path, rule: str) -> None:
@@ -152,6 +172,10 @@ def test_a_metric_that_is_not_logged_is_named(run: Run, folder: Path) -> None:
         (["average", "nowhere", "--out", "a.pt"], "no checkpoint in nowhere"),
         (["soup", "walk/1.ckpt", "walk/9.ckpt", "--out", "a.pt"], "there is no file walk/9.ckpt"),
         (["soup", "walk/1.ckpt", "--rule", "model-stock", "--out", "a.pt"], "`--rule model-stock` needs `--base`"),
+        (["soup", "walk/1.ckpt", "--rule", "tsv-m", "--out", "a.pt"], "`--rule tsv-m` needs `--base`"),
+        (["soup", "walk/1.ckpt", "--scale", "2", "--out", "a.pt"], "`--scale` must be left out for `--rule uniform`"),
+        ([*BASED, "iso-c", "--scale", "0"], "`scale` must be a number in (0, 10]"),
+        ([*BASED, "model-stock", "--scale", "1"], "`scale` must be left out for ModelStock"),
         (
             ["soup", "walk/1.ckpt", "--rule", "learned", "--mode", "max", "--config", "c", "--out", "a.pt"],
             "the score has to be a smooth loss",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_merge._commands import _combining as combining
-from lightning_merge._commands._combine_arguments import SEARCHES, check
+from lightning_merge._commands._combine_arguments import FROM_BASE, SEARCHES, check
 from lightning_merge._commands._needs import CLI_MODULES, need
 
 if TYPE_CHECKING:  # the command line reads the arguments below without loading torch
@@ -47,8 +47,8 @@ def combine(options: argparse.Namespace) -> str:
     hashes = [checkpoint.sha256() for checkpoint in trajectory]
     bench = None if options.config is None else _bench(options.config)
     found: Found | None = None
-    if options.rule == "model-stock":
-        merged, coefficients = combining.model_stock(trajectory, options.base), None
+    if options.rule in FROM_BASE:
+        merged, coefficients = combining.from_base(trajectory, options), None
     elif options.rule in SEARCHES:
         found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
@@ -69,7 +69,7 @@ def combine(options: argparse.Namespace) -> str:
         "monitor": None if found is None else options.monitor,
         "evaluations": None if found is None else len(found.history),
         "ties": None if found is None else found.ties,
-        "base": None if options.rule != "model-stock" else os.fspath(options.base),
+        "base": os.fspath(options.base) if options.rule in FROM_BASE else None,
         "statistics": "measured" if bench is not None else "averaged",
     }
     if bench is not None:

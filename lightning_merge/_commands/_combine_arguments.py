@@ -8,7 +8,10 @@ AVERAGE_RULES = ("mean", "window", "linear", "ema", *_DECAYS, "greedy", "lcsc", 
 _SETS = ("raw", "published")
 SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
 _OF_SETS = "of files with an average: what training works on, or what the score was measured on"
-SOUP_RULES = ("uniform", "greedy", "diwa", "learned", "model-stock")
+FROM_BASE = ("model-stock", "iso-c", "tsv-m")
+"""Rules that merge what each file added to a base."""
+SOUP_RULES = ("uniform", "greedy", "diwa", "learned", *FROM_BASE)
+_NAMED = ", ".join(f"`{rule}`" for rule in FROM_BASE)
 
 
 def _local(text: str) -> Path:
@@ -40,7 +43,8 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
     parser.add_argument("--weights", choices=_SETS, default="published", help=f"{_OF_SETS} (default published)")
-    parser.add_argument("--base", type=_local, metavar="FILE", help="for `model-stock`: what all were fine-tuned from")
+    parser.add_argument("--base", type=_local, metavar="FILE", help=f"for {_NAMED}: what all were fine-tuned from")
+    parser.add_argument("--scale", type=float, help="for `iso-c`, `tsv-m`: factor of the merged vector (default 1)")
     _add_common(parser)
 
 
@@ -89,8 +93,10 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"`--log` must name a file on this machine where `--out` is not on it, got `--out` {options.out}."
         )
-    if options.rule == "model-stock" and options.base is None:
-        raise ValueError("`--rule model-stock` needs `--base`, the checkpoint that all were fine-tuned from.")
+    if options.rule in FROM_BASE and options.base is None:
+        raise ValueError(f"`--rule {options.rule}` needs `--base`, the checkpoint that all were fine-tuned from.")
+    if options.rule not in FROM_BASE and getattr(options, "scale", None) is not None:
+        raise ValueError(f"`--scale` must be left out for `--rule {options.rule}`, got {options.scale}.")
     if options.rule == "learned" and options.mode == "max":
         raise ValueError(
             "`--rule learned` follows a gradient, so the score has to be a smooth loss, as with `--monitor val/loss"

@@ -84,14 +84,18 @@ def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, ha
         )
 
 
-def model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
-    """Tensor by tensor: nothing but one tensor of each file, and the result, is in memory."""
+def from_base(trajectory: "Trajectory", options: argparse.Namespace) -> "Weights":
+    """The base and what a combiner makes of the files' vectors, with little more than the result in memory."""
+    from lightning_merge import combiners
     from lightning_merge._mergeable import carried
-    from lightning_merge.combiners import ModelStock, add_vector, task_vector
     from lightning_merge.trajectory import Checkpoint, Trajectory
     from lightning_merge.weights import is_averaged
 
-    start = Checkpoint(base)
+    rules = {"model-stock": combiners.ModelStock, "iso-c": combiners.IsoC, "tsv-m": combiners.TSVM}
+    combiner: combiners.Combiner = rules[options.rule]()
+    if options.scale is not None:
+        combiner = combiner.with_scale(options.scale)
+    start = Checkpoint(options.base)
     Trajectory([start, *trajectory])  # refuses another model
     merged: Weights = {}
     for name in start.places:
@@ -99,6 +103,6 @@ def model_stock(trajectory: "Trajectory", base: Path) -> "Weights":
         if not is_averaged(tensor[name]):
             merged[name] = carried(name, (checkpoint.tensor(name) for checkpoint in trajectory), trajectory.differing)
             continue
-        vectors = [task_vector({name: checkpoint.tensor(name)}, tensor) for checkpoint in trajectory]
-        merged[name] = add_vector(tensor, ModelStock().combine(vectors))[name]
+        vectors = (combiners.task_vector({name: checkpoint.tensor(name)}, tensor) for checkpoint in trajectory)
+        merged[name] = combiners.add_vector(tensor, combiner.combine(vectors))[name]
     return {**merged, **trajectory[-1].extra}

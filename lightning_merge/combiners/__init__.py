@@ -6,6 +6,7 @@ from lightning_merge.combiners._breadcrumbs import Breadcrumbs
 from lightning_merge.combiners._combine_files import combine_files
 from lightning_merge.combiners._dare import DARE
 from lightning_merge.combiners._exponential_average import ExponentialAverage
+from lightning_merge.combiners._iso_c import IsoC
 from lightning_merge.combiners._magmax import MagMax
 from lightning_merge.combiners._model_stock import ModelStock
 from lightning_merge.combiners._opcm import OPCM
@@ -13,6 +14,7 @@ from lightning_merge.combiners._scale import Scale
 from lightning_merge.combiners._slerp import SLERP, slerp
 from lightning_merge.combiners._sum import Sum
 from lightning_merge.combiners._ties import TIES
+from lightning_merge.combiners._tsv_m import TSVM
 from lightning_merge.combiners._vectors import add_vector, analogy, negate, task_vector
 
 __all__ = [
@@ -20,10 +22,12 @@ __all__ = [
     "OPCM",
     "SLERP",
     "TIES",
+    "TSVM",
     "Average",
     "Breadcrumbs",
     "Combiner",
     "ExponentialAverage",
+    "IsoC",
     "MagMax",
     "ModelStock",
     "Scale",

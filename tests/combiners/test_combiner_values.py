@@ -11,10 +11,12 @@ from lightning_merge.combiners import (
     OPCM,
     SLERP,
     TIES,
+    TSVM,
     Average,
     Breadcrumbs,
     Combiner,
     ExponentialAverage,
+    IsoC,
     MagMax,
     ModelStock,
     Sum,
@@ -285,12 +287,12 @@ def test_vectors_that_do_not_belong_together_are_refused(function, message):
 
 @pytest.mark.parametrize(
     "combiner",
-    [Sum(), Average(), TIES(0.5), TIES(0.5, scope="global"), Breadcrumbs(), ModelStock(), MagMax()],
+    [Sum(), Average(), TIES(0.5), TIES(0.5, scope="global"), Breadcrumbs(), ModelStock(), MagMax(), IsoC(), TSVM()],
     ids=repr,
 )
 def test_order_of_the_tasks_does_not_matter(combiner):
     generator = torch.Generator().manual_seed(0)
-    rows = [{"w": torch.randn(50, generator=generator, dtype=torch.float64)} for _ in range(4)]
+    rows = [{"w": torch.randn(5, 10, generator=generator, dtype=torch.float64)} for _ in range(4)]
     first = combiner.combine(rows)
     for order in permutations(rows):
         torch.testing.assert_close(combiner.combine(list(order)), first, rtol=0, atol=1e-12)

@@ -10,10 +10,12 @@ from lightning_merge.combiners import (
     OPCM,
     SLERP,
     TIES,
+    TSVM,
     Average,
     Breadcrumbs,
     Combiner,
     ExponentialAverage,
+    IsoC,
     MagMax,
     ModelStock,
     Sum,
@@ -84,7 +86,10 @@ def layers(count: int, device: str = "cuda") -> Weights:
 # By combiner: operations launched and reads waited for when a further vector is taken in, of any number of layers with
 # tensors of nine sizes. Read is whether it is finite and there is room, and whether equal ones are at a border; by TIES
 # over the whole vector also which tensors are frozen.
+SPECTRAL = {OPCM, TSVM}  # per matrix a decomposition of each vector
+
 BARS = {
+    IsoC: (5, 1),
     Sum: (5, 1),
     Average: (5, 1),
     ExponentialAverage: (5, 1),
@@ -100,7 +105,7 @@ BARS = {
 @pytest.mark.parametrize(
     "combiner",
     # A decomposition per matrix; a copy of each vector.
-    [c for c in COMBINERS if not c.needs_every_vector and OPCM not in (type(c), type(getattr(c, "combiner", None)))],
+    [c for c in COMBINERS if not c.needs_every_vector and not {type(c), type(getattr(c, "combiner", None))} & SPECTRAL],
     ids=repr,
 )
 def test_launches_do_not_grow_with_the_layers_and_reads_are_few(combiner: Combiner):

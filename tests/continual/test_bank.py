@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_merge.combiners import DARE, OPCM, TIES, Average, Combiner, MagMax, ModelStock, Sum
+from lightning_merge.combiners import DARE, OPCM, TIES, TSVM, Average, Combiner, MagMax, ModelStock, Sum
 from lightning_merge.continual import Bank
 from lightning_merge.weights import Weights
 
@@ -28,6 +28,7 @@ COMBINERS = [
     TIES(0.5, weights={"task1": 2.0}),
     DARE(Average(), seed=3),
     OPCM(),
+    TSVM(),
     ModelStock(),
     ModelStock("mean_deg"),
 ]
