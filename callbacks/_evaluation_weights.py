@@ -59,7 +59,7 @@ class EvaluationWeights(WeightMerging):
         options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
 
     Raises:
-        TypeError: If ``second`` is no function.
+        TypeError: If ``second`` is no function; at the first validation if it gives no tensors by name.
         ValueError: At fit start if no optimizer has a second set and ``second`` is not given, or if parameters are
             sharded; at the first validation if ``second`` gives what the module does not have.
 
@@ -122,7 +122,7 @@ class EvaluationWeights(WeightMerging):
     def _look(self) -> Weights:
         live = self._tensors.live
         if self.second is not None:
-            given = {weights.canonical(name): tensor for name, tensor in self.second(self._session.module).items()}
+            given = self._given(self.second(self._session.module))
             odd = [n for n, t in given.items() if n not in live or t.shape != live[n].shape]
             if odd:
                 raise ValueError(
@@ -135,6 +135,15 @@ class EvaluationWeights(WeightMerging):
             found = weights.clone(live)
             _switch(self._optimizers, "train")
         return found
+
+    def _given(self, found: object) -> Weights:
+        says = "give tensors by parameter name"
+        if not isinstance(found, Mapping):
+            raise TypeError(f"`second` of {self.title} must {says}, got {type(found).__name__}.")
+        for name, tensor in found.items():
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"`second` of {self.title} must {says}, got {type(tensor).__name__} for `{name}`.")
+        return {weights.canonical(name): tensor for name, tensor in found.items()}
 
     @property
     def _optimizers(self) -> list[Optimizer]:
@@ -158,7 +167,12 @@ class EvaluationWeights(WeightMerging):
                     for name in ("train", "eval"):
                         self._session.patches.replace(handle, name, lambda original, *_, **__: None)
         for optimizer in trainer.optimizers:
-            self._step_hooks += hook_whole_steps(optimizer, None, self._note_step)
+            self._step_hooks += hook_whole_steps(optimizer, self._to_training, self._note_step)
+
+    def _to_training(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Groups of parameters that were added in the fit begin in the mode of evaluation, and would be left out."""
+        if has_second_set(optimizer):
+            _switch([optimizer], "train")
 
     def _note_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not self._session.busy and not was_skipped(optimizer):

@@ -186,6 +186,51 @@ def test_several_optimizers_are_all_asked(tmp_path: Path) -> None:
     assert (average.updates, differing(module, expected)) == (12, [])
 
 
+class Unfreezing(Callback):
+    """Trains the last layer too from a step on."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.at:
+            trainer.optimizers[0].add_param_group({"params": list(pl_module.net[2].parameters())})
+
+
+class Frozen(Free):
+    """Trains its first layer."""
+
+    def configure_optimizers(self) -> Any:
+        return KINDS[self.kind](self.net[0].parameters())
+
+
+@pytest.mark.parametrize("at", [0, 3, 9])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_are_unfrozen_late_have_a_second_set(kind: str, at: int, tmp_path: Path) -> None:
+    average, module, expected = EvaluationWeights(), Frozen(kind), Frozen(kind)
+    trainer(tmp_path, [average, Unfreezing(at)], max_epochs=3).fit(module, batches(4), batches(1))
+    optimizer = expected.configure_optimizers()
+    for step, batch in enumerate([*batches(4)] * 3):
+        if step == at:
+            optimizer.add_param_group({"params": list(expected.net[2].parameters())})
+        optimizer.train()
+        optimizer.zero_grad()
+        expected.loss(batch).backward()
+        optimizer.step()
+    assert differing(average.raw_weights(), expected) == []
+    optimizer.eval()
+    assert differing(module, expected) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "got"), [(None, "got NoneType"), ([], "got list"), ({"w": [2.0]}, "got list for `w`")], ids=str
+)
+def test_what_a_function_gives_is_checked(given: Any, got: str, tmp_path: Path) -> None:
+    run = trainer(tmp_path, [EvaluationWeights(lambda module: given)], max_epochs=1)
+    with pytest.raises(TypeError, match=f"`second` of .* must give tensors by parameter name, {got}"):
+        run.fit(Walk(), steps(1), steps(1))
+
+
 def test_a_function_gives_the_second_set_of_any_optimizer(tmp_path: Path) -> None:
     def doubled(module: nn.Module) -> dict[str, Tensor]:
         return {"w": 2 * module.w.detach()}
