@@ -40,14 +40,15 @@ def replay(
 
     Args:
         make: Seeds, and makes everything anew, as a new process would: a Trainer, a module and, if it has none of its
-            own, data (a data module or a training loader). Called twice.
+            own, data: a data module, or a training loader and, behind it, one for validation. Called twice.
         folder: Where the file is written.
         epoch: The epoch after which it is written, counted from 0; not the last one.
         batch: The batch of that epoch after which it is written, counted from 0; ``None``: at the epoch's end.
 
     Raises:
         TypeError: If an argument is of the wrong type, or ``make`` gives something else.
-        ValueError: If ``epoch`` or ``batch`` is less than 0, or the run never came there.
+        ValueError: If ``epoch`` or ``batch`` is less than 0, the run never came there or ended there, or ``make`` gives
+            the same objects again.
 
     Example:
         >>> from functools import partial
@@ -59,11 +60,18 @@ def replay(
     batch = None if batch is None else whole("batch", batch, 0)
     path = Path(checked_path("folder", folder)) / "replay.ckpt"
     path.unlink(missing_ok=True)
-    points = record(make, Recorder(path, epoch, batch)).points
+    made = _made(make)
+    points = record(made, Recorder(path, epoch, batch)).points
     if not path.is_file():
         where = f"the end of epoch {epoch}" if batch is None else f"batch {batch} of epoch {epoch}"
         raise ValueError(f"the run never came to {where}: it ended {list(points)[-1] if points else 'at once'}.")
-    return compared(points, record(make, Recorder(), path).points)
+    again = _made(make)
+    if same := next((type(one).__name__ for one in again for other in made if one is other is not None), None):
+        raise ValueError(
+            f"`make` must make everything anew, as a new process would, got the same {same} twice: what it remembers of"
+            " the first run would hide that no file has it."
+        )
+    return compared(points, record(again, Recorder(), path).points)
 
 
 def compared(points: dict[str, dict[str, str]], resumed: dict[str, dict[str, str]]) -> Replayed:
@@ -71,12 +79,27 @@ def compared(points: dict[str, dict[str, str]], resumed: dict[str, dict[str, str
     return Replayed(len(resumed), first_difference(points, resumed))
 
 
-def record(make: Callable[[], tuple[Any, ...]], recorder: Recorder, path: Path | None = None) -> Recorder:
-    """Trains what ``make`` gives, from a file if there is one."""
+def _made(make: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+    """What ``make`` gives.
+
+    Raises:
+        TypeError: If it is something else than it should be.
+    """
     made = make()
-    instance("make", made, tuple, "a function that gives Trainer, module and, where there is any, data")
-    if not 2 <= len(made) <= 3:
-        raise TypeError(f"`make` must give Trainer, module and at most one thing for data, got {len(made)} things.")
+    says = "a function that gives Trainer, module and, where there is any, data"
+    instance("make", made, tuple, says)
+    if not 2 <= len(made) <= 4:
+        raise TypeError(
+            "`make` must give Trainer, module and at most two things for data, a loader to train and one to validate,"
+            f" got {len(made)} things."
+        )
+    if not callable(getattr(made[0], "fit", None)):
+        raise TypeError(f"`make` must be {says}, in this order, got {type(made[0]).__name__} first.")
+    return made
+
+
+def record(made: tuple[Any, ...], recorder: Recorder, path: Path | None = None) -> Recorder:
+    """Trains what ``make`` gives, from a file if there is one."""
     trainer, module, *data = made
     trainer.callbacks.append(recorder)
     # Files of a training hold more than tensors where others put it there; this one was written a moment ago.

@@ -56,7 +56,9 @@ def first_difference(whole: Mapping[str, Digests], resumed: Mapping[str, Digests
     if not resumed:
         return Difference("at the start: the resumed run trained no batch", (), 0)
     points, first = list(whole), next(iter(resumed))
-    rest = points[points.index(first) :] if first in whole else []
+    if first not in whole:
+        return Difference(f"at the start: the resumed run went on {first}, where the other never was", (), 0)
+    rest = points[points.index(first) :]
     unsaved: dict[str, None] = {}
     for point, expected in zip(resumed, rest, strict=False):
         if point != expected:

@@ -2,13 +2,15 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_merge.callbacks._publication._callback import Published
@@ -52,6 +54,8 @@ def digest(value: Any) -> str:
         value = torch.from_numpy(np.ascontiguousarray(value)) if value.dtype.kind in "biuf" else value.tolist()
     if not isinstance(value, Tensor):
         return repr(value)
+    if is_lazy(value):
+        return "uninitialized"
     if value.layout != torch.strided:
         value = value.to_dense()
     plain = getattr(value, "to_local", lambda: value)().detach().cpu().contiguous()
@@ -60,8 +64,10 @@ def digest(value: Any) -> str:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of dicts, lists and tuples, with the way to each."""
-    if isinstance(value, dict):
+    """The leaves of mappings, dataclasses, lists and tuples, with the way to each."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name, None) for field in fields(value)}
+    if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from flat(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):

@@ -20,6 +20,7 @@ class Recorder(Checkpoint):
 
     def __init__(self, save_as: Path | None = None, epoch: int = 0, batch: int | None = None) -> None:
         self.points: dict[str, Digests] = {}
+        self._before = 0  # points taken down when the file was written
         self.save_as, self.epoch, self.batch = save_as, epoch, batch
 
     @property
@@ -44,6 +45,19 @@ class Recorder(Checkpoint):
         if self.batch is None and trainer.current_epoch == self.epoch:
             self._save(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees that something was trained after the file.
+
+        Raises:
+            ValueError: If nothing was, so that there is nothing to compare.
+        """
+        if self._before and self._before == len(self.points):
+            raise ValueError(
+                f"`epoch` must be one after which the run goes on, got {self.epoch}: it ended {list(self.points)[-1]}."
+                " Give an earlier one, or let the run be longer."
+            )
+
     def _save(self, trainer: Trainer) -> None:
         if self.save_as is not None:
+            self._before = len(self.points)
             trainer.save_checkpoint(self.save_as)

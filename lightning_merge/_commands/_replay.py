@@ -90,10 +90,7 @@ def _record(config: Path, log: Path, recorder: dict[str, Any], file: Path | None
     from lightning_merge.callbacks._replay_run._recorder import Recorder
     from lightning_merge.recipes._lightning_cli import instantiate
 
-    def make() -> tuple[Any, ...]:
-        trainer, module, data = instantiate(config)
-        return (trainer, module) if data is None else (trainer, module, data)
-
     with quiet():
-        points = record(make, Recorder(**recorder), file).points
+        made = tuple(each for each in instantiate(config) if each is not None)
+        points = record(made, Recorder(**recorder), file).points
     log.write_text(json.dumps(points))

@@ -1,5 +1,7 @@
 """Whether a module resumes bit for bit, and what differs first where it does not."""
 
+from collections import UserDict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_merge.callbacks import EMA, RandomState, replay
 from lightning_merge.callbacks._replay_run._compare import first_difference
-from lightning_merge.callbacks._replay_run._digests import digest
+from lightning_merge.callbacks._replay_run._digests import digest, of_batch
 
 pytest_plugins = ["pytester"]
 
@@ -124,6 +126,67 @@ def test_what_was_never_reached_is_an_error(tmp_path: Path) -> None:
         replay(lambda: None, tmp_path)  # type: ignore[arg-type, return-value]
 
 
+AT_THE_END: dict[str, dict[str, Any]] = {
+    "the last epoch": {"epoch": 2},
+    "the last batch of the last epoch": {"epoch": 2, "batch": 3},
+}
+
+
+@pytest.mark.parametrize("case", AT_THE_END)
+def test_a_file_after_which_nothing_is_trained_is_an_error(case: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match="`epoch` must be one after which the run goes on, got 2: it ended after batch"
+    ):
+        replay(partial(make, tmp_path), tmp_path, **AT_THE_END[case])
+
+
+AGAIN: dict[str, Any] = {
+    "the same Trainer": (slice(0, 1), "Trainer"),
+    "the same module": (slice(1, 2), "Net"),
+    "the same loader": (slice(2, 3), "DataLoader"),
+}
+
+
+@pytest.mark.parametrize("case", AGAIN)
+def test_objects_of_the_first_run_are_refused_in_the_second(case: str, tmp_path: Path) -> None:
+    kept, kind = AGAIN[case]
+    first = make(tmp_path)
+
+    def again() -> Any:
+        made = list(make(tmp_path))
+        made[kept] = first[kept]
+        return tuple(made)
+
+    with pytest.raises(ValueError, match=rf"`make` must make everything anew, .* got the same {kind} twice"):
+        replay(again, tmp_path)
+
+
+def test_what_make_gives_is_checked_before_it_is_trained(tmp_path: Path) -> None:
+    trainer, module, loader = make(tmp_path)
+    with pytest.raises(TypeError, match=r"`make` must be a function that gives .* in this order, got Net first"):
+        replay(lambda: (module, trainer), tmp_path)
+    with pytest.raises(TypeError, match="at most two things for data, a loader to train and one to validate, got 5"):
+        replay(lambda: (trainer, module, loader, loader, loader), tmp_path)
+
+
+def test_a_loader_for_validation_is_trained_with(tmp_path: Path) -> None:
+    found = replay(lambda: (*make(tmp_path, callbacks=(EMA, RandomState)), tiny.batches(1)), tmp_path, epoch=1)
+    assert found.difference is None, found
+
+
+class Lazy(tiny.Net):  # type: ignore[misc]
+    """Has its parameters after the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(1))
+
+
+def test_parameters_that_are_not_there_yet_are_no_difference(tmp_path: Path) -> None:
+    found = replay(partial(make, tmp_path, module=Lazy), tmp_path)
+    assert found.difference is None, found
+
+
 def test_runs_of_other_lengths_are_different() -> None:
     whole = {f"before batch {n} of epoch 0": {"weight w": str(n)} for n in range(3)}
     assert first_difference(whole, dict(list(whole.items())[1:])) is None
@@ -131,9 +194,26 @@ def test_runs_of_other_lengths_are_different() -> None:
     assert short is not None
     assert "2 points were left to train, and 1 were trained" in short.at
     assert "trained no batch" in str(first_difference(whole, {}))
+    elsewhere = first_difference(whole, {"before batch 3 of epoch 0": {}})
+    assert "went on before batch 3 of epoch 0, where the other never was" in str(elsewhere)
     other = first_difference(whole, {"before batch 0 of epoch 0": {"weight w": "0"}, "before batch 9 of epoch 0": {}})
     assert other is not None
     assert "before batch 1 of epoch 0: the resumed run is before batch 9" in other.at
+
+
+@dataclass
+class Pair:
+    """A batch of a collate function."""
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+
+def test_batches_of_all_kinds_are_taken_apart() -> None:
+    one, two = torch.ones(1), torch.zeros(1)
+    names = {"inputs": one, "targets": two}
+    for batch in (names, UserDict(names), Pair(one, two)):
+        assert of_batch(batch) == {"batch inputs": digest(one), "batch targets": digest(two)}
 
 
 def test_digests_are_of_bits() -> None:
