@@ -133,7 +133,7 @@ class TakingIn(RuleAverage):
     def _to_devices(self) -> None:
         """Brings a state from before to the model's devices."""
         devices = self._tensors.devices
-        self._state = self._active_rule.load(self._kept, devices)
+        self._state = weights.in_large_pages(self._active_rule.load(self._kept, devices))
         self._buffers = weights.to_devices(self._buffers, devices)
         average = self._active_rule.stored(self._kept)
         moved = [name for name in average or () if name in self._tensors.copied]

@@ -29,6 +29,7 @@ from lightning_merge.weights._chunks import worth_it as worth_it
 from lightning_merge.weights._copies import clone as clone
 from lightning_merge.weights._copies import copies as copies
 from lightning_merge.weights._copies import empty as empty
+from lightning_merge.weights._copies import in_large_pages as in_large_pages
 from lightning_merge.weights._copies import zeros as zeros
 from lightning_merge.weights._exchange import exchange as exchange
 from lightning_merge.weights._exchange import put_back as put_back

@@ -1,6 +1,7 @@
 """Copies of sets of tensors, and memory for them, in the precision averages are kept in."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,24 @@ def clone(weights: Mapping[str, Tensor]) -> Weights:
         else t.detach().to(average_dtype(t), copy=True, memory_format=torch.preserve_format)
         for name, t in weights.items()
     }
+
+
+@torch.no_grad()
+def in_large_pages(nested: Any) -> Any:
+    """A state with its float32 numbers in memory as ``clone`` makes it: those read from a file are all over the place.
+
+    What lies so already, is on a device or in another precision is not copied.
+    """
+    if isinstance(nested, list):
+        return [in_large_pages(item) for item in nested]
+    if not isinstance(nested, dict):
+        return nested
+    own = {key: item for key, item in nested.items() if isinstance(item, Tensor) and item.dtype == torch.float32}
+    own = {key: tensor for key, tensor in own.items() if _fits(tensor)}
+    made = {} if _lie_side_by_side(list(own.values())) else _side_by_side(own)
+    if made:
+        torch._foreach_copy_(list(made.values()), list(own.values()))
+    return {key: made[key] if key in made else in_large_pages(item) for key, item in nested.items()}
 
 
 def copies(weights: Mapping[str, Tensor]) -> Weights:
@@ -79,3 +98,10 @@ def _places(tensors: Iterable[Tensor]) -> Iterator[slice]:
     for tensor in tensors:
         yield slice(start, start + tensor.numel())
         start += -(-tensor.numel() // _LINE) * _LINE
+
+
+def _lie_side_by_side(tensors: list[Tensor]) -> bool:
+    return all(
+        t.data_ptr() == tensors[0].data_ptr() + 4 * place.start
+        for t, place in zip(tensors, _places(tensors), strict=True)
+    )

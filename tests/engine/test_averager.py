@@ -362,3 +362,20 @@ print(averager.updates, len(combiners.Average().combine(models)), len(soups.soup
 def test_without_lightning_there_are_rules_combiners_soups_and_averagers() -> None:
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["1", "2", "2"], done.stderr
+
+
+def test_a_loaded_average_lies_in_memory_as_one_that_was_never_saved(tmp_path: Path) -> None:
+    def layers() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(nn.Linear(600, 600) for _ in range(3)))
+
+    def gaps(averager: Averager) -> list[int]:
+        starts = [tensor.data_ptr() for tensor in averager.state_dict()["state"]["average"].values()]
+        return [start - starts[0] for start in starts]
+
+    module = layers()
+    whole = Averager(module, sgd(module), ExponentialMean(0.9))
+    torch.save(whole.state_dict(), tmp_path / "average.pt")
+    resumed = Averager(module, sgd(module), ExponentialMean(0.9))
+    resumed.load_state_dict(torch.load(tmp_path / "average.pt", weights_only=True))
+    assert gaps(resumed) == gaps(whole)

@@ -15,6 +15,7 @@ from lightning_merge.weights import (
     copy_,
     exchange,
     first_mismatch,
+    in_large_pages,
     is_averaged,
     is_metric,
     lerp_,
@@ -170,6 +171,34 @@ def test_copies_of_much_lie_side_by_side_and_are_tensors_of_their_own():
     assert made.keys() == large.keys()
     assert not any(tensor.any() for tensor in made.values())
     assert all(torch.equal(tensor, large[name].to(tensor.dtype)) for name, tensor in clone(large).items())
+
+
+def test_what_was_loaded_lies_side_by_side_as_what_was_copied_and_is_the_same_bit_for_bit():
+    large = {
+        "dense": torch.randn(1024, 1025).mul_(torch.tensor([float("nan"), -0.0, 1.0]).repeat(1025)[:1025]),
+        "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "half": torch.randn(7, dtype=torch.bfloat16),
+        "double": torch.randn(2, dtype=torch.float64),
+        "scalar": torch.tensor(2.0),
+        "strided": torch.randn(4, 6)[:, ::2],
+    }
+    state = {"averages": [large, {"small": torch.zeros(3)}], "updates": 3, "name": None}
+    moved = in_large_pages(state)
+    assert (moved["updates"], moved["name"]) == (3, None)
+    assert moved["averages"][1]["small"] is state["averages"][1]["small"]  # not worth it
+    there = moved["averages"][0]
+    assert list(there) == list(large)
+    for name, tensor in there.items():
+        assert tensor.dtype == large[name].dtype
+        assert tensor.stride() == large[name].stride()
+        assert tensor.double().numpy().tobytes() == large[name].double().numpy().tobytes()
+    close = ("dense", "channels", "scalar")
+    assert {name for name in large if there[name] is not large[name]} == set(close)
+    starts = [there[name].data_ptr() for name in close]
+    assert starts[1] - starts[0] == 4 * (1024 * 1025 + -1024 * 1025 % 16)
+    assert all(start % 64 == 0 for start in starts)
+    again = in_large_pages(moved)
+    assert all(again["averages"][0][name] is there[name] for name in large)  # an average in memory is not copied again
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
