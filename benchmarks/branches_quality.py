@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, write
+from _shared import header, parser, progress, write
 from quality import interval
 from timm.optim import Lookahead
 from torch import Tensor
@@ -150,7 +150,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         runs.append(one_seed(arguments, data, seed))
-        print(json.dumps(runs[-1]), flush=True)
+        progress(json.dumps(runs[-1]))
         names = list(runs[0]["test"])
         result = {
             **header("lightning"),

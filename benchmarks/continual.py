@@ -26,7 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from _shared import header, parser, write
+from _shared import header, parser, progress, write
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -205,7 +205,7 @@ def base(setting: Setting, data: Pixels, classes: tuple[int, ...], seed: int) ->
     module = network(setting, setting.base_epochs, setting.base_lr)
     task = TaskData(data, "base", classes, classes)
     trainer(setting.base_epochs).fit(module, datamodule=task)
-    print("base", trainer(1).test(module, datamodule=task, verbose=False), flush=True)
+    progress(f"base: {trainer(1).test(module, datamodule=task, verbose=False)}")
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
@@ -248,12 +248,12 @@ def tuned(name: str, setting: Setting, data: Pixels, store: dict[Any, Any], buff
         except Exception as error:  # training may diverge: weights that are not finite are refused
             scores.append(0.0)
             rows.append({"method": method.__dict__, "error": str(error)})
-            print("tuning", json.dumps(rows[-1]), flush=True)
+            progress(f"tuning: {json.dumps(rows[-1])}")
             continue
         scores.append(record["metrics"]["accuracy_in_task"]["final_average"])
         both = {kind: figures["final_average"] for kind, figures in record["metrics"].items()}
         rows.append({"method": method.__dict__, "final_average": both})
-        print("tuning", json.dumps(rows[-1]), flush=True)
+        progress(f"tuning: {json.dumps(rows[-1])}")
     data.measured = "test"
     return methods[scores.index(max(scores))]
 
@@ -338,11 +338,11 @@ def main() -> None:
                     found = run(setting, data[data_set], chosen[name], seed, stores[data_set])
                 except Exception as error:
                     failed.append({**row, "error": str(error)})
-                    print("failed", json.dumps(failed[-1]), flush=True)
+                    progress(f"failed: {json.dumps(failed[-1])}")
                     continue
                 rows.append({**row, **{key: found.get(key) for key in ("metrics", "rows", "baseline", "seconds")}})
                 figures = {kind: found["metrics"][kind]["final_average"] for kind in found["metrics"]}
-                print(json.dumps({**row, **figures, "seconds": found["seconds"]}), flush=True)
+                progress(json.dumps({**row, **figures, "seconds": found["seconds"]}))
             result = {
                 **header("lightning"),
                 "seconds": round(time.perf_counter() - begin),

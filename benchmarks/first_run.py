@@ -115,8 +115,8 @@ def main() -> None:
         }
         runs.append(run)
         progress(json.dumps(run))
-    result = {**header("torch", "lightning"), "images": IMAGES, "annealed_options": annealed_options(), "runs": runs}
-    write(result | {"summary": summary(runs)}, arguments.output)
+        result = {**header("torch", "lightning"), "images": IMAGES, "annealed_options": annealed_options()}
+        write(result | {"runs": runs} | ({"summary": summary(runs)} if len(runs) > 1 else {}), arguments.output)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, write
+from _shared import header, parser, progress, write
 from branches_quality import BATCH, LR, QUIET, WEIGHT_DECAY, accuracy
 from quality import interval
 from torch import Tensor
@@ -140,7 +140,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         runs.append(one_seed(arguments, data, seed))
-        print(json.dumps(runs[-1]), flush=True)
+        progress(json.dumps(runs[-1]))
         names = list(runs[0]["test"])
         result = {
             **header("lightning"),

@@ -9,11 +9,9 @@ seeds. Results are written after every seed; started again with the same output,
 there. `--figure FILE` draws the curves of a result file.
 """
 
-import argparse
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -23,7 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import transformers
+from _shared import header, parser, progress, write
 from torch import Tensor
 
 from lightning_merge.callbacks import EMA, OnlineMerging
@@ -245,31 +243,24 @@ def figure(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", help="JSON lines with `chosen` and `rejected`")
-    parser.add_argument("--text", help="plain text for the base model")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--figure", type=Path, help="draw the curves of `--output` instead")
-    arguments = parser.parse_args()
+    options = parser(__doc__, output=False)
+    options.add_argument("--pairs", help="JSON lines with `chosen` and `rejected`")
+    options.add_argument("--text", help="plain text for the base model")
+    options.add_argument("--seeds", type=int, default=5)
+    options.add_argument("--output", type=Path, required=True)
+    options.add_argument("--figure", type=Path, help="draw the curves of `--output` instead")
+    arguments = options.parse_args()
     if arguments.figure:
         figure(json.loads(arguments.output.read_text()), arguments.figure)
         return
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    versions = {
-        "torch": torch.__version__,
-        "lightning": pl.__version__,
-        "transformers": transformers.__version__,
-        "python": sys.version.split()[0],
-    }
-    command = " ".join(Path(argument).name for argument in sys.argv)
-    result: dict[str, Any] = {"command": command, "setting": SETTING, "config": CONFIG, "versions": versions}
+    result = {**header("lightning", "transformers"), "setting": SETTING, "config": CONFIG}
     runs: list[dict[str, Any]] = []
     if arguments.output.exists():
         before = json.loads(arguments.output.read_text())
         if any(before[key] != result[key] for key in ("setting", "config", "versions")):
-            parser.error(f"{arguments.output} is of another setting or of other versions: name another file.")
+            options.error(f"{arguments.output} is of another setting or of other versions: name another file.")
         runs = before["runs"]
     done = {run["seed"] for run in runs}
     with tempfile.TemporaryDirectory() as folder:
@@ -282,11 +273,11 @@ def main() -> None:
             points = []
             for point in comparison.results():
                 points.append(point)
-                print(json.dumps({"seed": seed, **point}), flush=True)
+                progress(json.dumps({"seed": seed, **point}))
+                so_far = {"runs": runs, "summary": summary(runs), "seed_under_way": points}
+                write(result | so_far, arguments.output)
             runs.append({"seed": seed, "cpu_seconds": round(time.process_time() - start, 1), "points": points})
-            whole = arguments.output.with_suffix(".part")
-            whole.write_text(json.dumps({**result, "runs": runs, "summary": summary(runs)}, indent=1) + "\n")
-            whole.replace(arguments.output)
+            write({**result, "runs": runs, "summary": summary(runs)}, arguments.output)
     for row in summary(runs):
         print(json.dumps(row))
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, write
+from _shared import header, parser, progress, write
 from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -155,15 +155,10 @@ def main() -> None:
     runs = []
     for seed in range(arguments.seeds):
         runs.append(one_run(setting, arguments.root, seed))
-        print(json.dumps(runs[-1]), flush=True)
-    result = {
-        **header("lightning"),
-        "setting": setting.__dict__,
-        "runs": runs,
-        **summary(runs),
-    }
-    print(json.dumps({key: result[key] for key in summary(runs)}, indent=1))
-    write(result, arguments.output)
+        progress(json.dumps(runs[-1]))
+        result = {**header("lightning"), "setting": setting.__dict__, "runs": runs, **summary(runs)}
+        write(result, arguments.output)
+    print(json.dumps(summary(runs), indent=1))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ a write of a checkpoint that is cut in half. Children are forked from this proce
 imported: a start of both costs ten seconds.
 """
 
-import argparse
 import contextlib
 import os
 import random
@@ -25,7 +24,7 @@ from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, write
+from _shared import header, parser, progress, write
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -279,18 +278,18 @@ def sweep(
         elif killed:
             difference = first_difference(expected, torch.load(place / "end.pt", weights_only=True))
         rows.append({"method": method, "killed_at": f"{kind} {count}", "equal": difference is None, "why": difference})
+        progress(f"{method:16} killed at {rows[-1]['killed_at']:14} {difference or 'equal'}")
     return rows
 
 
 def main(description: str | None, methods: Iterable[str], run: Run, events: Mapping[str, int], noun: str) -> int:
     """The command line of a sweep over methods; ``noun`` is what lines call the runs."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
-    parser.add_argument("--part", default="1/1", help="of the methods, as 1/2: two processes take half of them each")
-    parser.add_argument("--points", type=int, default=20, help="kills per method")
-    parser.add_argument("--seed", type=int, default=0, help="of the points")
-    parser.add_argument("--output", type=Path, help="where to write the rows as JSON")
-    arguments = parser.parse_args()
+    options = parser(description)
+    options.add_argument("--methods", nargs="+", default=list(methods), choices=list(methods))
+    options.add_argument("--part", default="1/1", help="of the methods, as 1/2: two processes take half of them each")
+    options.add_argument("--points", type=int, default=20, help="kills per method")
+    options.add_argument("--seed", type=int, default=0, help="of the points")
+    arguments = options.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)  # a fork must not inherit a pool of threads
     rows: list[dict[str, Any]] = []
@@ -299,14 +298,9 @@ def main(description: str | None, methods: Iterable[str], run: Run, events: Mapp
         warm_up(run, arguments.methods[0], Path(folder))
         for method in arguments.methods[part - 1 :: parts]:
             rows += sweep(run, events, method, arguments.points, arguments.seed, Path(folder) / method)
-    for row in rows:
-        print(f"{row['method']:16} killed at {row['killed_at']:14} {'equal' if row['equal'] else row['why']}")
+            write({**header("lightning"), "seed": arguments.seed, "rows": rows}, arguments.output)
     equal = sum(row["equal"] for row in rows)
     print(f"{equal} of {len(rows)} resumed {noun} equal the uninterrupted one bit for bit")
-    if arguments.output:
-        result = {**header("lightning"), "seed": arguments.seed, "rows": rows}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write(result, arguments.output)
     return int(equal != len(rows))
 
 

@@ -212,7 +212,7 @@ def main() -> int:
             repeats = [row(start(world, size, arguments.rounds)) for _ in range(arguments.repeats)]
             figures = {key: statistics.median(each[key] for each in repeats) for key in repeats[0]}
             rows.append({"parameters": size, "processes": world, **figures})
-            print(json.dumps(rows[-1]), flush=True)
+            progress(json.dumps(rows[-1]))
             write({**header(), "seed": 0, "rows": rows}, arguments.output)
     return 0
 

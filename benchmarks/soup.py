@@ -76,6 +76,18 @@ def contestant(name: str, folder: Path) -> dict[str, float]:
     return {"seconds": seconds(work), "MiB": (peak_kib() - before) / 1024}
 
 
+def medians(runs: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each contestant that has run, and its time over that of reading."""
+    table = {
+        name: {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
+        for name, rows in runs.items()
+        if rows
+    }
+    for row in table.values():
+        row["over read"] = round(row["seconds"] / table["read"]["seconds"], 3) if "read" in table else 0.0
+    return table
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--folder", type=Path, required=True, help="for the checkpoints: 7 GB plain, 21 GB full")
@@ -94,14 +106,10 @@ def main() -> None:
         for name, found in runs.items():
             progress(name)
             found.append(child(__file__, "--folder", str(arguments.folder), "--child", name))
-
-    table = {n: {key: round(statistics.median(r[key] for r in rows), 3) for key in rows[0]} for n, rows in runs.items()}
+            table = medians(runs)
+            save({**header(threads=True), "files": arguments.count, "median": table, "runs": runs}, arguments.output)
     for name, row in table.items():
-        row["over read"] = round(row["seconds"] / table["read"]["seconds"], 3) if "read" in table else 0.0
         print(f"{name:9} {row['seconds']:8.3f} s  {row['over read']:6.2f} x read  {row['MiB']:9.1f} MiB")
-    if arguments.output:
-        result = {**header(threads=True), "files": arguments.count, "median": table, "runs": runs}
-        save(result, arguments.output)
 
 
 if __name__ == "__main__":

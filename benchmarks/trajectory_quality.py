@@ -27,7 +27,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, write
+from _shared import header, parser, progress, write
 from lightning.pytorch.callbacks import ModelCheckpoint
 from quality import interval
 from torch import Tensor
@@ -253,7 +253,7 @@ def main() -> None:
         result["tuning"] = one_seed(data, 1000, arguments.steps, RATES)
         result["twa_lr"] = max(RATES, key=lambda each: result["tuning"]["twa"][each]["val"])
         write(result, arguments.output)
-        print(json.dumps({"tuning": result["tuning"], "rate": result["twa_lr"]}), flush=True)
+        progress(json.dumps({"tuning": result["tuning"], "rate": result["twa_lr"]}))
     done = {run["seed"] for run in result["runs"]}
     for seed in range(arguments.seeds):
         if seed in done:
@@ -263,7 +263,7 @@ def main() -> None:
         result["runs"].append(run)
         result |= summary(result["runs"])
         write(result, arguments.output)
-        print(json.dumps(run), flush=True)
+        progress(json.dumps(run))
     print(json.dumps(summary(result["runs"]), indent=1))
 
 

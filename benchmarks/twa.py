@@ -13,7 +13,7 @@ from typing import Any
 
 import timm
 import torch
-from _shared import alternating, header, parser, write
+from _shared import alternating, header, parser, progress, write
 from torch import Tensor
 
 from lightning_merge.optim import Subspace
@@ -68,6 +68,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, default=32)
     options.add_argument("--rounds", type=int, default=15)
     arguments = options.parse_args()
+    progress(f"{arguments.snapshots} snapshots of ResNet-18")
     steps = Steps(arguments.snapshots, arguments.batch)
     contestants = {
         "plain step": steps.plain,
@@ -75,6 +76,7 @@ def main() -> None:
         "TWA without forward and backward": steps.alone,
         "limit": steps.limit,
     }
+    progress(f"{arguments.rounds} rounds of a {', a '.join(contestants)}")
     median = {name: round(value, 3) for name, value in alternating(contestants, arguments.rounds).items()}
     bound = median["plain step"] + 1.3 * median["limit"]
     result = {

@@ -38,6 +38,35 @@ def test_no_function_of_a_benchmark_is_longer_than_a_screen(path: Path) -> None:
     assert not [each.name for each in functions if (each.end_lineno or 0) - each.lineno >= 60]
 
 
+def _tree(path: Path) -> list[ast.stmt]:
+    """The script with what it takes from its neighbours, beside the shared parts."""
+    body = ast.parse(path.read_text()).body
+    places = [each.module.replace(".", "/") for each in body if isinstance(each, ast.ImportFrom) and each.module]
+    files = [BENCHMARKS / f"{place}.py" for place in places if place != "_shared"]
+    return [*body, *(each for file in files if file.is_file() for each in _tree(file))]
+
+
+def _calls(node: ast.AST) -> set[str]:
+    calls = (each.func for each in ast.walk(node) if isinstance(each, ast.Call))
+    return {each.id if isinstance(each, ast.Name) else getattr(each, "attr", "") for each in calls}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_benchmarks_show_where_they_are_and_write_what_they_have(path: Path) -> None:
+    tree = ast.Module(_tree(path), [])
+    functions = [each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)]
+    loops = [each for each in ast.walk(tree) if isinstance(each, ast.For | ast.While)]
+    imported = {name for each in tree.body if isinstance(each, ast.ImportFrom) for name in each.names}
+    writers = {name.asname or name.name for name in imported if name.name == "write"}
+    writers |= {each.name for each in functions if writers & _calls(each) and each.name != "main"}
+    assert "progress" in _calls(tree)
+    assert writers & _calls(tree)
+    long = [function for function in functions if function.name in ("main", "run")]
+    if any(isinstance(each, ast.For) for function in long for each in ast.walk(function)):
+        assert any("progress" in _calls(loop) for loop in loops)
+        assert any(writers & _calls(loop) for loop in loops)
+
+
 @pytest.fixture(scope="module")
 def shared() -> Any:
     specification = importlib.util.spec_from_file_location("_shared", BENCHMARKS / "_shared.py")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _shared import header, write
+from _shared import header, progress, write
 
 
 class OutOfTime(BaseException):
@@ -82,6 +82,7 @@ class Session:
         """
         whole = self.left()
         for name, (work, share) in parts.items():
+            progress(name)
             self._part, self._part_end, began = name, self._end, time.perf_counter()
             if self.left() < 0.02 * whole:
                 self.say("skipped", left=self.left())
