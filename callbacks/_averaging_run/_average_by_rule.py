@@ -1,5 +1,6 @@
 """What an average by a rule is: its state, what there is of it, and what a file keeps."""
 
+import inspect
 from typing import Any, Literal, Unpack
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -89,6 +90,15 @@ class AverageByRule(TakingIn, Published):
     def progress(self) -> dict[str, Any]:
         left_out = {f"how often {self.title} left out weights with a NaN": self.skipped_nonfinite}
         return {**super().progress(), **left_out}
+
+    def cheaper(self, n: int) -> str | None:
+        known = inspect.signature(type(self)).parameters
+        cadence = {"every_n_steps": f"`every_n_steps={n}`", "schedule": f"`schedule=EveryNSteps({n})`"}
+        ways = [words for argument, words in cadence.items() if argument in known]
+        on_device = any(not tensor.is_cpu for tensor in self.tensors.values())
+        if on_device and self.device is None and self._active_rule.can_be_undone:
+            ways.append("weights taken in beside the training by `device='cpu'`")
+        return " or ".join(ways) or None
 
     def describe(self) -> str:
         """What is merged and what it takes, in a few words."""

@@ -134,6 +134,14 @@ class Average(ABC):
         shapes = {f"`{name}`, which {self.title} merges": tuple(t.shape) for name, t in self.captured.items()}
         return {**fields, **shapes}
 
+    def cheaper(self, n: int) -> str | None:
+        """How to make it take less of a step, as arguments; ``None`` if there is no way without changing the method.
+
+        Args:
+            n: Steps between updates that would do.
+        """
+        return None
+
     def progress(self) -> dict[str, Any]:
         """Counters that have to be the same in every process."""
         return {f"how often {self.title} took weights in": self.updates}

@@ -1,6 +1,7 @@
 """One fit: counts steps, hands weights to the averages, and at its end measures, saves and publishes them."""
 
 import operator
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from lightning_merge.callbacks._publication._checkpoint import Checkpoints
 from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.callbacks._publication._homecoming import Traveller, pack_for_home
 from lightning_merge.callbacks._publication._passes import Validation
+from lightning_merge.callbacks._publication._toll import Toll
 from lightning_merge.schedules import Moment
 from lightning_merge.shards import reshard, sharded_tensors
 
@@ -64,6 +66,7 @@ class Publisher(Exchange):
         self.checkpoints = Checkpoints(self, self.validation)
         self.checkpoints.wrap(self.patches)
         self.patches.replace(trainer.strategy, "teardown", self._teardown)
+        self._toll = Toll()
         self._parts: list[weights.Weights] = []  # what several averages look at
         self._whole = weights.Fixed()  # all of it
         self._went_on: str | None = None  # how this fit goes on from an earlier one of the same callbacks
@@ -129,6 +132,7 @@ class Publisher(Exchange):
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.busy or is_restoring(self.trainer) or was_skipped(optimizer):
             return
+        began = time.perf_counter()
         wanting: list[tuple[Average, Moment]] = []
         for counted, average in self._counted:
             if counted is optimizer:
@@ -137,8 +141,11 @@ class Publisher(Exchange):
                 moment = Moment(average.steps, self.trainer.current_epoch)
                 if average.wants(moment):
                     wanting.append((average, moment))
-        if not wanting:
-            return
+        if wanting:
+            self._hand_over(wanting)
+        self._toll.note(optimizer, began, [average for average, _ in wanting])
+
+    def _hand_over(self, wanting: list[tuple[Average, Moment]]) -> None:
         self.look()
         finding = weights.find_nonfinite(self._checked([average for average, _ in wanting]))  # all share one look
         with weights.in_one_pass() if len(wanting) > 1 else nullcontext():
