@@ -38,7 +38,8 @@ class ExponentialMean(Rule):
             ``"diffusers"`` or ``"ema_pytorch"``; they differ), or one of ``lightning_merge.rules``' warm-ups.
         compensated: Carry along what rounding loses, for one more copy of the weights. In float32 a weight near 1 that
             is off by less than ``6e-8 / (1 - decay)`` never moves otherwise: 6e-4 for 0.9999. A warning says so where
-            it happens.
+            it happens. Measured over 100,000 updates that drift by 1e-7 each: 0.9999 is off by 40 % of its lag, 3e-5 of
+            it if compensated; where weights are noisy, 0.2 % (``benchmarks/numerics.py``).
 
     Raises:
         ValueError: If an argument is outside its range, if both ``decay`` and ``half_life`` are given, or at the first
