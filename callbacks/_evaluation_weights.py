@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_merge import weights
+from lightning_merge._averaging._second_sets import has_second_set
 from lightning_merge._checks import function
 from lightning_merge._whole_steps import hook_whole_steps, was_skipped
-from lightning_merge.callbacks._averaging_run._second_sets import has_second_set
 from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import Rule

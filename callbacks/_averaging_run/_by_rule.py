@@ -8,11 +8,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge._averaging._elsewhere import placed, refuse_without_room
 from lightning_merge._averaging._remarks import mostly_the_start
+from lightning_merge._averaging._second_sets import has_second_set
 from lightning_merge._averaging._state import AveragingState
 from lightning_merge._ranks import agreed
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
-from lightning_merge.callbacks._averaging_run._second_sets import has_second_set
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.files._label import as_written

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 
 from lightning_merge import Averager
+from lightning_merge._averaging._second_sets import has_second_set
+from lightning_merge._averaging._unwrapped import plain_optimizer
 from lightning_merge._checks import instance, one_of
 from lightning_merge._ranks import is_first
 from lightning_merge.rules import Rule
@@ -15,7 +17,7 @@ from lightning_merge.schedules import Schedule
 from lightning_merge.selections import Selection, chosen
 from lightning_merge.transformers._checkpoint import read, write
 from lightning_merge.transformers._running import running, surround
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Weights, named_tensors
 
 _LOGGER = logging.getLogger("lightning_merge")
 
@@ -74,6 +76,7 @@ class MergeCallback(TrainerCallback):
             )
         self.device = one_of("device", device, (None, "cpu"), "None (where the weights are) or 'cpu' (host memory)")
         self.averager: Averager | None = None
+        self._ended_at = 0  # step at which the last epoch that was counted ended
         self._raw: Weights = {}
         self._undo: list[Callable[[], None]] = []
 
@@ -97,7 +100,7 @@ class MergeCallback(TrainerCallback):
         self._let_go()
         run = running(self)
         self._refuse(run.trainer)
-        self._raw = {}
+        self._raw, self._ended_at = {}, state.global_step
         self.averager = averager = Averager(
             run.trainer.model,
             run.trainer.optimizer,
@@ -108,7 +111,7 @@ class MergeCallback(TrainerCallback):
             device=self.device,
         )
         if run.resumed_from is not None:
-            saved = read(run.resumed_from, averager.raw_weights())
+            saved = read(run.resumed_from, named_tensors(run.trainer.model))
             if saved is not None:
                 averager.load_state_dict(saved)
         self._undo = [
@@ -117,9 +120,18 @@ class MergeCallback(TrainerCallback):
             surround(run.trainer, "save_model", self._saving(averager, run.trainer)),
         ]
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ends an epoch at its last step: a run that resumes from a checkpoint of that step begins the next epoch."""
+        if state.epoch is not None and state.epoch == int(state.epoch):
+            self._end_epoch(state.global_step)
+
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Comes before the evaluation at the end of an epoch, which measures what is merged here."""
-        if self.averager is not None:
+        """Ends an epoch whose length was not known. The evaluation after it measures what is merged here."""
+        self._end_epoch(state.global_step)
+
+    def _end_epoch(self, step: int) -> None:
+        if self.averager is not None and self._ended_at != step:
+            self._ended_at = step
             self.averager.end_epoch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -172,3 +184,9 @@ class MergeCallback(TrainerCallback):
                     " loads weights in ways of its own. Use one device or DDP; for a loop of your own with FSDP2 there"
                     " is `lightning_merge.Averager`."
                 )
+        if has_second_set(plain_optimizer(trainer.optimizer)):
+            raise ValueError(
+                f"MergeCallback does not work with {type(plain_optimizer(trainer.optimizer)).__name__}, which has"
+                " weights of its own for evaluation: the Trainer has it write them into the model around each"
+                " evaluation. Use another `optim`, or train without the callback."
+            )

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from types import FrameType
 from typing import Any, NamedTuple
@@ -71,18 +71,20 @@ def surround(trainer: Any, method: str, around: Callable[..., AbstractContextMan
         What takes it away again.
     """
     original, own = getattr(trainer, method), vars(trainer)
-    was_replaced = method in own
+    was_replaced, is_over = method in own, False
 
     @wraps(original)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with around(*args, **kwargs):
+        with nullcontext() if is_over else around(*args, **kwargs):
             return original(*args, **kwargs)
 
     own[method] = wrapped
 
     def undo() -> None:
+        nonlocal is_over
+        is_over = True
         if own.get(method) is not wrapped:
-            return  # somebody else has put something around it since
+            return  # somebody else has put something around it since, and calls it
         if was_replaced:
             own[method] = original
         else:

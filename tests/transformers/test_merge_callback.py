@@ -123,17 +123,22 @@ RULES: list[tuple[Rule, Schedule]] = [
 ]
 
 
-@pytest.mark.parametrize(("rule", "schedule"), RULES, ids=repr)
-def test_a_resumed_run_equals_an_uninterrupted_one(rule: Rule, schedule: Schedule, tmp_path: Path) -> None:
-    whole = make(tmp_path, callback := MergeCallback(rule, schedule), losses := Losses(), save_steps=3, eval_steps=3)
+# The last step of an epoch is where a resumed run begins the next one, and ends none.
+RESUMED = [(rule, schedule, 3) for rule, schedule in RULES] + [(Mean(), EveryNEpochs(), 4)]
+
+
+@pytest.mark.parametrize(("rule", "schedule", "every"), RESUMED, ids=repr)
+def test_a_resumed_run_equals_an_uninterrupted_one(rule: Rule, schedule: Schedule, every: int, tmp_path: Path) -> None:
+    settings = {"save_steps": every, "eval_steps": every}
+    whole = make(tmp_path, callback := MergeCallback(rule, schedule), losses := Losses(), **settings)
     whole.train()
     # Another seed, and a model that has nothing of it: all comes from the folder.
     other = nn.Module.apply(model(), lambda each: [p.data.fill_(9.0) for p in each.parameters()] and None)
     second, again = MergeCallback(rule, schedule), Losses()
-    resumed = make(tmp_path / "resumed", second, again, of=other, save_steps=3, eval_steps=3)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert again.found == {step: found for step, found in losses.found.items() if step > 3}
-    assert 6 in again.found
+    resumed = make(tmp_path / "resumed", second, again, of=other, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{every}"))
+    assert again.found == {step: found for step, found in losses.found.items() if step > every}
+    assert 2 * every in again.found
     assert same(whole.model, resumed.model)
     assert same(callback.raw_weights(), second.raw_weights())
     assert same(callback.merged_weights(), second.merged_weights())
@@ -191,6 +196,57 @@ def test_after_a_failure_the_raw_weights_are_live(tmp_path: Path) -> None:
             trainer.train()
         trained.append(trainer.model)
     assert same(*trained)
+
+
+class Around(TrainerCallback):
+    """Puts something around ``evaluate`` after the callback has, as loggers do."""
+
+    trainer: Any
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        inner = self.trainer.evaluate
+        self.trainer.evaluate = lambda *given, **options: inner(*given, **options)
+
+
+def test_a_second_training_evaluates_its_own_average(tmp_path: Path) -> None:
+    around, losses = Around(), Losses()
+    around.trainer = trainer = make(tmp_path, MergeCallback(ExponentialMean(0.5)), losses, around, save_total_limit=1)
+    trainer.train()
+    trainer.train()
+    assert loss(read(tmp_path, 8)) == losses.found[8]
+
+
+class Unfreezing(TrainerCallback):
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.requires_grad_(state.global_step >= 2)
+        model.transformer.ln_f.requires_grad_(True)
+
+
+def test_a_run_that_has_unfrozen_layers_resumes(tmp_path: Path) -> None:
+    found = []
+    for name, resumed in (("whole", None), ("again", str(tmp_path / "whole" / "checkpoint-4"))):
+        frozen = model().requires_grad_(False)
+        frozen.transformer.ln_f.requires_grad_(True)
+        trainer = make(tmp_path / name, callback := MergeCallback(Mean()), Unfreezing(), of=frozen)
+        trainer.train(resume_from_checkpoint=resumed)
+        found.append(callback.merged_weights())
+    assert len(found[0] or ()) > 2
+    assert same(*found)
+
+
+class ScheduleFree(torch.optim.SGD):
+    def train(self) -> None:
+        pass
+
+    def eval(self) -> None:
+        pass
+
+
+def test_an_optimizer_that_writes_weights_for_evaluation_is_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, MergeCallback(Mean()))
+    trainer.optimizer = ScheduleFree(trainer.model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="MergeCallback does not work with ScheduleFree, which has weights of its own"):
+        trainer.train()
 
 
 def test_of_a_lora_model_the_adapters_alone_are_averaged_and_saved(tmp_path: Path) -> None:
