@@ -24,8 +24,8 @@ class Averager:
     It counts the steps that the optimizer applies, and takes the weights in right after those that the schedule names;
     the loop stays as it is. Batches that only add to a gradient are no steps, and neither is one that a gradient scaler
     skips. Weights that hold a NaN or an infinity are never merged: the average stays as it was, and a warning names the
-    tensor. Make it when the model has the weights that training starts from: an average that starts with the run is a
-    copy of them.
+    tensor. An average that starts with the run is a copy of the weights right before the first step, so they may be
+    loaded after this is made.
 
     Of several optimizers it counts the one it is given: the one that steps last, or one ``Averager`` for each part of
     the model. Under DDP each process makes one. Parameters that FSDP2 or tensor parallelism have sharded are averaged
@@ -118,7 +118,8 @@ class Averager:
         Buffers are averaged over processes, so under DDP all processes enter it if the model has buffers.
 
         Raises:
-            RuntimeError: If the optimizer steps inside, or BatchNorm statistics are to be measured again and were not.
+            RuntimeError: If the optimizer steps inside, parameters are written to that are the average itself, or
+                BatchNorm statistics are to be measured again and were not.
         """
         with self._loop.swapped():
             yield
@@ -189,6 +190,9 @@ class Averager:
 
         Returns:
             The raw weights that were there, by canonical name; nothing if nothing was merged.
+
+        Raises:
+            RuntimeError: Inside of ``merged()``.
         """
         return self._loop.publish()
 
@@ -215,6 +219,12 @@ class Averager:
             ValueError: If it is of another model or of something else; the average is then what it was.
         """
         self._loop.load(instance("state", state, Mapping, "what `state_dict()` gave"))
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "an Averager cannot be copied or pickled, since it follows one optimizer's steps. Make one for the copied"
+            " model and optimizer, and hand it the state: `copied.load_state_dict(averager.state_dict())`."
+        )
 
     def __repr__(self) -> str:
         loop = self._loop

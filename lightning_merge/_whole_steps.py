@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, final
+from weakref import WeakMethod
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -26,6 +27,17 @@ def hook_whole_steps(optimizer: Optimizer, before: Hook | None, after: Hook) -> 
     """
     hooks = _WholeSteps(before, after)
     return optimizer.register_step_pre_hook(hooks.enter), optimizer.register_step_post_hook(hooks.leave)
+
+
+def weakly(method: Hook) -> Hook:
+    """Calls a method of an object for as long as that lives, without keeping it alive."""
+    reference = WeakMethod(method)
+
+    def call(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if (alive := reference()) is not None:
+            alive(optimizer, args, kwargs)
+
+    return call
 
 
 def is_around(optimizer: Optimizer, other: Optimizer) -> bool:

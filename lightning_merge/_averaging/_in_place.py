@@ -55,3 +55,29 @@ def publishable(
     # So are buffers: a DDP forward broadcasts into them, and they are small.
     copied = weights.copies({name: published[name] for name in buffers if name in published})
     return published, copied
+
+
+@contextmanager
+def writes_refused(
+    live: Mapping[str, Tensor], published: Mapping[str, Tensor], stored: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Raises at the end if parameters were written to that are the average's own tensors.
+
+    Args:
+        live: Parameters, in whose place the published tensors are.
+        published: What is there.
+        stored: The average's own.
+
+    Raises:
+        RuntimeError: With the first such name.
+    """
+    own = [name for name in live if name in published and published[name] is stored.get(name)]
+    before = [live[name]._version for name in own]
+    yield
+    for name, version in zip(own, before, strict=True):
+        if live[name]._version != version:
+            raise RuntimeError(
+                f"`{name}` was written to inside of `merged()`, where it is the average itself, which has changed with"
+                " it. Load weights, initialise and step optimizers after the block, or give a copy of the module to"
+                " what writes: `copy.deepcopy(model)`."
+            )

@@ -1,20 +1,22 @@
 """An average in a loop that nobody wraps: it follows an optimizer and a module."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, final
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_merge import weights
 from lightning_merge._averaging._elsewhere import refuse_without_room
-from lightning_merge._averaging._in_place import in_place, publishable
+from lightning_merge._averaging._in_place import in_place, publishable, writes_refused
 from lightning_merge._averaging._state import AveragingState
 from lightning_merge._averaging._taking_in import TakingIn
 from lightning_merge._averaging._watching import Watching
 from lightning_merge._eval_mode import Derived, extends_train
-from lightning_merge._whole_steps import hook_whole_steps, was_skipped
+from lightning_merge._whole_steps import hook_whole_steps, was_skipped, weakly
 from lightning_merge.calibration import batch_norm_layers, recalibrated_statistics
 from lightning_merge.files._label import as_written
 from lightning_merge.rules import Rule
@@ -22,6 +24,8 @@ from lightning_merge.schedules import Moment, RunLength, Schedule
 from lightning_merge.selections import Selection
 from lightning_merge.spectral import iterate_
 from lightning_merge.weights import Weights
+from lightning_merge.weights._fixed import averaged_in
+from lightning_merge.weights._sizes import norms_of
 
 
 @final
@@ -38,6 +42,7 @@ class Loop(TakingIn):
         on_host: Whether the average is to be in host memory.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         module: nn.Module,
@@ -71,7 +76,11 @@ class Loop(TakingIn):
         self._before: Weights | None = None  # the raw weights while merged ones are in their place
         self._calibrated_at: tuple[int, int] | None = None  # `version` when the statistics were measured
         self.begin(Moment(0, 0))
-        self._hooks = hook_whole_steps(optimizer, self._before_step, self._after_step)
+        self._begun_with = self._sizes()
+        # The optimizer lives longer than an average that nobody holds any more, as where a notebook's cell runs again.
+        self._hooks = hook_whole_steps(optimizer, weakly(self._before_step), weakly(self._after_step))
+        for hook in self._hooks:
+            weakref.finalize(self, hook.remove)
 
     def _refuse_others_parameters(self, optimizer: Optimizer) -> None:
         inventory = self.watched.inventory
@@ -88,14 +97,34 @@ class Loop(TakingIn):
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._before is not None:
             raise RuntimeError("an optimizer step inside of `merged()` would train the average: leave the block first.")
-        if self.watches_training:
+        if self.watches_training or not self.steps:
             self._look()  # an average of what was unfrozen starts where it does
+        if not self.steps:
+            self._refuse_others_parameters(optimizer)
+            self._begin_where_training_does()
+
+    def _begin_where_training_does(self) -> None:
+        """Starts the average anew if parameters were loaded, replaced, moved, or made equal by DDP since it started."""
+        if not self.updates and self._begun_with != (sizes := self._sizes()):
+            self._begun_with = sizes
+            self._state, self._buffers = None, {}
+            self.begin(Moment(0, self._last_epoch))
+
+    def _sizes(self) -> list[str]:
+        # Not of buffers: a forward pass before the first step writes to them.
+        parameters = {
+            name: t for name, t in self._tensors.live.items() if isinstance(self.captured[name], nn.Parameter)
+        }
+        return [
+            f"{norms.device} {norms.dtype} {norms.tolist()}" for norms in norms_of(averaged_in(parameters).values())
+        ]
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not was_skipped(optimizer):
             self.steps += 1
             self._note(Moment(self.steps, self._last_epoch))
 
+    @torch.inference_mode(False)
     def end_epoch(self) -> None:
         self._last_epoch += 1
         self._note(Moment(self.steps, self._last_epoch, epoch_end=True))
@@ -105,6 +134,7 @@ class Loop(TakingIn):
             self._look()
             self.take_in(moment, weights.find_nonfinite(self.checked))
 
+    @torch.inference_mode(False)
     def evaluate(self, score: float) -> bool:
         """Tells the rule a score; whether nothing can change the result any more."""
         self._look()
@@ -116,7 +146,11 @@ class Loop(TakingIn):
         if self._tensors.is_sharded:
             weights.reshard(self.watched.module)
         if self.watched.has_changed():
-            self._follow(self.watched)
+            if self._state is None or not (self.steps or self.updates):
+                self._state, self._buffers, self._begun_with = None, {}, []
+                self._tensors.start(self.watched, (), ())  # nothing is averaged yet for which it mattered
+            else:
+                self._follow(self.watched)
 
     # ---- the result
 
@@ -136,12 +170,14 @@ class Loop(TakingIn):
             stack.enter_context(in_place(module, self.watched.inventory, merged, self._before))
             stack.callback(derived.let_go)
             derived.make_anew()
-            yield
+            with writes_refused(self.watched.inventory.parameters, merged, self.merged() or {}):
+                yield
 
     def raw(self) -> Weights:
         before = self._before or {}
         return {name: before.get(name, tensor).detach() for name, tensor in self.tensors.items()}
 
+    @torch.inference_mode(False)  # what is made in that mode could not be trained on, nor averaged
     def published(self) -> Weights | None:
         """The merged tensors as they take the place of the live ones. All processes call this."""
         self._look()
@@ -162,6 +198,7 @@ class Loop(TakingIn):
         weights.mean_over_ranks_(buffers, self.captured)
         return {**parameters, **buffers}
 
+    @torch.inference_mode(False)
     def calibrate(self, batches: Iterable[Any], forward: Callable[[Any], Any] | None) -> None:
         """Makes the buffers fit the merged weights: BatchNorm statistics, and vectors of spectral normalisation."""
         self._look()
@@ -177,8 +214,11 @@ class Loop(TakingIn):
         weights.copy_({name: self._buffers[name] for name in fresh}, fresh)
         self._calibrated_at = self.version
 
+    @torch.inference_mode(False)
     def publish(self) -> Weights:
         """Leaves the merged weights in the module and counts no more steps; the raw ones that were there."""
+        if self._before is not None:
+            raise RuntimeError("`publish()` inside of `merged()` would be undone at its end: leave the block first.")
         if self._state is not None and (sentence := self._active_rule.conclude(self._state)):
             self._inform(f"{self._tensors.title}: {sentence}")
         merged = weights.copies(self.published() or {})
@@ -205,6 +245,7 @@ class Loop(TakingIn):
         )
         return {"rule": repr(self.rule), "steps": self.steps, **state.section()}
 
+    @torch.inference_mode(False)
     def load(self, saved: Mapping[str, Any]) -> None:
         """Takes over copies of what ``save`` gave; nothing if that does not fit."""
         self.decide()
@@ -219,7 +260,7 @@ class Loop(TakingIn):
                 else self._active_rule.stored(self._active_rule.load(state, self._tensors.devices))
             )
         if average is not None:
-            self._refuse_another_model(average, cure)
+            self._refuse_another(average, buffers, cure)
         if rule != repr(self.rule):
             self._warn(f"{self._tensors.title} goes on from a state of {rule}.")
         self._state, self._buffers, self.steps = state, buffers, steps
@@ -230,3 +271,13 @@ class Loop(TakingIn):
         self._calibrated_at = None if measured is None else (measured[0], measured[1])
         if state is not None:
             self._to_devices()
+
+    def _refuse_another(self, average: Weights, buffers: Weights, cure: str) -> None:
+        """Raises if a state is of another model; what it averages is averaged from here on, if it is frozen too."""
+        known, copied = list(self._tensors.averaged), list(self._tensors.copied)
+        self._tensors.start(self.watched, average, buffers)
+        try:
+            self._refuse_another_model(average, cure)
+        except ValueError:
+            self._tensors.start(self.watched, known, copied)
+            raise

@@ -41,7 +41,10 @@ def plain_optimizer(optimizer: Any, argument: str = "optimizer") -> Optimizer:
     """
     says = "one optimizer of torch, the one whose applied steps are counted"
     found: Any = instance(argument, optimizer, Optimizer, says)
-    while isinstance(inner := getattr(found, "optimizer", None), Optimizer):
+    # One that is called through hooks of its own may do more after the step of the one inside.
+    while not getattr(type(found).step, "hooked", False):
+        if not isinstance(inner := getattr(found, "optimizer", None), Optimizer):
+            break
         found = inner
     return found  # type: ignore[no-any-return]
 
