@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_merge.cli import main
-from lightning_merge.combiners import TSVM, Combiner, IsoC, combine_files
+from lightning_merge.combiners import TSVM, Combiner, Consensus, IsoC, MetaGPT, combine_files
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -93,13 +93,20 @@ def test_model_stock_goes_from_the_base_as_far_as_the_files_agree(run: Run, tmp_
 
 
 @pytest.mark.parametrize(
-    ("rule", "combiner"), [("iso-c", IsoC()), ("iso-c", IsoC(1.5)), ("tsv-m", TSVM()), ("tsv-m", TSVM(0.5))]
+    ("rule", "combiner"),
+    [
+        ("iso-c", IsoC()),
+        ("iso-c", IsoC(1.5)),
+        ("tsv-m", TSVM()),
+        ("metagpt", MetaGPT()),
+        ("tall", Consensus(scale=0.5)),
+    ],
 )
 def test_rules_from_a_base_are_the_combiners(run: Run, tmp_path: Path, rule: str, combiner: Combiner) -> None:
     torch.manual_seed(0)
     for name in ("base", "a", "b"):
         torch.save({"w": torch.randn(4, 3), "v": torch.randn(2), "n": torch.tensor(3)}, tmp_path / f"{name}.pt")
-    given = [] if combiner == type(combiner)() else ["--scale", vars(combiner)["scale"]]
+    given = ["--scale", vars(combiner)["scale"]] if "scale" in vars(combiner) else []
     assert run("soup", "a.pt", "b.pt", "--rule", rule, *given, "--base", "base.pt", "--out", "out.pt")[0] == 0
     written = load(tmp_path / "out.pt")
     expected = combine_files(combiner, tmp_path / "base.pt", [tmp_path / "a.pt", tmp_path / "b.pt"])

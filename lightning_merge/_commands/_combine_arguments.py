@@ -8,7 +8,7 @@ AVERAGE_RULES = ("mean", "window", "linear", "ema", *_DECAYS, "greedy", "lcsc", 
 _SETS = ("raw", "published")
 SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
 _OF_SETS = "of files with an average: what training works on, or what the score was measured on"
-FROM_BASE = ("model-stock", "iso-c", "tsv-m")
+FROM_BASE = ("model-stock", "iso-c", "tsv-m", "tall", "metagpt")
 """Rules that merge what each file added to a base."""
 SOUP_RULES = ("uniform", "greedy", "diwa", "learned", *FROM_BASE)
 _NAMED = ", ".join(f"`{rule}`" for rule in FROM_BASE)
@@ -44,7 +44,11 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
     parser.add_argument("--weights", choices=_SETS, default="published", help=f"{_OF_SETS} (default published)")
     parser.add_argument("--base", type=_local, metavar="FILE", help=f"for {_NAMED}: what all were fine-tuned from")
-    parser.add_argument("--scale", type=float, help="for `iso-c`, `tsv-m`: factor of the merged vector (default 1)")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        help="for `iso-c`, `tsv-m` (default 1), `tall` (default 0.3): factor of the merged vector",
+    )
     _add_common(parser)
 
 

@@ -4,10 +4,13 @@ from lightning_merge.combiners._average import Average
 from lightning_merge.combiners._base import Combiner
 from lightning_merge.combiners._breadcrumbs import Breadcrumbs
 from lightning_merge.combiners._combine_files import combine_files
+from lightning_merge.combiners._consensus import Consensus
 from lightning_merge.combiners._dare import DARE
+from lightning_merge.combiners._emr import EMR
 from lightning_merge.combiners._exponential_average import ExponentialAverage
 from lightning_merge.combiners._iso_c import IsoC
 from lightning_merge.combiners._magmax import MagMax
+from lightning_merge.combiners._metagpt import MetaGPT
 from lightning_merge.combiners._model_stock import ModelStock
 from lightning_merge.combiners._opcm import OPCM
 from lightning_merge.combiners._scale import Scale
@@ -19,6 +22,7 @@ from lightning_merge.combiners._vectors import add_vector, analogy, negate, task
 
 __all__ = [
     "DARE",
+    "EMR",
     "OPCM",
     "SLERP",
     "TIES",
@@ -26,9 +30,11 @@ __all__ = [
     "Average",
     "Breadcrumbs",
     "Combiner",
+    "Consensus",
     "ExponentialAverage",
     "IsoC",
     "MagMax",
+    "MetaGPT",
     "ModelStock",
     "Scale",
     "Sum",

@@ -40,6 +40,8 @@ from lightning_merge.weights._inventory import named_parameters as named_paramet
 from lightning_merge.weights._inventory import named_tensors as named_tensors
 from lightning_merge.weights._inventory import state_dict_names as state_dict_names
 from lightning_merge.weights._magnitudes import keep_larger_ as keep_larger_
+from lightning_merge.weights._magnitudes import maximum_ as maximum_
+from lightning_merge.weights._magnitudes import minimum_ as minimum_
 from lightning_merge.weights._means import mix_ as mix_
 from lightning_merge.weights._means import weighted_mean as weighted_mean
 from lightning_merge.weights._memory import laid_out_as as laid_out_as
@@ -72,3 +74,4 @@ from lightning_merge.weights._shards import reshard as reshard
 from lightning_merge.weights._shards import sharded_tensors as sharded_tensors
 from lightning_merge.weights._sizes import all_below as all_below
 from lightning_merge.weights._sizes import largest as largest
+from lightning_merge.weights._sizes import norm as norm

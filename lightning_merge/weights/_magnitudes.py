@@ -31,3 +31,15 @@ def keep_larger_(target: Weights, source: Mapping[str, Tensor], equal: bool) -> 
     else:
         torch._foreach_clamp_min_(wins, 0.0)
     torch._foreach_lerp_(kept, new, wins)  # at 0 and at 1 it does not round
+
+
+def maximum_(target: Weights, source: Mapping[str, Tensor]) -> None:
+    """``target <- max(target, source)`` per number, in place; same names, shapes, dtypes and devices."""
+    if target:
+        torch._foreach_maximum_(list(target.values()), [source[name] for name in target])
+
+
+def minimum_(target: Weights, source: Mapping[str, Tensor]) -> None:
+    """``target <- min(target, source)`` per number, in place; same names, shapes, dtypes and devices."""
+    if target:
+        torch._foreach_minimum_(list(target.values()), [source[name] for name in target])

@@ -1,7 +1,7 @@
 """How large the numbers of a set are."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from math import isfinite
+from math import hypot, isfinite
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,20 @@ def largest(weights: Mapping[str, Tensor]) -> dict[str, float]:
         norms = torch._foreach_norm([weights[name] for name in names], float("inf"))
         found |= zip(names, torch.stack(norms).tolist(), strict=True)
     return found
+
+
+@torch.no_grad()
+def norm(weights: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm over all tensors of real numbers, in float64; the same whatever the order of the names."""
+    devices: dict[torch.device, list[str]] = {}
+    found: dict[str, float] = {}
+    for name, tensor in weights.items():
+        if tensor.numel():
+            devices.setdefault(tensor.device, []).append(name)
+    for names in devices.values():  # one synchronisation per device
+        norms = torch._foreach_norm([weights[name] for name in names], dtype=torch.float64)
+        found |= zip(names, torch.stack(norms).tolist(), strict=True)
+    return hypot(*(found[name] for name in sorted(found)))
 
 
 def norms_of(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 import lightning_merge.combiners
 from lightning_merge.combiners import (
     DARE,
+    EMR,
     OPCM,
     SLERP,
     TIES,
@@ -21,9 +22,11 @@ from lightning_merge.combiners import (
     Average,
     Breadcrumbs,
     Combiner,
+    Consensus,
     ExponentialAverage,
     IsoC,
     MagMax,
+    MetaGPT,
     ModelStock,
     Sum,
 )
@@ -59,6 +62,9 @@ COMBINERS = [
     SLERP(t=0.25, scale=0.3),
     IsoC(),
     TSVM(scale="1/t"),
+    MetaGPT(),
+    Consensus(),
+    EMR(),
 ]
 
 every_combiner = pytest.mark.parametrize("combiner", COMBINERS, ids=repr)
@@ -346,7 +352,7 @@ def test_nothing_to_combine_is_an_error(combiner):
             combiner.combine(nothing)
 
 
-@pytest.mark.parametrize("cls", [Sum, ExponentialAverage, MagMax, TIES, Breadcrumbs, SLERP, IsoC, TSVM])
+@pytest.mark.parametrize("cls", [Sum, ExponentialAverage, MagMax, TIES, Breadcrumbs, SLERP, IsoC, TSVM, Consensus])
 @pytest.mark.parametrize("scale", [0, -0.5, 10.5, float("nan"), True, "1/T"])
 def test_scale_out_of_range_is_an_error_that_names_the_range(cls, scale):
     with pytest.raises(ValueError, match=r"`scale` must be a number in \(0, 10\]"):

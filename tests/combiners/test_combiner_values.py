@@ -8,6 +8,7 @@ import torch
 import lightning_merge.combiners._dare as dare_module
 from lightning_merge.combiners import (
     DARE,
+    EMR,
     OPCM,
     SLERP,
     TIES,
@@ -15,9 +16,11 @@ from lightning_merge.combiners import (
     Average,
     Breadcrumbs,
     Combiner,
+    Consensus,
     ExponentialAverage,
     IsoC,
     MagMax,
+    MetaGPT,
     ModelStock,
     Sum,
     add_vector,
@@ -287,7 +290,10 @@ def test_vectors_that_do_not_belong_together_are_refused(function, message):
 
 @pytest.mark.parametrize(
     "combiner",
-    [Sum(), Average(), TIES(0.5), TIES(0.5, scope="global"), Breadcrumbs(), ModelStock(), MagMax(), IsoC(), TSVM()],
+    [
+        *(Sum(), Average(), TIES(0.5), TIES(0.5, scope="global"), Breadcrumbs(), ModelStock(), MagMax()),
+        *(IsoC(), TSVM(), MetaGPT(), Consensus(), EMR()),
+    ],
     ids=repr,
 )
 def test_order_of_the_tasks_does_not_matter(combiner):

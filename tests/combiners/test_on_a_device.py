@@ -7,6 +7,7 @@ from test_combiner_conformance import COMBINERS, updated, vectors
 
 from lightning_merge.combiners import (
     DARE,
+    EMR,
     OPCM,
     SLERP,
     TIES,
@@ -17,6 +18,7 @@ from lightning_merge.combiners import (
     ExponentialAverage,
     IsoC,
     MagMax,
+    MetaGPT,
     ModelStock,
     Sum,
 )
@@ -90,6 +92,8 @@ SPECTRAL = {OPCM, TSVM}  # per matrix a decomposition of each vector
 
 BARS = {
     IsoC: (5, 1),
+    MetaGPT: (9, 3),
+    EMR: (8, 1),
     Sum: (5, 1),
     Average: (5, 1),
     ExponentialAverage: (5, 1),

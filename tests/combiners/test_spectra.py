@@ -83,6 +83,8 @@ def test_nothing_is_added_in_directions_in_which_no_task_has_a_part(combiner):
     found = combiner.combine(rows)["w"]
     assert not found[1:].abs().max() > 1e-12
     assert found[0].norm() > 0.1
+    if combiner == IsoC():  # the mean of its only singular value
+        torch.testing.assert_close(found, rows[0]["w"] + rows[1]["w"], rtol=0, atol=1e-12)
 
 
 def test_state_of_task_singular_vectors_does_not_grow_with_the_tasks():

@@ -16,7 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_merge.combiners import DARE, OPCM, TIES, TSVM, Average, Combiner, MagMax, ModelStock, Sum
+from lightning_merge.combiners import (
+    DARE,
+    EMR,
+    OPCM,
+    TIES,
+    TSVM,
+    Average,
+    Combiner,
+    Consensus,
+    MagMax,
+    MetaGPT,
+    ModelStock,
+    Sum,
+)
 from lightning_merge.continual import Bank
 from lightning_merge.weights import Weights
 
@@ -29,6 +42,9 @@ COMBINERS = [
     DARE(Average(), seed=3),
     OPCM(),
     TSVM(),
+    MetaGPT(),
+    Consensus(),
+    EMR(),
     ModelStock(),
     ModelStock("mean_deg"),
 ]
