@@ -116,7 +116,8 @@ class EvaluationWeights(WeightMerging):
             inside = self._session.swapped_out
             with self._session.raw_in_place(self) if inside else nullcontext():
                 self._found = self._steps_of_all, self._look()
-                self._buffers = weights.copies(self._tensors.live_copied)
+                if self._calibrated_at != list(self.version):  # else a file had them, measured after this step
+                    self._buffers = weights.copies(self._tensors.live_copied)
         return {**self._found[1], **self._buffers}
 
     def _look(self) -> Weights:

@@ -136,6 +136,15 @@ def test_files_hold_what_was_measured_and_a_resumed_run_ends_as_the_uninterrupte
         assert differing(file["state_dict"], raw_of(file)) != []
 
 
+def test_a_finished_run_that_is_resumed_keeps_the_statistics_of_its_file(tmp_path: Path) -> None:
+    module, again = Free(norm=True), Free(norm=True)
+    run = trainer(tmp_path, [EvaluationWeights(), ModelCheckpoint(tmp_path, "last")], max_epochs=2)
+    run.fit(module, batches(4), batches(1))
+    run = trainer(tmp_path / "again", [EvaluationWeights()], max_epochs=2)
+    run.fit(again, batches(4), batches(1), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert differing(module, again) == []
+
+
 def test_batch_norm_statistics_are_those_of_the_weights_to_evaluate(tmp_path: Path) -> None:
     module = Free("sgd", norm=True)
     trainer(tmp_path, [EvaluationWeights()], max_epochs=4).fit(module, batches(4), batches(1))
