@@ -10,7 +10,10 @@ from lightning_merge._commands._combine_arguments import FROM_BASE, SEARCHES, ch
 from lightning_merge._commands._needs import CLI_MODULES, need
 
 if TYPE_CHECKING:  # the command line reads the arguments below without loading torch
+    from lightning_merge._commands._continued import Earlier
     from lightning_merge.search import Found
+    from lightning_merge.trajectory import Trajectory
+    from lightning_merge.weights import Weights
 
 
 def run(options: argparse.Namespace) -> int:
@@ -29,39 +32,81 @@ def combine(options: argparse.Namespace) -> str:
     """
     from lightning_merge._commands._combine_report import report
     from lightning_merge._commands._kept import kept_of
-    from lightning_merge._commands._target import refuse_input, save
-    from lightning_merge._mergeable import refuse_lora_factors
-    from lightning_merge.trajectory import Trajectory
+    from lightning_merge._commands._target import folder_of, refuse_input, save
 
     check(options)
-    if options.command == "average":
-        trajectory = Trajectory.of_run(
-            options.run, options.pattern, options.weights, options.start, options.end, options.last
-        )
-    else:
-        trajectory = Trajectory.of_files(options.files, options.weights)
-        refuse_lora_factors(trajectory[0].places, len(trajectory), lambda i, name: trajectory[i].tensor(name))
+    folder = folder_of(options.out)
+    earlier, trajectory = _inputs(options)
     paths = [checkpoint.path for checkpoint in trajectory]
-    given = paths if options.command == "average" else options.files
+    given = [options.run, options.continue_from] if options.command == "average" else options.files
     refuse_input(options.out, [*paths, *given, getattr(options, "base", None), options.config, options.log])
+    if folder is not None:
+        from lightning_merge.trajectory._sharded_output import layout_of
+
+        layout_of(trajectory)  # raises if there is none
     hashes = [checkpoint.sha256() for checkpoint in trajectory]
     bench = None if options.config is None else _bench(options.config)
     found: Found | None = None
+    merged: Weights = {}
     if options.rule in FROM_BASE:
         merged, coefficients = combining.from_base(trajectory, options), None
     elif options.rule in SEARCHES:
         found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
-        merged = trajectory.combine(coefficients)
+    elif earlier is not None:
+        coefficients = earlier.weights(options, len(trajectory) - 1)
     else:
         coefficients = combining.coefficients(options, len(trajectory))
+    if coefficients is not None and folder is None:
         merged = trajectory.combine(coefficients)
     if bench is not None:
         merged = combining.measured(bench, merged, options.seed)
-    provenance = {
+    provenance = _provenance(options, trajectory, hashes, coefficients, found)
+    whole = provenance if earlier is None else earlier.grown(provenance)
+    if folder is not None:
+        from lightning_merge._commands._combine_folder import write_folder
+
+        return report(
+            options, trajectory, provenance, write_folder(trajectory, provenance, whole, folder, options.processes)
+        )
+    if bench is not None:
+        bench.load(merged)  # as the line that is printed does
+    kept, lost = kept_of(paths)
+    save({"state_dict": merged, **kept, "provenance": whole}, options.out)
+    return report(options, trajectory, provenance, lost)
+
+
+def _inputs(options: argparse.Namespace) -> "tuple[Earlier | None, Trajectory]":
+    """The checkpoints to merge, the first of which is the merge that goes on, if one does."""
+    from lightning_merge._commands._continued import Earlier
+    from lightning_merge._mergeable import refuse_lora_factors
+    from lightning_merge.trajectory import Trajectory
+
+    if options.command == "average":
+        trajectory = Trajectory.of_run(
+            options.run, options.pattern, options.weights, options.start, options.end, options.last
+        )
+        if options.continue_from is None:
+            return None, trajectory
+        earlier = Earlier(options)
+        return earlier, earlier.with_new(trajectory)
+    trajectory = Trajectory.of_files(options.files, options.weights)
+    refuse_lora_factors(trajectory[0].places, len(trajectory), lambda i, name: trajectory[i].tensor(name))
+    return None, trajectory
+
+
+def _provenance(
+    options: argparse.Namespace,
+    trajectory: "Trajectory",
+    hashes: list[str],
+    coefficients: list[float] | None,
+    found: "Found | None",
+) -> dict[str, Any]:
+    return {
         "rule": options.rule,
+        "decay": options.decay if options.rule == "ema" else None,
         "weights": options.weights,
-        "files": [os.fspath(path) for path in paths],
+        "files": [os.fspath(checkpoint.path) for checkpoint in trajectory],
         "sets": [checkpoint.holds for checkpoint in trajectory],
         "sha256": hashes,
         "coefficients": coefficients,
@@ -70,13 +115,8 @@ def combine(options: argparse.Namespace) -> str:
         "evaluations": None if found is None else len(found.history),
         "ties": None if found is None else found.ties,
         "base": os.fspath(options.base) if options.rule in FROM_BASE else None,
-        "statistics": "measured" if bench is not None else "averaged",
+        "statistics": "averaged" if options.config is None else "measured",
     }
-    if bench is not None:
-        bench.load(merged)  # as the line that is printed does
-    kept, lost = kept_of(paths)
-    save({"state_dict": merged, **kept, "provenance": provenance}, options.out)
-    return report(options, trajectory, merged, provenance, lost)
 
 
 def _bench(config: Path) -> Any:

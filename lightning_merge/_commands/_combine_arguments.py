@@ -33,6 +33,12 @@ def add_average(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decay", type=float, default=0.8, help="for `ema`: share kept at each checkpoint (default 0.8)"
     )
+    parser.add_argument(
+        "--continue-from",
+        type=_local,
+        metavar="MERGE",
+        help="file or folder of an earlier `average` by `mean` or `ema`, to which new checkpoints are added",
+    )
     _add_common(parser)
 
 
@@ -53,7 +59,12 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, help="the checkpoint to write, or a URL; ends in .ckpt or .pt")
+    parser.add_argument(
+        "--out", required=True, help="the checkpoint to write, or a URL; ends in .ckpt or .pt, or is a folder"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, metavar="N", help="so many write the parts of a folder (default 1)"
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--config", type=Path, help="config.yaml of a run or a recipe: model and data to score with")
     parser.add_argument("--monitor", default="val/loss", help="the score: a metric that validation logs")
@@ -73,17 +84,12 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: Naming the argument and the cure.
     """
-    from lightning_merge._commands._target import refuse_target
+    from lightning_merge._commands._continued import refuse_rule
     from lightning_merge.files import is_remote
 
-    try:
-        refuse_target(options.out, "`--out`", (".ckpt", ".pt"), options.force)
-    except ValueError as error:
-        if "must end in" in str(error):
-            raise ValueError(
-                f"`--out` must end in .ckpt or .pt, got {options.out}. `lightning-merge export` converts it."
-            ) from None
-        raise
+    _check_target(options)
+    if getattr(options, "continue_from", None) is not None:
+        refuse_rule(options.rule)
     if options.rule in SEARCHES and options.config is None:
         raise ValueError(
             f"`--rule {options.rule}` looks for the best score: name model and data with `--config` (config.yaml of a"
@@ -106,3 +112,26 @@ def check(options: argparse.Namespace) -> None:
             "`--rule learned` follows a gradient, so the score has to be a smooth loss, as with `--monitor val/loss"
             " --mode min`."
         )
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    from lightning_merge._commands._target import folder_of, refuse_folder, refuse_target
+
+    if (folder := folder_of(options.out)) is None:
+        try:
+            refuse_target(options.out, "`--out`", (".ckpt", ".pt"), options.force)
+        except ValueError as error:
+            if "must end in" in str(error):
+                raise ValueError(
+                    f"`--out` must end in .ckpt or .pt, got {options.out}. `lightning-merge export` converts it."
+                ) from None
+            raise
+        if options.processes != 1:
+            raise ValueError("`--processes` is for a sharded output: let `--out` be a folder (without an ending).")
+        return
+    if options.processes < 1:
+        raise ValueError(f"`--processes` must be at least 1, got {options.processes}.")
+    if options.config is not None or options.rule in FROM_BASE:
+        which = f"`--rule {options.rule}`" if options.config is None else "what `--config` measures"
+        raise ValueError(f"{which} is written to a file, not to a folder: let `--out` end in .ckpt or .pt.")
+    refuse_folder(folder, options.force)

@@ -3,10 +3,9 @@
 import argparse
 from typing import Any
 
-from lightning_merge._commands._target import loading
-from lightning_merge.files._sets import tensors
+from lightning_merge._commands._target import folder_of, literal, loading
+from lightning_merge.files._sharded import META
 from lightning_merge.trajectory import Trajectory
-from lightning_merge.weights import Weights
 
 
 def _which(options: argparse.Namespace, trajectory: Trajectory) -> str:
@@ -18,12 +17,11 @@ def _which(options: argparse.Namespace, trajectory: Trajectory) -> str:
 def report(
     options: argparse.Namespace,
     trajectory: Trajectory,
-    merged: Weights,
     provenance: dict[str, Any],
     lost: list[str],
 ) -> str:
     """What was merged into what, how to load it, and all that was left out."""
-    size = sum(tensor.numel() for tensor in tensors(merged).values())
+    size = sum(tensor.numel() for tensor in trajectory[0].like.values())
     lines = [
         f"{options.out}: {options.rule} of {len(trajectory)} checkpoints, {size:,} numbers{_which(options, trajectory)}"
     ]
@@ -46,7 +44,17 @@ def report(
             f"  left out, since it differs or is no plain data: {', '.join(lost[:8])}; of hyperparameters, hand what is"
             " missing to `load_from_checkpoint`"
         )
-    if options.config is None and any(name.endswith("running_mean") for name in merged):
+    if options.config is None and any(name.endswith("running_mean") for name in trajectory[0].places):
         lines.append("  BatchNorm statistics are averaged, which fits badly; `--config FILE` measures them again")
-    how = loading(options.out, 'torch.load({path}, weights_only=True)["state_dict"]')
-    return "\n".join([*lines, f"  load: {how}"])
+    return "\n".join([*lines, f"  {_how_to_load(options.out)}"])
+
+
+def _how_to_load(out: str) -> str:
+    """The line that loads what was written."""
+    folder = folder_of(out)
+    if folder is None:
+        how = loading(out, 'torch.load({path}, weights_only=True)["state_dict"]')
+        return f"load: {how}"
+    if (folder / META).exists():
+        return f"go on under a strategy that shards: trainer.fit(model, ckpt_path={literal(folder)})"
+    return f"load: torch.distributed.checkpoint.load(state_dict, checkpoint_id={literal(folder)})"

@@ -62,10 +62,10 @@ def _shared(contents: list[Mapping[Any, Any]], key: Any) -> list[Any]:
         return []
     first = contents[-1][key]
     same = stands_for(first) is None and all(_same(each[key], first) for each in contents[:-1])
-    return [first] if same and _is_plain(first) else []
+    return [first] if same and is_plain(first) else []
 
 
-def _is_plain(value: Any) -> bool:
+def is_plain(value: Any) -> bool:
     """Whether ``torch.load(..., weights_only=True)`` reads it back."""
     file = io.BytesIO()
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_merge.files import exists, is_remote, replacing
+from lightning_merge.files._sharded import is_sharded_checkpoint
 
 
 def loading(path: str | os.PathLike[str], plainly: str, end: str = ")") -> str:
@@ -59,6 +60,36 @@ def refuse_target(target: str | os.PathLike[str], what: str, suffixes: tuple[str
         raise ValueError(f"there is no folder {local.parent} to write {local.name} to.")
 
 
+def folder_of(target: str) -> Path | None:
+    """The folder that a name means, which has no ending or ends in a slash; ``None`` of a file."""
+    if is_remote(target) or not (target.endswith(("/", os.sep)) or not Path(target).suffix):
+        return None
+    return Path(target)
+
+
+def refuse_folder(folder: Path, force: bool) -> None:
+    """Raises before anything is read, if a sharded checkpoint cannot be written there.
+
+    Args:
+        folder: Its path.
+        force: Whether an existing sharded checkpoint is replaced.
+
+    Raises:
+        ValueError: If something else is there, or a sharded checkpoint without ``force``, or it is in no folder.
+    """
+    if folder.is_dir() and not is_sharded_checkpoint(folder):
+        raise ValueError(
+            f"`--out` must be a file, and {folder} is a folder with other things in it, which are not replaced: name a"
+            f" file in it, as {folder / 'merged'}.pt, or a folder for a sharded checkpoint, as {folder / 'merged'}."
+        )
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file, which a sharded checkpoint does not replace: name another folder.")
+    if folder.exists() and not force:
+        raise ValueError(f"{folder} exists already; --force replaces it.")
+    if not folder.parent.is_dir():
+        raise ValueError(f"there is no folder {folder.parent} to write {folder.name} to.")
+
+
 def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str] | None]) -> None:
     """Raises if a command would write over one of the files that it reads, under whatever name.
 
@@ -68,10 +99,13 @@ def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathL
     if is_remote(target) or not Path(target).exists():
         return
     for each in inputs:
-        if each is not None and not is_remote(each) and Path(each).exists() and Path(each).samefile(target):
+        if each is None or is_remote(each) or not Path(each).exists():
+            continue
+        if any(place.samefile(target) for place in (Path(each), *Path(each).resolve().parents)):
             name = "" if os.fspath(each) == os.fspath(target) else f" ({each})"
+            what = "is" if Path(each).samefile(target) else "holds"
             raise ValueError(
-                f"{target} is one of the inputs{name}, which would be lost: name another file, also with `--force`."
+                f"{target} {what} one of the inputs{name}, which would be lost: name another file, also with `--force`."
             )
 
 

@@ -6,6 +6,18 @@
 from lightning_merge.files._check import check
 from lightning_merge.files._label import FORMAT, KEY, Label
 from lightning_merge.files._read import read
-from lightning_merge.files._write import atomic, exists, is_remote, join, replacing
+from lightning_merge.files._write import atomic, exists, is_remote, join, replacing, replacing_folder
 
-__all__ = ["FORMAT", "KEY", "Label", "atomic", "check", "exists", "is_remote", "join", "read", "replacing"]
+__all__ = [
+    "FORMAT",
+    "KEY",
+    "Label",
+    "atomic",
+    "check",
+    "exists",
+    "is_remote",
+    "join",
+    "read",
+    "replacing",
+    "replacing_folder",
+]

@@ -4,8 +4,9 @@ import hashlib
 import os
 import sys
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from lightning_merge._checks import one_of
 from lightning_merge._checks import path as checked_path
 from lightning_merge.files._check import damaged, is_zip, naming
 from lightning_merge.files._folders import is_index, model_file, parts_of
+from lightning_merge.files._label import KEY
 from lightning_merge.files._layouts import no_weights, open_file, sets_of
 from lightning_merge.files._other_formats import is_safetensors
 from lightning_merge.files._places import Place, memory_of, place_of
@@ -22,10 +24,13 @@ from lightning_merge.files._read import read
 from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._safetensors import contiguous_stride, read_header
 from lightning_merge.files._sets import StoredSet, WeightFile, sources_of, stored
-from lightning_merge.files._sharded import is_sharded_checkpoint
+from lightning_merge.files._sharded import is_sharded_checkpoint, provenance_of, read_folder
 from lightning_merge.files._sums import Sums
 from lightning_merge.files._write import is_remote
 from lightning_merge.weights import Weights
+
+if TYPE_CHECKING:
+    from lightning_merge.files._sharded_tensors import ShardedTensors
 
 WhichWeights: TypeAlias = Literal["raw", "published"]
 """Of a file with an average: the weights that training works on, or those that the file's score was measured on."""
@@ -37,8 +42,8 @@ class Checkpoint:
     Nothing in the file is run. What is read is held against the checksums in the file, once for each tensor.
 
     Args:
-        path: A ``.ckpt``, ``.pt`` or ``.safetensors`` file of any layout that ``open_file`` knows. The tensors of a
-            sharded checkpoint (a folder) are in host memory instead.
+        path: A ``.ckpt``, ``.pt`` or ``.safetensors`` file of any layout that ``open_file`` knows, or the folder of a
+            sharded checkpoint, of which the tensor that was read last is in host memory.
         weights: Of a file with an average, the ``"raw"`` weights or the ``"published"`` ones, which its score belongs
             to. Other files have one set.
 
@@ -51,6 +56,7 @@ class Checkpoint:
         holds: Name of the set that is read, as ``lightning-merge inspect`` gives it.
         sets: Names of all sets in the file.
         merged_from: How many files it was merged from by ``lightning-merge average`` or ``soup``; 0 of any other.
+        sharded: The tensors of a sharded checkpoint; ``None`` of any other file.
 
     Raises:
         ValueError: If there is no such file, it cannot be read, holds no weights, or would run code.
@@ -71,11 +77,14 @@ class Checkpoint:
         self.sets: tuple[str, ...] = ("weights",)
         self.merged_from = 0
         self.places: dict[str, Place] = {}
-        self._memory: Weights = {}  # of a file that cannot be read tensor by tensor
+        self._memory: Mapping[str, Tensor] = {}  # of a file that cannot be read in pieces of tensors
+        self.sharded: ShardedTensors | None = None
         self._sums: Sums | None = None
         if self.path.is_dir() and not is_sharded_checkpoint(self.path):
             self.path, _ = model_file(self.path)
-        if is_index(self.path) or is_sharded_checkpoint(self.path):
+        if is_sharded_checkpoint(self.path):
+            self._sharded(weights)
+        elif is_index(self.path):
             self._whole(weights)
         elif is_safetensors(self.path):
             self._safetensors()
@@ -233,6 +242,32 @@ class Checkpoint:
         self._memory = {name: tensor.contiguous() for name, tensor in chosen.weights.items()}
         for name, tensor in self._memory.items():
             self.places[name] = Place(tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+
+    def _sharded(self, weights: WhichWeights) -> None:
+        outlines: dict[str, Tensor] = {}
+        content = read_folder(self.path, read, outlines)
+        file = sets_of(content, self.path)
+        chosen = self._chosen(file, weights)
+        self.merged_from = len(sources_of({"provenance": provenance_of(self.path)}))
+        in_place = file.choose() if KEY in content else chosen
+        keys = {id(tensor): key for key, tensor in outlines.items()}
+        tensors = (*chosen.weights.values(), *in_place.weights.values())
+        if not all(id(tensor) in keys for tensor in tensors):  # some are transposed in the folder
+            self._whole(weights)
+            return
+        self.extra = dict(chosen.extra)
+        from lightning_merge.files._sharded_tensors import ShardedTensors  # takes long to import, and few need it
+
+        self.sharded = ShardedTensors(
+            self.path,
+            {name: keys[id(tensor)] for name, tensor in chosen.weights.items()},
+            {keys[id(tensor)]: name for name, tensor in in_place.weights.items()},
+        )
+        self._memory = self.sharded
+        numbers = {id(tensor): number for number, tensor in enumerate(outlines.values())}
+        for name, tensor in chosen.weights.items():
+            shape = tuple(tensor.shape)
+            self.places[name] = Place(numbers[id(tensor)], shape, contiguous_stride(shape), tensor.dtype)
 
     def _safetensors(self) -> None:
         header = read_header(self.path)

@@ -5,6 +5,7 @@ tensors are beside the optimizer states, as those of a further one that nobody a
 names. (Earlier versions put them into ``state_dict``.) Converters of Lightning and torch make one file of a folder.
 """
 
+import json
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,16 +19,21 @@ from torch.utils._pytree import tree_map
 from lightning_merge.files._label import KEY
 from lightning_merge.files._sharded_metadata import refuse_code
 
-_META = "meta.pt"
+META = "meta.pt"
+"""What Lightning's first process knows beside tensors."""
+
+PROVENANCE = "provenance.json"
+"""Of what a merged folder was made."""
 _PREFIX = "state_dict."
+_OF_TRAINING = ("optim", "state.optim", "train_state.", "lr_scheduler", "dataloader.")  # also as torchtitan calls it
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
     """Whether it is such a folder, or what is left of one."""
-    return path.is_dir() and ((path / _META).exists() or (path / ".metadata").exists())
+    return path.is_dir() and ((path / META).exists() or (path / ".metadata").exists())
 
 
-def check_parts(path: Path, needed: tuple[str, ...] = (".metadata", _META)) -> None:
+def check_parts(path: Path, needed: tuple[str, ...] = (".metadata", META)) -> None:
     """Raises before anything is read.
 
     Args:
@@ -41,7 +47,7 @@ def check_parts(path: Path, needed: tuple[str, ...] = (".metadata", _META)) -> N
     if (path / ".metadata").is_file():
         refuse_code(path / ".metadata")
         try:
-            stored_parts = _reader(path).read_metadata().storage_data.values()
+            stored_parts = sharded_reader(path).read_metadata().storage_data.values()
         except (EOFError, pickle.UnpicklingError):
             stored_parts = ()
             expected[path / ".metadata"] = (path / ".metadata").stat().st_size + 1
@@ -57,7 +63,7 @@ def check_parts(path: Path, needed: tuple[str, ...] = (".metadata", _META)) -> N
         )
 
 
-def read_folder(path: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
+def read_folder(path: Path, load: Callable[[Path], Any], outlines: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """The content of a sharded checkpoint as that of a checkpoint in one file, without optimizer states.
 
     In one process and in host memory.
@@ -65,38 +71,43 @@ def read_folder(path: Path, load: Callable[[Path], Any]) -> dict[str, Any]:
     Args:
         path: The folder.
         load: Reads ``meta.pt``.
+        outlines: Gets the tensors of the content by their keys in the folder; they are on "meta" then, and no numbers
+            are read.
 
     Raises:
         ValueError: If parts are missing, or ``.metadata`` would run code.
     """
-    if not (path / _META).exists() and (found := _without_lightning(path)) is not None:
+    if not (path / META).exists() and (found := _without_lightning(path, outlines)) is not None:
         return found
     check_parts(path)
-    content: dict[str, Any] = load(path / _META)
-    tensors = read_tensors(path, lambda name, size, dtype: torch.empty(size, dtype=dtype))
+    content: dict[str, Any] = load(path / META)
+    device = "cpu" if outlines is None else "meta"
+    tensors = read_tensors(path, lambda _, size, dtype: torch.empty(size, dtype=dtype, device=device), False, outlines)
     whole: dict[str, Any] = together({**content, "state_dict": tensors})
     return whole
 
 
-def _without_lightning(path: Path) -> dict[str, Any] | None:
+def _without_lightning(path: Path, outlines: dict[str, Tensor] | None) -> dict[str, Any] | None:
     """The tensors that ``torch.distributed.checkpoint`` alone saved, nested as they were; ``None`` if it is ours."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
     check_parts(path, (".metadata",))
-    metadata = _reader(path).read_metadata()
+    metadata = sharded_reader(path).read_metadata()
     if any(is_part(key.partition(".")[2]) for key in metadata.state_dict_metadata):
         return None
     ways = metadata.planner_data or {}  # of each key how it was nested
     targets = {
-        key: torch.empty(stored.size, dtype=stored.properties.dtype)
+        key: torch.empty(stored.size, dtype=stored.properties.dtype, device="cpu" if outlines is None else "meta")
         for key, stored in metadata.state_dict_metadata.items()
-        if isinstance(stored, TensorStorageMetadata) and not key.startswith(("optim", "state.optim"))
+        if isinstance(stored, TensorStorageMetadata) and not key.startswith(_OF_TRAINING)
     }
+    if outlines is not None:
+        outlines |= targets
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.distributed is disabled")  # as it is meant to be
-        if targets:
-            load(targets, storage_reader=_reader(path), no_dist=True)
+        if targets and outlines is None:
+            load(targets, storage_reader=sharded_reader(path), no_dist=True)
     content: dict[str, Any] = {}
     for key, tensor in targets.items():
         *outer, last = ways.get(key, (key,))
@@ -127,21 +138,27 @@ def is_part(name: object) -> bool:
     return isinstance(name, str) and name.startswith(f"{KEY}/")
 
 
-def read_tensors(path: Path, make: Any, ours_alone: bool = False) -> dict[str, Any]:
+def read_tensors(
+    path: Path, make: Any, ours_alone: bool = False, outlines: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Tensors of ``state_dict``, and ours, read into what ``make(name, size, dtype)`` gives; or ours alone.
+
+    With ``outlines`` they are put there by key, and nothing is read into them.
 
     With several processes all must call this.
     """
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    stored = _reader(path).read_metadata().state_dict_metadata
+    stored = sharded_reader(path).read_metadata().state_dict_metadata
     names = {key: key.partition(".")[2] for key, found in stored.items() if isinstance(found, TensorStorageMetadata)}
     wanted = [k for k, n in names.items() if is_part(n) or (k.startswith(_PREFIX) and not ours_alone)]
     targets = {key: make(names[key], stored[key].size, stored[key].properties.dtype) for key in wanted}
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if targets:
-        load(targets, storage_reader=_reader(path), no_dist=not distributed)
+    if outlines is not None:
+        outlines |= targets
+    elif targets:
+        load(targets, storage_reader=sharded_reader(path), no_dist=not distributed)
     return {names[key]: tensor for key, tensor in targets.items()}
 
 
@@ -160,7 +177,22 @@ def mergeable(section: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
                 yield state, "state"
 
 
-def _reader(path: Path) -> Any:
+def provenance_of(path: Path) -> dict[str, Any] | None:
+    """Of what a folder was merged; ``None`` if it says nothing of it.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
+    try:
+        found = json.loads((path / PROVENANCE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path / PROVENANCE} cannot be read: it is no JSON ({error}). Delete it.") from error
+    return found if isinstance(found, dict) else None
+
+
+def sharded_reader(path: Path) -> Any:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     return FileSystemReader(path)

@@ -139,6 +139,43 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill; when the block ends its files are on the disk, and it has the target's name.
+
+    A folder cannot be replaced by one rename. Whoever is killed between the two leaves none under the name, and the old
+    one beside it, under a name that ends in ``.old.tmp``. After an exception the target is as it was.
+
+    Args:
+        target: A path, in a folder that exists.
+
+    Raises:
+        OSError: If it cannot be written; the target is named.
+    """
+    unfinished = target.with_name(f"{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    old = unfinished.with_suffix(".old.tmp")
+    try:
+        with _naming(target):
+            unfinished.mkdir()
+            yield unfinished
+            for file in unfinished.iterdir():
+                with file.open("rb+") as content:
+                    os.fsync(content.fileno())
+            flush_folder(unfinished)
+            if target.exists():
+                target.replace(old)
+            try:
+                unfinished.replace(target)
+            except OSError:
+                if old.exists():
+                    old.replace(target)
+                raise
+            flush_folder(target.parent)
+    finally:
+        for each in (unfinished, old):
+            shutil.rmtree(each, ignore_errors=True)
+
+
 def flush_folder(folder: Path) -> None:
     """Brings the names in a folder to the disk, where a system can do that."""
     try:

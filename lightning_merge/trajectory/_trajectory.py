@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -150,21 +150,10 @@ class Trajectory(Sequence[Checkpoint]):
             >>> Trajectory.of_run(folder).combine([0.25, 0.75])
             {'w': tensor(1.7500)}
         """
-        coefficients = numbers("coefficients", coefficients, says=f"{len(self)} finite numbers")
-        if len(coefficients) != len(self):
-            raise ValueError(f"`coefficients` must be {len(self)} finite numbers, got {coefficients}.")
-        taking_part = [(c, float(a)) for c, a in zip(self._checkpoints, coefficients, strict=True) if a]
-        if not taking_part:
-            raise ValueError("`coefficients` must not all be 0.")
+        one, taking_part = self._merging(coefficients)
         names: dict[tuple[Place, ...], str] = {}  # of tied tensors the first
         for name in self._checkpoints[0].places:
             names.setdefault(self._places(name, taking_part), name)
-        self.differing = []
-        scratch = threading.local()  # new memory for every tensor would cost more than what is read into it
-
-        def one(name: str) -> Tensor:
-            return self._combine(name, taking_part, vars(scratch))
-
         if torch.get_num_threads() == 1:  # handing over to one thread costs as much as the reading
             tensors = [one(name) for name in names.values()]
         else:
@@ -173,6 +162,28 @@ class Trajectory(Sequence[Checkpoint]):
         done = dict(zip(names, tensors, strict=True))
         merged = {name: done[self._places(name, taking_part)] for name in self._checkpoints[0].places}
         return {**merged, **taking_part[-1][0].extra}
+
+    def merging(self, coefficients: Sequence[float]) -> Callable[[str], Tensor]:
+        """What gives one tensor of ``combine(coefficients)`` by its name.
+
+        Args:
+            coefficients: As for ``combine``.
+
+        Raises:
+            ValueError: As ``combine``, at once or when a tensor is asked for.
+        """
+        return self._merging(coefficients)[0]
+
+    def _merging(self, coefficients: Sequence[float]) -> tuple[Callable[[str], Tensor], list[tuple[Checkpoint, float]]]:
+        coefficients = numbers("coefficients", coefficients, says=f"{len(self)} finite numbers")
+        if len(coefficients) != len(self):
+            raise ValueError(f"`coefficients` must be {len(self)} finite numbers, got {coefficients}.")
+        taking_part = [(c, float(a)) for c, a in zip(self._checkpoints, coefficients, strict=True) if a]
+        if not taking_part:
+            raise ValueError("`coefficients` must not all be 0.")
+        self.differing = []
+        scratch = threading.local()  # new memory for every tensor would cost more than what is read into it
+        return lambda name: self._combine(name, taking_part, vars(scratch)), taking_part
 
     @staticmethod
     def _places(name: str, taking_part: list[tuple[Checkpoint, float]]) -> tuple[Place, ...]:
