@@ -39,7 +39,7 @@ class RecentBatches:
         self.in_eval: frozenset[str] | None = None
         self.fetched: Callable[[], Any] | None = None
         self._held: BatchCopy | None = None
-        self._last: BatchCopy | None = None  # that was kept
+        self._last: BatchCopy | None = None  # of the batch that is being trained on, once it is kept
         self._holds = False
         self._only_to_try = False
         self._said = False
@@ -95,6 +95,8 @@ class RecentBatches:
         Raises:
             ValueError: If it holds something that cannot be copied.
         """
+        if not again:
+            self._last = None
         if (only_to_try and self.trial is None) or not self.is_needed():
             return
         self._only_to_try = only_to_try

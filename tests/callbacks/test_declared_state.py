@@ -22,6 +22,7 @@ DERIVED = {
     "trial": "the first batch of a fit is tried",
     "way": "found out by that",
     "in_eval": "found out by that",
+    "_last": "of one batch, for its further branches",
     "mean": "made of the branches when it is asked for",
     "cache": "made of the snapshots when it is asked for",
     "_average": "the callback itself",
