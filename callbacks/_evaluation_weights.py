@@ -124,13 +124,15 @@ class EvaluationWeights(WeightMerging):
         live = self._tensors.live
         if self.second is not None:
             given = self._given(self.second(self._session.module))
-            odd = [n for n, t in given.items() if n not in live or t.shape != live[n].shape]
+            every = self._session.module.named_parameters(remove_duplicate=False)
+            shapes = {weights.canonical(name): tensor.shape for name, tensor in every}
+            odd = [n for n, t in given.items() if t.shape != shapes.get(n)]
             if odd:
                 raise ValueError(
                     f"`second` of {self.title} must give tensors by parameter name and in the parameter's shape, got"
                     f" `{odd[0]}` {tuple(given[odd[0]].shape)}; there are: {', '.join(live)}."
                 )
-            return weights.clone({**live, **given})
+            return weights.clone({name: given.get(name, tensor) for name, tensor in live.items()})  # tied ones once
         with _values_kept(self._optimizers):
             _switch(self._optimizers, "eval")
             found = weights.clone(live)

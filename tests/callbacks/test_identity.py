@@ -121,6 +121,14 @@ TRIED["anneal"] = lambda: [
     merging.Anneal("cosine", 4, memory=3, name="now"),
 ]
 TRIED["bema"] = lambda: [merging.BEMA(0.7, validate="both")]
+TRIED["evaluation-weights"] = lambda: [
+    merging.EvaluationWeights(
+        lambda module: {
+            name: (0.9 if each.requires_grad else 1.0) * each.detach()
+            for name, each in module.named_parameters(remove_duplicate=False)
+        }
+    )
+]
 TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",
