@@ -42,9 +42,15 @@ class OwnAttributes:
         self._left: dict[Place, Any] = {}  # as the last turn left it
         self._kept: dict[int, dict[Place, Any]] = {}
 
-    def enter(self, branch: int) -> None:
-        """Puts those of a branch in place."""
-        self._find()
+    def enter(self, branch: int, *, again: bool) -> None:
+        """Puts those of a branch in place.
+
+        Args:
+            branch: Its number.
+            again: Whether nothing but the exchange of weights has happened since ``leave``.
+        """
+        if not self._find() and again and not self._left:
+            return  # `leave` has just read them
         own = self._kept.get(branch, {})
         for place, left in self._left.items():
             holder, key = self._holders[place[0]], place[1]
@@ -74,10 +80,13 @@ class OwnAttributes:
                 is_assigned = value is not after.get(place, _ABSENT) and not _is_shared(after.get(place))
                 if is_assigned and place not in self._start:
                     self._start[place] = value
+        self._before = now
         self._left = {(number, key): self._holders[number].get(key, _ABSENT) for number, key in self._start}
         self._kept[branch] = dict(self._left)
 
-    def _find(self) -> None:
+    def _find(self) -> bool:
+        """Finds the submodules; whether they are others than before."""
+        found = False
         if self._version != self._branches.inventory.version:
             self._version = self._branches.inventory.version
             modules = [
@@ -86,12 +95,14 @@ class OwnAttributes:
                 if not is_metric(each) and not isinstance(each, torch.jit.ScriptModule)
             ]
             holders = list(map(vars, modules))
-            if [id(each) for each in holders] != [id(each) for each in self._holders]:
+            found = [id(each) for each in holders] != [id(each) for each in self._holders]
+            if found:
                 self._holders = holders
                 kinds: list[Any] = list(map(type, modules))
                 self._settings = [_settings_of(kind) for kind in kinds]
                 self._watched = _Watched(holders, self._settings)
                 self._start, self._left, self._kept = {}, {}, {}
+        return found
 
 
 @final

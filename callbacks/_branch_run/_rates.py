@@ -32,12 +32,20 @@ class Rates:
         self._schedulers = list(_with_inner(schedulers))
         self._start: list[dict[str, Any]] = []
         self._after: list[dict[str, Any]] = []
+        self._moved = False  # whether the turns so far have moved them
 
-    def enter(self, first: bool) -> None:
-        """Puts rates where they were when the group began, unless they were changed since by no turn."""
-        now = self._taken()
-        if first or not _same(now, self._after):
-            self._start = now
+    def enter(self, *, first: bool, again: bool) -> None:
+        """Puts rates where they were when the group began, unless they were changed since by no turn.
+
+        Args:
+            first: Whether the group begins.
+            again: Whether nothing but the exchange of weights has happened since ``leave``.
+        """
+        if first or not again:
+            now = self._taken()
+            if first or not _same(now, self._after):
+                self._start, self._moved = now, False
+        if not self._moved:
             return
         for holder, start in zip(self._holders(), self._start, strict=True):
             for key, value in start.items():
@@ -49,6 +57,9 @@ class Rates:
     def leave(self) -> None:
         """Remembers where the turn left them."""
         self._after = self._taken()
+        if len(self._after) != len(self._start):
+            self._start = self._after  # the turn has added a parameter group
+        self._moved = not _same(self._after, self._start)
 
     def _holders(self) -> list[dict[str, Any]]:
         groups = [group for optimizer in self._branches.optimizers for group in optimizer.param_groups]

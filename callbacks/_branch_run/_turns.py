@@ -130,7 +130,10 @@ class Turns:
                 progress.load_state_dict(counted)
             self._fit.publisher.look()  # the turn before may have assigned a buffer anew
             branches.activate(branch)
-            with self._own_state(branch), self._own_gradients(branch, self._everyone and keep_gradients):
+            with (
+                self._own_state(branch, again=number > 0),
+                self._own_gradients(branch, self._everyone and keep_gradients),
+            ):
                 before = self._steps()
                 output = original(self._own_batch(branch, kwargs, again=number > 0))
                 branches.steps[branch] += max(self._steps() - before, int(ends() and self._counted is None))
@@ -165,7 +168,7 @@ class Turns:
         return [self._branches.active if self._apart else self._progress.turn]
 
     @contextmanager
-    def _own_state(self, branch: int) -> Iterator[None]:
+    def _own_state(self, branch: int, *, again: bool) -> Iterator[None]:
         """What the module keeps of its steps is the branch's, and rates are those of the group."""
         if self._apart or self._branches.count == 1:
             yield
@@ -173,9 +176,9 @@ class Turns:
         if self._rates is None:
             self._rates = Rates(self._branches, [each.scheduler for each in self._trainer.lr_scheduler_configs])
         shared = self._everyone or self._in_groups
-        self._attributes.enter(branch)
+        self._attributes.enter(branch, again=again)
         if shared:
-            self._rates.enter(first=self._progress.turn == 0 and branch == 0)
+            self._rates.enter(first=self._progress.turn == 0 and branch == 0, again=again)
         yield
         self._attributes.leave(branch)
         if shared:
@@ -190,7 +193,8 @@ class Turns:
             )
         batch = kwargs["batch"]
         if self._everyone and branch < self._branches.count - 1:
-            batch = own_copy(batch, self._settings.title)  # a step may write to its batch
+            # A step may write to its batch, and no version counter sees writes through `.data` or numpy: always copied.
+            batch = own_copy(batch, self._settings.title)
         if self._settings.augmentations is not None:
             with torch.no_grad():
                 batch = self._settings.augmentations[branch](batch)

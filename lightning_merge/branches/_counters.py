@@ -38,6 +38,7 @@ class Counters:
         self._apart = any(id(group) not in known for group in optimizer.param_groups)
         self._first: Counts = {where: _copy(value) for where, value in self._seen().items()}  # as it was made
         self._start: Counts = {}  # before the first step that changed it
+        self._groups = 0  # before the step
         self._before: Counts = {}
         self._copies: Counts = {}  # of what a step may write to
         self._versions: dict[tuple[int, str], int] = {}
@@ -106,7 +107,7 @@ class Counters:
         seen = self._seen()
         for where in self.owned:
             seen.pop(where, None)
-        self._before = seen
+        self._before, self._groups = seen, len(self.optimizer.param_groups)
         writable = {where: value for where, value in seen.items() if isinstance(value, Tensor | dict | list | set)}
         self._copies = copied(writable)
         self._versions = {where: value._version for where, value in writable.items() if isinstance(value, Tensor)}
@@ -118,8 +119,8 @@ class Counters:
             is_written = where in self._copies and self._versions.get(where) != getattr(value, "_version", -1)
             is_new = value is not before or is_written
             kept = self._copies.get(where, before)
-            if where[0] < 0 and before is _ABSENT:
-                continue  # an attribute that was no number: something that is worked out once
+            if before is _ABSENT and not 0 <= where[0] < self._groups:
+                continue  # an attribute that was no number: something that is worked out once; or a new group
             if is_new and where not in known and _differ(kept, value):
                 self._own(where, kept)
         self._before, self._copies, self._versions = {}, {}, {}

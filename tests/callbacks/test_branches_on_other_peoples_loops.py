@@ -50,6 +50,45 @@ def test_a_schedule_that_the_module_steps_moves_once_per_group(feeding: Any, tmp
     assert module.rates == [0.5**group / 2 for group in range(groups) for _ in range(2)]
 
 
+class CountsOnce(Plain):
+    """In an attribute that there is from its first step on."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        self.counted = getattr(self, "counted", 0) + 1
+        return self.loss(batch)
+
+
+def test_a_number_that_the_first_turn_assigns_counts_all_turns(tmp_path: Path) -> None:
+    assert fit(CountsOnce(), Lookaround(3, 2), tmp_path).counted == 18
+
+
+class AddsAGroup(Plain):
+    """In the middle of a turn, with a rate of its own that it then changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = nn.Parameter(torch.ones(1))
+        self.rates: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        groups: Any = self.trainer.optimizers[0].param_groups
+        if batch_idx == 1 and len(groups) == 1:
+            self.trainer.optimizers[0].add_param_group({"params": [self.later], "lr": 0.1})
+        if batch_idx > 1:
+            self.rates.append(groups[1]["lr"])
+            groups[1]["lr"] /= 2
+        return self.loss(batch) * self.later.sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p is not self.later], 0.01)
+
+
+def test_a_group_that_a_step_adds_is_the_optimizer_s_for_every_branch(tmp_path: Path) -> None:
+    module = fit(AddsAGroup(), Lookaround(2, 2), tmp_path)
+    assert module.rates == [0.1 / 2**group for group in range(4) for _ in range(2)]
+    assert module.later != 1
+
+
 class SetsItsRate(StepsItsSchedule):
     """Without a schedule, in the group itself."""
 
