@@ -21,6 +21,8 @@ from lightning_merge.callbacks._evaluation_weights import EvaluationWeights
 from lightning_merge.callbacks._forkmerge import ForkMerge
 from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
+from lightning_merge.callbacks._league import League
+from lightning_merge.callbacks._league_run._standing import Standing
 from lightning_merge.callbacks._local_sgd import LocalSGD
 from lightning_merge.callbacks._lookaround import Lookaround
 from lightning_merge.callbacks._online_merging import OnlineMerging
@@ -64,6 +66,7 @@ __all__ = [
     "Extrapolate",
     "ForkMerge",
     "Interpolate",
+    "League",
     "LocalSGD",
     "Lookaround",
     "OnlineMerging",
@@ -71,6 +74,7 @@ __all__ = [
     "Published",
     "RandomState",
     "Replayed",
+    "Standing",
     "WeightMerging",
     "replay",
     "teacher",

@@ -75,11 +75,25 @@ def mode_by_name(monitor: str) -> Mode | None:
         >>> mode_by_name("val/loss"), mode_by_name("val_acc"), mode_by_name("val/score")
         ('min', 'max', None)
     """
-    key = re.sub(r"(/dataloader_idx_\d+|_epoch|_step)+$", "", monitor)
-    words = re.findall(r"[a-z]+[0-9]?", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower())
+    words = _words(monitor)
     if not words or _TURNED & set(words):
         return None
     return "min" if words[-1] in _LOWER else "max" if words[-1] in _HIGHER else None
+
+
+def is_accuracy(monitor: str) -> bool:
+    """Whether a metric is a share of right answers by the last word of its name.
+
+    Example:
+        >>> is_accuracy("val/acc"), is_accuracy("val_loss")
+        (True, False)
+    """
+    return _words(monitor)[-1:] in (["acc"], ["accuracy"])
+
+
+def _words(monitor: str) -> list[str]:
+    key = re.sub(r"(/dataloader_idx_\d+|_epoch|_step)+$", "", monitor)
+    return re.findall(r"[a-z]+[0-9]?", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower())
 
 
 def mode_of(owner: str, monitor: str, mode: Mode | None) -> Mode:

@@ -43,6 +43,7 @@ commands:
   run NAME [--option value]    train with a recipe, e.g. `lightning-merge run digits/swa --trainer.max_epochs 10`;
                                `--config FILE` and options override it, `--print_config` shows it,
                                `run NAME --help` explains its settings, `run NAME --help all` lists all options
+                               `run NAME --league` compares averages in one run, in the place of the recipe's own
   run continual/NAME [--merge.preset PRESET]
                                train a stream of tasks and merge them; run again to go on after an interruption
   unlearn RUN --task TASK      subtract a task from a stream's merged model, if the other tasks keep their accuracy

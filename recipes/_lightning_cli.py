@@ -15,8 +15,10 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core import rank_zero
 
+from lightning_merge.callbacks import League
 from lightning_merge.files._read import read
 
 # Shown on every run, and nothing a user of a recipe could act on.
@@ -77,6 +79,15 @@ class _CLI(LightningCLI):
 
                 callbacks[place] = OneLineProgressBar()
         return trainer
+
+    def after_fit(self) -> None:
+        """Reports the winner of a league on test data, where there are some: it was chosen on validation."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
+        for league in (callback for callback in callbacks if isinstance(callback, League)):
+            source = self.model if self.datamodule is None else self.datamodule
+            tests = is_overridden("test_step", self.model) and is_overridden("test_dataloader", source)
+            if league.path is not None and tests:
+                self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=league.path, verbose=False)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parses, and reads the requested checkpoint, so that a bad file is reported before anything is built."""

@@ -42,7 +42,7 @@ class Checkpoints:
         self._publisher = publisher
         self._validation = validation
         self._writer: Any = None  # the ModelCheckpoint that is writing
-        self._final: Average | None = None  # the average whose final file is being written
+        self._asked: tuple[Average | None] | None = None  # the set that a file is asked to hold, `None` in it: raw
         self._raw: Weights = {}  # raw weights of a file that have no key in its `state_dict`
         self.path = "the checkpoint"  # that the fit goes on from
 
@@ -66,12 +66,15 @@ class Checkpoints:
         directory = getattr(trainer.checkpoint_callback, "dirpath", None)
         if directory is None or trainer.fast_dev_run:
             return None
-        path = join(directory, f"{average.name}-final.ckpt")
-        self._final = average
+        return self.write(join(directory, f"{average.name}-final.ckpt"), average, weights_only=False)
+
+    def write(self, path: str, holds: Average | None, weights_only: bool) -> str:
+        """Writes a file of one set, ``None`` for the raw weights; gives its path."""
+        self._asked = (holds,)
         try:
-            trainer.save_checkpoint(path, weights_only=False)
+            self._publisher.trainer.save_checkpoint(path, weights_only=weights_only)
         finally:
-            self._final = None
+            self._asked = None
         return path
 
     # ---- saving
@@ -92,8 +95,8 @@ class Checkpoints:
 
     def _choose(self) -> Average | None:
         """Whose weights the file is to hold; ``None``: the raw ones."""
-        if self._final is not None:
-            return self._final
+        if self._asked is not None:
+            return self._asked[0]
         publisher = self._publisher
         running = self._validation.running
         if self._writer is None and running is not None:

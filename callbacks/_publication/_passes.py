@@ -74,14 +74,14 @@ class Validation:
             if names := self._ledger.keys_of(pass_.holds):
                 rank_zero_info(f"Validation measures {title} as {some(names)}{until if pass_.average is None else ''}.")
 
-    def measure_final(self, ready: list[Average]) -> None:
+    def measure_final(self, ready: list[Average], and_raw: bool = False) -> None:
         """Measures the final sets that no validation has seen, where there is a validation loader."""
         trainer = self._publisher.trainer
         ready = [average for average in ready if average.final_validation]
         if not ready or not trainer.enable_validation:
             return
         passes = [Pass(average, [self._prefix(average)]) for average in ready]
-        if any(average.validate == "both" for average in self._publisher.averages):
+        if and_raw or any(average.validate == "both" for average in self._publisher.averages):
             passes.insert(0, Pass(None, ["" if self.owner is None else f"{RAW}/"]))
         self._at_the_end = True
         for pass_ in passes:

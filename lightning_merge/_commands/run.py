@@ -31,6 +31,11 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments[1:] == ["--help", "all"]:
         arguments = arguments[:2]
+    if "--league" in arguments:
+        from lightning_merge.recipes._league import with_league
+
+        arguments = [argument for argument in arguments if argument != "--league"]
+        config = with_league(arguments[0], config)
     if arguments[0].startswith("continual/"):
         from lightning_merge.recipes.streams._command import run as run_stream
 

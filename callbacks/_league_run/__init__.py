@@ -1,0 +1,1 @@
+"""How a ``League`` measures what each average costs, and what it says of them."""
