@@ -7,14 +7,25 @@ from typing import Any
 import pytest
 from hostile import cases, refused_otherwise
 
-PACKAGES = ("branches", "combiners", "continual", "diagnostics", "optim", "rules", "schedules", "search", "trajectory")
+PACKAGES = (
+    "branches",
+    "combiners",
+    "continual",
+    "diagnostics",
+    "optim",
+    "rules",
+    "schedules",
+    "search",
+    "trajectory",
+    "transformers",
+)
 MODULES = ("calibration", "selections", "soups")
 
 
 def test_every_package_with_public_names_is_in_the_table() -> None:
     found = {path.parent.name for path in Path("lightning_merge").glob("*/__init__.py")}
     # What files and weights have is called by the library, with what it has checked already; compat is Lightning's API.
-    assert found - {"_commands", "callbacks", "compat", "recipes", "files", "weights"} == set(PACKAGES)
+    assert found - {"_averaging", "_commands", "callbacks", "compat", "recipes", "files", "weights"} == set(PACKAGES)
 
 
 @pytest.mark.parametrize(("name", "function"), cases((*PACKAGES, *MODULES)))
