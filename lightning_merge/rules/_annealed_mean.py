@@ -1,22 +1,17 @@
 """The mean that stands for a learning rate that decays, over a window whose length is known when it begins."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, final
+from dataclasses import dataclass
+from typing import final
 
-from lightning_merge._checks import one_of, settle, whole
-from lightning_merge.rules._base import Rule
+from lightning_merge.rules._decaying import Decaying
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
-from lightning_merge.schedules import Duration, RunLength
-from lightning_merge.schedules._before_end import times_within
-from lightning_merge.schedules._decay import Decay, decay
+from lightning_merge.schedules._decay import decay
 from lightning_merge.weights import State, Weights, clone, lerp_
-
-SHAPES = "'linear', 'cosine', '1-sqrt' or 'exponential'"
 
 
 @final
 @dataclass(frozen=True)
-class AnnealedMean(Rule):
+class AnnealedMean(Decaying):
     """What the ``n`` weights of a window give if its updates are scaled like a learning rate that decays to 0.
 
     ``merged = sum over i of c_i w_i`` with ``c_i = f(i / n) - f((i + 1) / n)`` for ``i = 0 ... n - 1``, oldest first,
@@ -60,28 +55,6 @@ class AnnealedMean(Rule):
         The shapes are those of Megatron-LM's ``--lr-wsd-decay-style``.
     """
 
-    callback: ClassVar[str] = "Anneal"
-
-    shape: Decay = "linear"
-    window: float | str | Duration = "20%"
-    steps_per_update: int = 1
-
-    def __post_init__(self) -> None:
-        one_of("shape", self.shape, Decay, SHAPES)
-        settle(self, window=Duration.parse(self.window, "window"))
-        settle(self, steps_per_update=whole("steps_per_update", self.steps_per_update, 1))
-        if isinstance(self.window, Duration) and self.window.unit == "steps":
-            times_within(self.window, self.steps_per_update, RunLength())
-
-    @property
-    def can_be_undone(self) -> bool:
-        return True
-
-    @property
-    def snapshots(self) -> int:
-        """Weights in a window, ``n``."""
-        return times_within(self.window, self.steps_per_update, RunLength())
-
     def init(self, weights: Weights) -> State:
         return {"mean": clone(weights), "updates": 0, "taken": 0}
 
@@ -105,11 +78,3 @@ class AnnealedMean(Rule):
             f"the window has {state['taken']} of its {self.snapshots} weights; what is published is the merge of these,"
             f" for a decay of {state['taken'] * self.steps_per_update} steps."
         )
-
-    def resolve(self, run: RunLength) -> "AnnealedMean":
-        return replace(self, window=resolved_window(self.window, self.steps_per_update, run))
-
-
-def resolved_window(window: float | str | Duration, steps_per_update: int, run: RunLength) -> Duration:
-    """The window in steps, a multiple of those between updates."""
-    return Duration(float(times_within(window, steps_per_update, run) * steps_per_update))

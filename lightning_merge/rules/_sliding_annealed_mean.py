@@ -1,22 +1,19 @@
 """The mean that stands for a learning rate that decays, over the last weights at any moment."""
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, final
+from dataclasses import dataclass
+from typing import Any, final
 
-from lightning_merge._checks import one_of, settle, whole
-from lightning_merge.rules._annealed_mean import SHAPES, resolved_window
-from lightning_merge.rules._base import Rule
+from lightning_merge._checks import settle, whole
+from lightning_merge.rules._decaying import Decaying
 from lightning_merge.rules._snapshots import OnDevice, check_room
-from lightning_merge.schedules import Duration, RunLength
-from lightning_merge.schedules._before_end import times_within
-from lightning_merge.schedules._decay import Decay, decay
+from lightning_merge.schedules._decay import decay
 from lightning_merge.weights import State, Weights, clone, lerp_, weighted_mean
 
 
 @final
 @dataclass(frozen=True)
-class SlidingAnnealedMean(Rule):
+class SlidingAnnealedMean(Decaying):
     """``AnnealedMean`` of the last ``n`` weights after every update, in few copies; nothing until there are ``n``.
 
     The weights are taken into means of ``b = ceil((n - 1) / (memory - 1))`` successive ones. The window covers the
@@ -72,29 +69,11 @@ class SlidingAnnealedMean(Rule):
         over sliding windows", SIAM J. Comput. 2002, of equal length here.
     """
 
-    callback: ClassVar[str] = "Anneal"
-
-    shape: Decay = "linear"
-    window: float | str | Duration = "20%"
-    steps_per_update: int = 1
     memory: int = 5
 
     def __post_init__(self) -> None:
-        one_of("shape", self.shape, Decay, SHAPES)
-        settle(self, window=Duration.parse(self.window, "window"))
-        settle(self, steps_per_update=whole("steps_per_update", self.steps_per_update, 1))
+        super().__post_init__()
         settle(self, memory=whole("memory", self.memory, 2))
-        if isinstance(self.window, Duration) and self.window.unit == "steps":
-            times_within(self.window, self.steps_per_update, RunLength())
-
-    @property
-    def can_be_undone(self) -> bool:
-        return True
-
-    @property
-    def snapshots(self) -> int:
-        """Weights in a window, ``n``."""
-        return times_within(self.window, self.steps_per_update, RunLength())
 
     def init(self, weights: Weights) -> State:
         check_room(_Copies(), weights, min(self.memory, self.snapshots) + 1)
@@ -131,9 +110,6 @@ class SlidingAnnealedMean(Rule):
         state.pop("cache", None)
         for block in state["blocks"]:
             block["mean"].update(clone(weights))
-
-    def resolve(self, run: RunLength) -> "SlidingAnnealedMean":
-        return replace(self, window=resolved_window(self.window, self.steps_per_update, run))
 
     def _share(self, count: int) -> float:
         """Of the last of so many weights in the mean of a block."""
