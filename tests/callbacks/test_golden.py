@@ -5,7 +5,6 @@ another torch or processor it may not; then all are compared to 1e-6, and a warn
 """
 
 import shutil
-import tarfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +33,7 @@ FILES = [
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files, in a folder that no test changes."""
     folder = tmp_path_factory.mktemp("golden")
-    with tarfile.open(runs.ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+    shutil.unpack_archive(runs.ARCHIVE, folder)
     return folder
 
 
