@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_merge import weights
+from lightning_merge._whole_steps import was_skipped
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.callbacks._twa_run._plan import Plan
 from lightning_merge.callbacks._twa_run._saved import Counts
@@ -170,9 +171,9 @@ class Fit:
             lr: Learning rate at the start of the stage.
             schedule: ``"linear"`` lets it fall to 0 at the end of the run.
         """
-        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
+        if was_skipped(optimizer):
             return False
+        scale = getattr(optimizer, "grad_scale", None)
         gradients = {name: parameter.grad for name, parameter in self.live.items()}
         if all(gradient is None for gradient in gradients.values()):
             return False  # the training step asked for none
