@@ -73,7 +73,7 @@ class Doctor(Judge, Callback):
         for average in publisher.averages:
             if average.ready:
                 self.examinations[average.name] = self._examine(publisher, average)
-                rank_zero_info(f"Doctor: {self.examinations[average.name].summary()}")
+                rank_zero_info(f"Doctor's verdict: {self.examinations[average.name].summary()}")
 
                 if isinstance(average, PostHocEMA):
                     self._compare_widths(publisher, average)
