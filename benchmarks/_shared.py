@@ -4,12 +4,15 @@ Importing it loads no torch, so that the memory of a process that is measured st
 """
 
 import argparse
+import contextlib
 import json
+import math
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,47 @@ def alternating(contestants: Mapping[str, Callable[[], Any]], rounds: int = 15, 
 def spread(values: list[float]) -> list[float]:
     """Median, lowest and highest."""
     return [round(f(values), 3) for f in (statistics.median, min, max)]
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and half the width of its 95 % interval (Student), which one value does not have."""
+    from scipy.stats import t as student
+
+    half = None
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    rounded = None if half is None else round(half, 5)
+    return {"mean": round(statistics.fmean(values), 5), "half_width": rounded, "n": len(values)}
+
+
+def revision() -> str:
+    """The commit that is checked out, with ``-dirty`` if tracked files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+class OutOfTime(BaseException):
+    """The time is over. Not an ``Exception``, so that nothing on the way takes it for an error."""
+
+
+@contextlib.contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raises ``OutOfTime`` inside after so many seconds."""
+
+    def ring(*_: Any) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, ring)
+    # Again after a while: what is raised where Python cannot pass it on, as in a destructor, is lost.
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1), 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def child(script: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:

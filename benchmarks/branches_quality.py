@@ -20,8 +20,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, progress, write
-from quality import interval
+from _shared import header, interval, parser, progress, write
 from timm.optim import Lookahead
 from torch import Tensor
 from torchvision.transforms import v2

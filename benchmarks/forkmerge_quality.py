@@ -20,9 +20,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, progress, write
+from _shared import header, interval, parser, progress, write
 from branches_quality import BATCH, LR, QUIET, WEIGHT_DECAY, accuracy
-from quality import interval
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -10,8 +10,6 @@ raw weights.
 """
 
 import json
-import math
-import statistics
 import tempfile
 import time
 import warnings
@@ -21,8 +19,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, progress, write
-from scipy.stats import t as student
+from _shared import header, interval, parser, progress, write
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -115,15 +112,6 @@ def one_run(setting: Setting, root: str | None, seed: int) -> dict[str, Any]:
     goal = history.rows[max(history.rows)]["raw"]
     reached = {name: next((s for s, row in history.rows.items() if row.get(name, 0) >= goal), None) for name in sets}
     return {"seed": seed, "steps": max(history.rows), "seconds": round(seconds, 1), "test": tests, "reached": reached}
-
-
-def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean and half the width of its 95 % interval (Student), which one value does not have."""
-    half = None
-    if len(values) > 1:
-        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    rounded = None if half is None else round(half, 5)
-    return {"mean": round(statistics.fmean(values), 5), "half_width": rounded, "n": len(values)}
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:

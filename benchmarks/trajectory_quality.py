@@ -27,9 +27,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, progress, write
+from _shared import header, interval, parser, progress, write
 from lightning.pytorch.callbacks import ModelCheckpoint
-from quality import interval
 from torch import Tensor
 from torch.optim import Optimizer
 

@@ -67,9 +67,9 @@ def table() -> str:
     page = HEAD
     for family, of_family in families().items():
         picture = f"![{family}: what is merged when](../pictures/{slug(family)}.svg)"
-        page += f"\n## {family}\n\n{FAMILIES[family]}\n\n{picture}\n\n{_table(COLUMNS, map(_row, of_family))}"
+        page += f"\n## {family}\n\n{FAMILIES[family]}\n\n{picture}\n\n{as_table(COLUMNS, map(_row, of_family))}"
     measured = [row for card in cards() for row in _measured(card)]
-    return page + MEASURED + _table(("method", "setting", "beside", "points"), measured)
+    return page + MEASURED + as_table(("method", "setting", "beside", "points"), measured)
 
 
 def parts(card: Path) -> tuple[dict[str, Any], str]:
@@ -119,7 +119,8 @@ def _link(card: Path) -> str:
     return f"[{short_title(card)}]({card.name})"
 
 
-def _table(columns: tuple[str, ...], rows: Any) -> str:
+def as_table(columns: tuple[str, ...], rows: Any) -> str:
+    """Rows of cells in Markdown."""
     return "".join(f"| {' | '.join(row)} |\n" for row in [columns, ("---",) * len(columns), *rows])
 
 

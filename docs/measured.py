@@ -21,6 +21,7 @@ class Comparison(NamedTuple):
     title: str
     scores: dict[str, list[float]]
     beside: str
+    file: str
     digits: int = 1
 
     def difference(self, contestant: str, beside: str | None = None) -> tuple[float, float]:
@@ -38,13 +39,19 @@ def comparisons() -> dict[str, Comparison]:
         "trajectory-quality": _of_tests("trajectory-quality", "CIFAR-10, 2000 steps, constant rate", "plain"),
         "branches-cifar10": _of_tests("branches-cifar10", "CIFAR-10, 2700 steps, cosine to 0", "sgd"),
         "forkmerge-cifar10": _of_tests("forkmerge-cifar10", "CIFAR-10, 4500 images, cosine to 0", "target only"),
-        "preference": Comparison("preference pairs", of_preference("accuracy", 100), "AdamW, learning rate 1"),
+        "preference": Comparison(
+            "preference pairs", of_preference("accuracy", 100), "AdamW, learning rate 1", "preference"
+        ),
+        "anneal-quality": Comparison(
+            "tinyshakespeare, loss in hundredths, negated", of_losses(), "raw", "anneal-quality"
+        ),
+        **of_evidence(),
     }
     for data, title in (("cifar10", "split CIFAR-10"), ("tiny", "50 classes of Tiny ImageNet")):
         for name, score in (("", "accuracy_in_task"), ("-seen", "accuracy")):
             scores = of_streams(data, score, "final_average")
             found[f"continual-{data}{name}"] = Comparison(
-                f"{title}, {'seen' if name else 'told the task'}", scores, "naive"
+                f"{title}, {'seen' if name else 'told the task'}", scores, "naive", "continual"
             )
     return found
 
@@ -55,12 +62,17 @@ def verdict(measured: dict[str, list[str]]) -> str:
     A method helps in a setting where the whole interval of its difference lies above 0.
     """
     differences = [comparisons()[name].difference(each) for name, names in measured.items() for each in names]
-    helps = sum(mean - half > 0 for mean, half in differences)
-    if not differences:
+    helps, count = counted(differences)
+    if not count:
         return "not measured"
-    if helps == len(differences):
+    if helps == count:
         return "helps"
-    return f"conditional: {helps} of {len(differences)}" if helps else "does not"
+    return f"conditional: {helps} of {count}" if helps else "does not"
+
+
+def counted(differences: list[tuple[float, float]]) -> tuple[int, int]:
+    """How many differences have their whole interval above 0, and how many there are."""
+    return sum(mean - half > 0 for mean, half in differences), len(differences)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -116,7 +128,26 @@ def read(name: str) -> dict[str, Any]:
 
 def _of_tests(name: str, title: str, beside: str, digits: int = 1) -> Comparison:
     tests = [run["test"] for run in read(name)["runs"]]
-    return Comparison(title, {each: [100 * test[each] for test in tests] for each in tests[0]}, beside, digits)
+    return Comparison(title, {each: [100 * test[each] for test in tests] for each in tests[0]}, beside, name, digits)
+
+
+def of_evidence() -> dict[str, Comparison]:
+    """The protocols of ``benchmarks/evidence.py``, a comparison for each view: ``evidence-NAME: VIEW``."""
+    found: dict[str, Comparison] = {}
+    for path in sorted(RESULTS.glob("evidence-*.json")):
+        runs, name = sorted(read(path.stem)["runs"], key=lambda run: int(run["seed"])), path.stem
+        for view in runs[0]["scores"] if len(runs) > 2 else ():
+            scores = {one: [run["scores"][view][one] for run in runs] for one in runs[0]["scores"][view]}
+            title = f"{name.removeprefix('evidence-')}, {view}"
+            found[f"{name}: {view}"] = Comparison(title, scores, read(name)["beside"], name)
+    return found
+
+
+def of_losses() -> dict[str, list[float]]:
+    """Of Anneal, the mean over the points of each seed."""
+    runs = read("anneal-quality")["runs"]
+    names = [name for name in runs[0][0] if name != "step"]
+    return {name: [-100 * statistics.fmean(row[name] for row in run) for run in runs] for name in names}
 
 
 def of_preference(score: str, factor: float = 1) -> dict[str, list[float]]:

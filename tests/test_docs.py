@@ -184,6 +184,16 @@ def test_the_table_of_methods_is_made_from_the_cards(maker: Any) -> None:
     assert max(len(cell) for row in rows for cell in row[1:]) <= 56
 
 
+def test_the_table_of_results_is_made_from_claims_and_files() -> None:
+    maker = importlib.import_module("make_results")
+    assert maker.PAGE.read_text() == maker.page(), "run `python docs/make_results.py`"
+    rows = [line for line in maker.page().splitlines() if line.startswith("| [")]
+    assert len(rows) == len(CARDS)
+    signs = [row.split(" | ")[2] for row in rows]
+    assert all(re.fullmatch(rf"yes|no|conditional: \d+ of \d+|{maker.UNTESTED}", sign) for sign in signs)
+    assert maker.sign([(1.0, 0.5), (1.0, 2.0)]) == "conditional: 1 of 2"
+
+
 @pytest.mark.parametrize("card", CARDS, ids=name)
 def test_a_card_shows_its_import_and_what_was_measured(maker: Any, measured: Any, card: Path) -> None:
     facts, text = maker.parts(card)

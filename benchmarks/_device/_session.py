@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import signal
 import statistics
 import sys
 import time
@@ -13,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _shared import header, progress, write
-
-
-class OutOfTime(BaseException):
-    """The time of a part is over. Not an ``Exception``, so that nothing on the way takes it for an error."""
+from _shared import OutOfTime, alarm, header, progress, write
 
 
 class Session:
@@ -90,7 +85,7 @@ class Session:
             self._part_end = time.perf_counter() + min(self.left(), share * whole)
             over = False
             try:
-                with _alarm(self.left()), self.guarded("the whole part"):
+                with alarm(self.left()), self.guarded("the whole part"):
                     work(self)
             except OutOfTime:
                 over = True
@@ -145,21 +140,6 @@ class Session:
         self.sync()
         wall = 1e3 * (time.perf_counter() - start)
         return (events[0].elapsed_time(events[1]) if events else wall), host, wall
-
-
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    def ring(*_: Any) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, ring)
-    # Again after a while: what is raised where Python cannot pass it on, as in a destructor, is lost.
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.1), 5.0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _rounded(value: Any) -> Any:

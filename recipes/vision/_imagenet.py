@@ -6,15 +6,18 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lightning_merge._checks import path, text, whole
+from lightning_merge.recipes.vision._classifier import Classifier
 from lightning_merge.recipes.vision._image_folders import open_folders
 from lightning_merge.recipes.vision._loading import Batch, check_head, checked_loader, loader
+from lightning_merge.recipes.vision._pretrained import scaling
 
 
 class ImageNet(LightningDataModule):
     """Photographs in ``train/<class>/`` and ``val/<class>/``, of any size, as ImageNet has them. No download.
 
     timm augments the training images (a crop of 8 to 100 % of the area, mirrored, other colours) and crops the middle
-    of the validation images, 87.5 % of the shorter side. ``test`` measures the validation images too: the labels of
+    of the validation images, 87.5 % of the shorter side. Colours are scaled by ImageNet's, or, if a ``Classifier`` has
+    ``pretrained`` weights, as timm says of its model. ``test`` measures the validation images too: the labels of
     ImageNet's test images are not public.
 
     Args:
@@ -62,10 +65,13 @@ class ImageNet(LightningDataModule):
             raise ValueError(
                 f"`batch_size` must be at most the {len(self.train)} training images, got {self.batch_size}."
             )
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        pretrained = isinstance(module, Classifier) and module.pretrained is not None
+        how = {"interpolation": "bicubic", **(scaling(module.model) if pretrained else {})}
         self.train.transform = create_transform(
-            self.image_size, is_training=True, interpolation="bicubic", auto_augment=self.auto_augment
+            self.image_size, is_training=True, auto_augment=self.auto_augment, **how
         )
-        self.val.transform = create_transform(self.image_size, interpolation="bicubic", crop_pct=0.875)
+        self.val.transform = create_transform(self.image_size, crop_pct=0.875, **how)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         return loader(self.train, self.batch_size, self.num_workers, training=True)
