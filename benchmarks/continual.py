@@ -58,6 +58,7 @@ class Setting:
     lr: float = 0.05
     base_lr: float = 0.1
     batch: int = 64
+    accelerator: str = "cpu"
 
 
 SETTINGS = {
@@ -161,21 +162,27 @@ def run(setting: Setting, data: Pixels, method: Method, seed: int, store: dict[A
         store[seed, "base"] = base(setting, data, order[: setting.held_out], seed)
     module = network(setting, setting.epochs)
     module.load_state_dict(store[seed, "base"])
+    record = measured(setting, tasks, module, method, seed, store)
+    return {**record, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def measured(
+    setting: Setting, tasks: list[TaskData], module: Classifier, method: Method, seed: int, store: dict[Any, Any]
+) -> dict[str, Any]:
+    """The record of a stream that starts from a module as it is, or of one fit on everything."""
     if method.name == "joint":
         pl.seed_everything(seed, verbose=False)
         everything = jointly(tasks)
-        trainer(setting.epochs).fit(module, datamodule=everything)
+        trainer(setting, setting.epochs).fit(module, datamodule=everything)
         row: dict[str, list[float]] = {"accuracy": [], "accuracy_in_task": []}
         for task in tasks:
             task.choices = everything.choices
-            found = trainer(1).test(module, datamodule=task, verbose=False)[0]
+            found = trainer(setting).test(module, datamodule=task, verbose=False)[0]
             row["accuracy"].append(found["test/acc"])
             row["accuracy_in_task"].append(found["test/acc_in_task"])
         metrics = {kind: {"final_average": round(float(np.mean(values)), 6)} for kind, values in row.items()}
-        record: dict[str, Any] = {"rows": [row], "metrics": metrics}
-    else:
-        record = stream(setting, tasks, module, method, seed, store)
-    return {**record, "seconds": round(time.perf_counter() - start, 1)}
+        return {"rows": [row], "metrics": metrics}
+    return stream(setting, tasks, module, method, seed, store)
 
 
 def stream(
@@ -192,7 +199,7 @@ def stream(
 
     def make(chosen: list[pl.Callback]) -> pl.Trainer:
         known = any(isinstance(callback, Replay) and callback.known for callback in chosen)
-        return trainer(1 if known else setting.epochs, chosen, limit_train_batches=16 if known else 1.0)
+        return trainer(setting, 1 if known else setting.epochs, chosen, limit_train_batches=16 if known else 1.0)
 
     with tempfile.TemporaryDirectory() as folder:
         merging = method.merging(Path(folder))
@@ -204,8 +211,8 @@ def base(setting: Setting, data: Pixels, classes: tuple[int, ...], seed: int) ->
     pl.seed_everything(seed, verbose=False)
     module = network(setting, setting.base_epochs, setting.base_lr)
     task = TaskData(data, "base", classes, classes)
-    trainer(setting.base_epochs).fit(module, datamodule=task)
-    progress(f"base: {trainer(1).test(module, datamodule=task, verbose=False)}")
+    trainer(setting, setting.base_epochs).fit(module, datamodule=task)
+    progress(f"base: {trainer(setting).test(module, datamodule=task, verbose=False)}")
     return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
@@ -220,11 +227,13 @@ def network(setting: Setting, epochs: int, lr: float | None = None) -> Classifie
     return Classifier(model, setting.classes, optimizer=sgd, lr_scheduler=schedule)
 
 
-def trainer(epochs: int, callbacks: list[pl.Callback] | None = None, **settings: Any) -> pl.Trainer:
+def trainer(
+    setting: Setting, epochs: int = 1, callbacks: list[pl.Callback] | None = None, **settings: Any
+) -> pl.Trainer:
     return pl.Trainer(
         max_epochs=epochs,
         callbacks=[c for c in callbacks or [] if not isinstance(c, pl.callbacks.ModelCheckpoint)],
-        accelerator="cpu",
+        accelerator=setting.accelerator,
         precision="bf16-mixed",
         logger=False,
         enable_checkpointing=False,

@@ -31,8 +31,15 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
     from _evidence._budgets import cifar10_budgets, digits_budgets
     from _evidence._domains import domains
     from _evidence._soups import soups
+    from _evidence._tasks import tasks
 
-    return {"domains": domains, "budgets-digits": digits_budgets, "budgets-cifar10": cifar10_budgets, "soups": soups}
+    return {
+        "domains": domains,
+        "budgets-digits": digits_budgets,
+        "budgets-cifar10": cifar10_budgets,
+        "soups": soups,
+        "tasks": tasks,
+    }
 
 
 def main(known: Mapping[str, Callable[[str], Protocol]], argv: Sequence[str] | None = None) -> int:
