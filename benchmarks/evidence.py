@@ -92,7 +92,8 @@ def show(output: Path, folder: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    silence()
+    known = protocols()
+    silence()  # what they imported
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)  # two threads take other sums, so a run would depend on the machine
-    sys.exit(main(protocols()))
+    sys.exit(main(known))

@@ -33,14 +33,14 @@ class Domains(Protocol):
     beside = "ERM"
 
     domains: tuple[str, ...] = ("edges", "posterised", "inverted", "blurred")
-    images: int = 500
+    images: int = 400
     test_images: int = 1000
     validated_on: float = 0.2
     size: int = 96
     frozen: int = 9
-    steps: int = 500
+    steps: int = 300
     batch: int = 24
-    validations: int = 50
+    validations: int = 30
     rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
 
     def prepare(self, place: Place) -> None:

@@ -39,7 +39,7 @@ class Soups(Protocol):
     domain: str = "photographs"
     others: tuple[str, ...] = ("edges", "posterised", "inverted", "blurred")
     images: int = 1000
-    test_images: int = 1000
+    test_images: int = 500
     validated_on: float = 0.3
     size: int = 96
     frozen: int = 9
@@ -69,10 +69,9 @@ class Soups(Protocol):
         for name, part in self._tests.items():
             view = found[IN if name == self.domain else name]
             view |= {one: accuracy(self._module, weights, part, self._device) for one, weights in models.items()}
-            view["mean of single runs"] = sum(self._right(run, part) for run in runs) / len(runs)
-            probabilities = sum(self._logits(run, part).softmax(1) for run in runs)
-            assert isinstance(probabilities, Tensor)
-            view["ensemble"] = 100 * float((probabilities.argmax(1) == part[1]).float().mean())
+            each = torch.stack([self._logits(run, part) for run in runs])
+            view["mean of single runs"] = _percent(each.argmax(2) == part[1])
+            view["ensemble"] = _percent(each.softmax(2).mean(0).argmax(1) == part[1])
         for one in found[IN]:
             found[OUT][one] = sum(found[name][one] for name in self.others) / len(self.others)
         return found
@@ -135,6 +134,10 @@ class Soups(Protocol):
 
     def _logits(self, model: Model, part: Part) -> Tensor:
         return logits(self._module, model, part[0], self._device)
+
+
+def _percent(right: Tensor) -> float:
+    return 100 * float(right.float().mean())
 
 
 def _copied(network: torch.nn.Module) -> Model:

@@ -77,11 +77,11 @@ WRONG = {
     ),
     "of another model": (
         lambda f: save(f / "w.pth", network(10, "test_vit").state_dict()),
-        r"`pretrained` .*w\.pth holds the weights of another model: `conv1\.weight` .* is missing",
+        r"w\.pth holds the weights of another model: `conv1\.0\.weight` .* is missing",
     ),
     "of another shape": (
-        lambda f: save(f / "w.pth", {**network().state_dict(), "conv1.weight": torch.zeros(1)}),
-        r"another model: `conv1\.weight` has shape \(1,\) instead of",
+        lambda f: save(f / "w.pth", {**network().state_dict(), "conv1.0.weight": torch.zeros(1)}),
+        r"another model: `conv1\.0\.weight` has shape \(1,\) instead of",
     ),
     "one too many": (
         lambda f: save(f / "w.pth", {**network().state_dict(), "more": torch.zeros(1)}),
