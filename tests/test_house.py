@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sources import ROOT, sources, tree
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ("callbacks", "recipes", "lightning_merge")
 PRIVATE = "callbacks/_lightning"
 """The folder that may use private names of Lightning; its ``_private.py`` lists them."""
@@ -38,22 +38,11 @@ NOT_YET: dict[str, dict[str, int]] = {}
 """
 
 
-@cache
-def sources(folder: str) -> list[Path]:
-    """The Python files of a layer; the links in ``lightning_merge/`` belong to their own layers."""
-    return [path for path in sorted((ROOT / folder).rglob("*.py")) if path.resolve().is_relative_to(ROOT / folder)]
-
-
 LIBRARY_FILES = [path for folder in LIBRARY for path in sources(folder)]
 
 
 def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-@cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 @cache

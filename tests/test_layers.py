@@ -1,34 +1,32 @@
-"""Which layer may import what. The engine is plain torch, callbacks know no data, the command starts fast."""
+"""Which layer may import what. The engine is plain torch, callbacks know no data, the command starts fast.
+
+What tests the engine is in the folder of that name, and needs no Lightning either.
+"""
 
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
+from sources import ROOT, sources, tree
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONAL = {"optuna", "safetensors", "fsspec"}  # the engine imports them inside functions that say what to install
 RECIPES_ONLY = {"timm", "torchvision", "yaml", "omegaconf", "jsonargparse", "sklearn", "matplotlib", "rich"}
 
 
-def files(folder: str) -> list[Path]:
-    """The Python files of a layer; the links in ``lightning_merge/`` belong to their own layers."""
-    found = sorted((ROOT / folder).rglob("*.py"))
-    return [path for path in found if path.resolve().is_relative_to(ROOT / folder)]
-
-
-def imports(path: Path, at_top_only: bool = False) -> Iterator[str]:
+@cache
+def imports(path: Path, at_top_only: bool = False) -> set[str]:
     """Full names of the modules that a file imports, also inside functions."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body if at_top_only else ast.walk(tree):
+    found: set[str] = set()
+    for node in tree(path).body if at_top_only else ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
-            yield node.module or ""
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
 
 
 def layer(name: str) -> str:
@@ -37,7 +35,7 @@ def layer(name: str) -> str:
     return parts[1] if parts[0] == "lightning_merge" and parts[1:2] in (["callbacks"], ["recipes"]) else parts[0]
 
 
-def foreign(names: Iterator[str]) -> set[str]:
+def foreign(names: set[str]) -> set[str]:
     return {layer(name) for name in names} - set(sys.stdlib_module_names) - {"lightning_merge"}
 
 
@@ -45,12 +43,12 @@ def foreign(names: Iterator[str]) -> set[str]:
 COMMANDS = [
     ROOT / "lightning_merge" / "cli.py",
     ROOT / "lightning_merge" / "pytest_plugin.py",
-    *files("lightning_merge/compat"),
-    *files("lightning_merge/_commands"),
+    *sources("lightning_merge/compat"),
+    *sources("lightning_merge/_commands"),
 ]
-TRANSFORMERS = files("lightning_merge/transformers")
-ENGINE = [path for path in files("lightning_merge") if path not in (*COMMANDS, *TRANSFORMERS)]
-CALLBACKS = files("callbacks")
+TRANSFORMERS = sources("lightning_merge/transformers")
+ENGINE = [path for path in sources("lightning_merge") if path not in (*COMMANDS, *TRANSFORMERS)]
+CALLBACKS = sources("callbacks")
 
 
 def test_layers_are_found():
@@ -68,16 +66,16 @@ def test_engine_imports_torch_and_numpy_only():
 
 def test_callbacks_import_nothing_of_the_recipes():
     for path in CALLBACKS:
-        names = list(imports(path))
-        assert not foreign(iter(names)) & {"recipes", *RECIPES_ONLY}, path
+        names = imports(path)
+        assert not foreign(names) & {"recipes", *RECIPES_ONLY}, path
         assert "lightning_merge.cli" not in names, path
 
 
 def test_what_is_for_transformers_imports_that_and_the_engine():
     assert TRANSFORMERS
     for path in TRANSFORMERS:
-        names = list(imports(path))
-        assert foreign(iter(names)) <= {"torch", "transformers"}, path
+        names = imports(path)
+        assert foreign(names) <= {"torch", "transformers"}, path
         assert not {layer(name) for name in names} & {"callbacks", "recipes"}, path
 
 
@@ -89,7 +87,7 @@ def test_only_weights_calls_the_private_foreach_functions():
     callers = {
         path.parent.relative_to(ROOT).as_posix()
         for folder in ("lightning_merge", "callbacks", "recipes")
-        for path in files(folder)
+        for path in sources(folder)
         if "torch._foreach" in path.read_text(encoding="utf-8")
     }
     assert callers == {"lightning_merge/weights"}
@@ -120,3 +118,44 @@ def test_engine_loads_no_lightning(loaded):
     # torchmetrics imports matplotlib and torchvision by itself where they are installed.
     assert "torchmetrics" in everything
     assert not everything & {"lightning", "pytorch_lightning", "lightning_fabric", "omegaconf", "jsonargparse"}
+
+
+# ---- tests
+
+BESIDE = {
+    "_averaging": "averaging",
+    "_commands": "commands",
+    "compat": "callbacks",  # it is Lightning's callbacks by name
+}
+"""Where packages are tested that have no folder of their own name."""
+MODULES = "engine"
+"""Where modules that are in no package are tested."""
+PACKAGES = {path.parent.name for path in sources("lightning_merge") if path.parent.parent.name == "lightning_merge"}
+WITH_LIGHTNING = {"_commands", "compat", "files", "transformers"}
+"""``files`` reads and writes what Lightning writes and reads."""
+ENGINE_TESTS = [
+    path
+    for folder in (MODULES, *(BESIDE.get(package, package) for package in sorted(PACKAGES - WITH_LIGHTNING)))
+    for path in sources(f"tests/{folder}")
+]
+HELPERS = {path.stem: path for path in sources("tests") if not path.name.startswith("test_")}
+
+
+def test_tests_are_in_folders_of_the_packages_names():
+    tested = {path.parent.name for path in sources("tests") if path.parent != ROOT / "tests"}
+    assert tested - {MODULES, "callbacks", "recipes", "golden"} == {BESIDE.get(name, name) for name in PACKAGES} - {
+        "callbacks"
+    }
+
+
+def test_tests_of_the_engine_are_collected_without_lightning():
+    """One that compares with it imports it itself, by ``importorskip``."""
+    assert len(ENGINE_TESTS) > 30
+    waiting, seen = list(ENGINE_TESTS), set()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        names = imports(path, at_top_only=True)
+        assert not foreign(names) & {"lightning", "pytorch_lightning", "callbacks", "recipes"}, path
+        assert not {f"lightning_merge.{name}" for name in WITH_LIGHTNING - {"files"}} & names, path
+        waiting += [HELPERS[name] for name in names & HELPERS.keys() if HELPERS[name] not in seen]

@@ -12,8 +12,11 @@ from typing import Any
 
 import lightning.pytorch
 import torch
+from networks import NetParts, batches
+from networks import differing as differing
+from networks import values as values
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 
 
 class WalkParts:
@@ -39,36 +42,6 @@ class WalkParts:
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-class NetParts:
-    """A regression on four features; logs ``val/loss`` and ``train/loss``."""
-
-    def __init__(self, norm: bool = False, lr: float = 0.1) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8) if norm else nn.Tanh(), nn.Linear(8, 1))
-        with torch.no_grad():
-            for parameter in self.net.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
-        self.lr = lr
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
-        self.log("train/loss", loss)
-        return loss
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val/loss", self.loss(batch), batch_size=len(batch[0]))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
-
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
-
-
 @cache
 def of(parts: type, package: ModuleType = lightning.pytorch) -> type:
     """The LightningModule class of this package that has these parts."""
@@ -82,12 +55,6 @@ Net = of(NetParts)
 def steps(n: int) -> DataLoader[Tensor]:
     """``n`` batches for ``Walk``, which does not look at them."""
     return DataLoader([torch.zeros(1)] * n, batch_size=None)
-
-
-def batches(n: int = 4, size: int = 4, seed: int = 1, **settings: Any) -> DataLoader[tuple[Tensor, Tensor]]:
-    """``n`` batches for ``Net``, always the same."""
-    inputs = torch.randn(n * size, 4, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(inputs, inputs.sum(1, keepdim=True).sin()), batch_size=size, **settings)
 
 
 def trainer(root: Path, callbacks: Sequence[Any] = (), package: ModuleType = lightning.pytorch, **settings: Any) -> Any:
@@ -116,19 +83,6 @@ def read(path: str | Path) -> dict[str, Any]:
 def raw_of(file: dict[str, Any]) -> dict[str, Tensor]:
     """The raw weights of a full file: those that its ``state_dict`` does not hold itself are set aside."""
     return file["state_dict"] | file["lightning_merge"]["raw"]
-
-
-def values(weights: Any) -> dict[str, Tensor]:
-    """A copy of a module's or a file's tensors."""
-    tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def differing(left: Any, right: Any) -> list[str]:
-    """Names of the tensors that are not the same bits in two sets of weights."""
-    left, right = values(left), values(right)
-    both = left.keys() & right.keys()
-    return sorted((left.keys() ^ right.keys()) | {name for name in both if not torch.equal(left[name], right[name])})
 
 
 def score(weights: Any, norm: bool = False, loader: DataLoader[Any] | None = None) -> float:

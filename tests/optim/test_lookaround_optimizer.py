@@ -7,13 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_merge.callbacks import Lookaround as LookaroundCallback
 from lightning_merge.optim import Lookaround
 
 CURVATURES = torch.tensor([(1, 2, 0.5), (0.5, 1, 2), (2, 0.5, 1)], dtype=torch.float64)
@@ -82,26 +80,27 @@ def test_quadratics_follow_the_published_run(closure: bool) -> None:
     assert optimizer.merges == 2
 
 
-class Module(pl.LightningModule):
-    """The same network under a Trainer."""
-
-    def __init__(self, base: str, wrapped: bool) -> None:
-        super().__init__()
-        self.net = model()
-        self.base = base
-        self.wrapped = wrapped
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return (self.net(batch[0]) - batch[1]).square().mean()
-
-    def configure_optimizers(self) -> Any:
-        optimizer = BASES[self.base](self.net)
-        return Lookaround(optimizer, 3, 2) if self.wrapped else optimizer
-
-
 @pytest.mark.parametrize("base", BASES)
 def test_it_takes_the_steps_of_the_callback(base: str, tmp_path: Path) -> None:
-    def fit(module: Module, *callbacks: pl.Callback) -> nn.Module:
+    pl = pytest.importorskip("lightning.pytorch")
+    from lightning_merge.callbacks import Lookaround as LookaroundCallback
+
+    class Module(pl.LightningModule):
+        """The same network under a Trainer."""
+
+        def __init__(self, wrapped: bool) -> None:
+            super().__init__()
+            self.net = model()
+            self.wrapped = wrapped
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return (self.net(batch[0]) - batch[1]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = BASES[base](self.net)
+            return Lookaround(optimizer, 3, 2) if self.wrapped else optimizer
+
+    def fit(module: Module, *callbacks: Any) -> nn.Module:
         run = pl.Trainer(
             default_root_dir=tmp_path,
             callbacks=list(callbacks),
@@ -118,8 +117,8 @@ def test_it_takes_the_steps_of_the_callback(base: str, tmp_path: Path) -> None:
 
     by_hand = model()
     train(by_hand, Lookaround(BASES[base](by_hand), 3, 2), 0, 18)
-    in_trainer = fit(Module(base, wrapped=True))
-    by_callback = fit(Module(base, wrapped=False), LookaroundCallback(3, 2, batches="turns"))
+    in_trainer = fit(Module(wrapped=True))
+    by_callback = fit(Module(wrapped=False), LookaroundCallback(3, 2, batches="turns"))
     for a, b, c in zip(by_hand.parameters(), in_trainer.parameters(), by_callback.parameters(), strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, c, rtol=0, atol=1e-12)

@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from networks import NetParts, batches, differing
 from torch import nn
 
 from lightning_merge import Averager
 from lightning_merge.rules import ExponentialMean, Interpolation, Mean, Rule, ValleyMean, WindowMean
 from lightning_merge.schedules import EveryNEpochs, EveryNSteps, RunLength, Schedule
 from lightning_merge.selections import Selection
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "callbacks"))
-from tiny import Net, batches, differing, trainer
 
 RULES: list[tuple[Rule, Schedule]] = [
     (ExponentialMean(0.9), EveryNSteps()),
@@ -27,6 +25,10 @@ RULES: list[tuple[Rule, Schedule]] = [
     (Interpolation(0.5), EveryNSteps()),
 ]
 LENGTH = RunLength(steps=12, epochs=3, steps_per_epoch=4)
+
+
+class Net(NetParts, nn.Module):
+    """The network without a Trainer."""
 
 
 def net(norm: bool = True) -> Any:
@@ -49,10 +51,14 @@ def train(module: Any, optimizer: torch.optim.Optimizer, epochs: int = 3, ended:
 
 @pytest.mark.parametrize(("rule", "schedule"), RULES, ids=repr)
 def test_it_is_the_callback_bit_for_bit_on_the_same_steps(rule: Rule, schedule: Schedule, tmp_path: Path) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
     from lightning_merge.callbacks import WeightMerging
 
     callback = WeightMerging(rule, schedule)
-    trainer(tmp_path, [callback], max_epochs=3).fit(with_callback := net(), batches())
+    with_callback = type("Net", (NetParts, pl.LightningModule), {})(norm=True)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    run = pl.Trainer(default_root_dir=tmp_path, max_epochs=3, accelerator="cpu", callbacks=[callback], **quiet)
+    run.fit(with_callback, batches())
     module = net()
     optimizer = sgd(module)
     averager = Averager(module, optimizer, rule, schedule, run=LENGTH)
