@@ -2,11 +2,10 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -439,18 +438,26 @@ def test_a_reader_beside_a_writer_reads_what_is_there_now(tmp_path):
         readers[0].result()
 
 
+def add_five(folder: Path, name: str) -> None:
+    for task in range(5):
+        while True:
+            try:
+                Bank(folder).add({"w": torch.ones(2)}, task=f"{name}-{task}")
+                break
+            except ValueError as error:
+                if "another process has changed" not in str(error):
+                    raise
+
+
 def test_processes_that_add_at_once_lose_nothing(tmp_path):
     Bank(tmp_path, Sum(1.0)).add(weights(0.0), task="first")
-    code = (
-        "import sys, torch; from lightning_merge.continual import Bank\n"
-        "name = sys.argv[1]; like = torch.zeros(2)\n"
-        "for task in range(5):\n"
-        "    while True:\n"
-        f"        try: Bank({str(tmp_path)!r}).add({{'w': like + 1}}, task=f'{{name}}-{{task}}'); break\n"
-        "        except ValueError as error: assert 'another process has changed' in str(error), error\n"
-    )
-    writers = [subprocess.Popen([sys.executable, "-c", code, name]) for name in "ab"]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=add_five, args=(tmp_path, name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
     bank = Bank(tmp_path)
     assert len(bank.tasks) == 11
     assert float(bank.result()["w"][0]) == 10.0
