@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_merge._averaging._elsewhere import placed, refuse_without_room
+from lightning_merge._averaging._elsewhere import check_room, placed
 from lightning_merge._averaging._remarks import mostly_the_start
 from lightning_merge._averaging._second_sets import has_second_set
 from lightning_merge._averaging._state import AveragingState
@@ -79,7 +79,7 @@ class MergingByRule(AverageByRule):
         self._tensors.start(self._session, known, self._buffers)
         self.is_sharded = self._tensors.is_sharded
         if self._tensors.is_elsewhere and self._state is None:
-            refuse_without_room(self.title, self.tensors)
+            check_room(self.title, self.tensors)
 
     def _go_on(self) -> None:
         """Brings a state from before to the model's devices."""

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge._to_host import ToHost
-from lightning_merge.rules._snapshots import free_bytes
 from lightning_merge.weights import Weights
 
 
@@ -89,20 +88,19 @@ class Background:
         self._pool.shutdown()
 
 
-def refuse_without_room(title: str, tensors: Mapping[str, Tensor]) -> None:
+def check_room(title: str, tensors: Mapping[str, Tensor]) -> None:
     """Raises before training if an average, and weights on their way to it, do not fit into host memory.
 
     Raises:
         MemoryError: With the figures.
     """
-    needed = 2 * sum(t.numel() * weights.average_dtype(t).itemsize for t in tensors.values())
-    free = free_bytes(torch.device("cpu"))
-    if free is not None and needed > free:
-        raise MemoryError(
-            f"{title} with `device='cpu'` needs {needed:,} bytes of host memory, for the average and for weights on"
-            f" their way to it, and {free:,} are available. Leave `device` out, or average fewer tensors:"
-            " `selection=`."
-        )
+    needed = 2 * weights.size_of(tensors)
+    needs = (
+        f"{title} with `device='cpu'` needs {needed:,} bytes of host memory, for the average and for weights on their"
+        " way to it"
+    )
+    cure = "Leave `device` out, or average fewer tensors: `selection=`."
+    weights.refuse_without_room(needed, weights.free_bytes(torch.device("cpu")), needs, cure)
 
 
 def placed(nested: Any, on_host: bool) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_merge import weights
-from lightning_merge._averaging._elsewhere import refuse_without_room
+from lightning_merge._averaging._elsewhere import check_room
 from lightning_merge._averaging._in_place import in_place, publishable, writes_refused
 from lightning_merge._averaging._state import AveragingState
 from lightning_merge._averaging._taking_in import TakingIn
@@ -71,7 +71,7 @@ class Loop(TakingIn):
         self.watched.watches_training = self.watches_training
         self._tensors.start(self.watched, (), ())
         if self._tensors.is_elsewhere:
-            refuse_without_room(self._tensors.title, self.tensors)
+            check_room(self._tensors.title, self.tensors)
         self._refuse_others_parameters(optimizer)
         self._before: Weights | None = None  # the raw weights while merged ones are in their place
         self._calibrated_at: tuple[int, int] | None = None  # `version` when the statistics were measured

@@ -11,8 +11,7 @@ from lightning_merge._checks import number, one_of, whole
 from lightning_merge._mergeable import named
 from lightning_merge.optim._basis import block_norms, mean_of, orthonormal
 from lightning_merge.optim._spread import gathered, owners_of, rank, send_to_all, sum_over_ranks_
-from lightning_merge.rules._snapshots import free_bytes
-from lightning_merge.weights import State, Weights, average_dtype, nonfinite
+from lightning_merge.weights import State, Weights, average_dtype, free_bytes, nonfinite, refuse_without_room
 
 Form: TypeAlias = Literal["centred", "iclr", "journal"]
 Store: TypeAlias = Literal["device", "cpu"]
@@ -316,10 +315,6 @@ def _check_room(own: Mapping[str, Tensor], devices: Mapping[str, torch.device], 
         size = (capacity + 1) * tensor.numel() * average_dtype(tensor).itemsize
         needed[devices[name]] = needed.get(devices[name], 0) + size
     for device, size in needed.items():
-        free = free_bytes(device)
-        if free is not None and size > free:
-            cure = "fewer of them" if device.type == "cpu" else "`store='cpu'` or fewer of them"
-            raise MemoryError(
-                f"{capacity} collected weights and their mean need {size:,} bytes on {device}, and {free:,} are"
-                f" available. Take {cure}."
-            )
+        needs = f"{capacity} collected weights and their mean need {size:,} bytes on {device}"
+        cure = "Take fewer of them." if device.type == "cpu" else "Take `store='cpu'` or fewer of them."
+        refuse_without_room(size, free_bytes(device), needs, cure)

@@ -13,8 +13,8 @@ import torch
 
 from lightning_merge.files._read import read
 from lightning_merge.files._write import atomic
-from lightning_merge.rules._snapshots import OnHost, Snapshot, Snapshots, size_of
-from lightning_merge.weights import Weights
+from lightning_merge.rules._snapshots import OnHost, Snapshot, Snapshots
+from lightning_merge.weights import Weights, size_of
 
 fcntl: Any
 try:

@@ -1,14 +1,12 @@
 """Where a window keeps its snapshots: on the device, in host memory, or on disk."""
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
 
-from lightning_merge.weights import Weights, average_dtype, clone, to_devices
+from lightning_merge.weights import Weights, average_dtype, clone, free_bytes, refuse_without_room, size_of, to_devices
 
 Snapshot: TypeAlias = Weights | str
 """The tensors, or the name of the file that holds them."""
@@ -118,32 +116,5 @@ def check_room(snapshots: Snapshots, weights: Weights, copies: int) -> None:
         MemoryError: If that many copies do not fit.
     """
     for place, needed, free in snapshots.room(weights, copies):
-        if free is not None and needed > free:
-            raise MemoryError(
-                f"a window of {copies - 1} snapshots and one copy to work with needs {needed:,} bytes {place}, and"
-                f" {free:,} are available. {snapshots.cure}"
-            )
-
-
-def size_of(weights: Weights) -> int:
-    """Bytes of one copy; of a sharded tensor the part that is here."""
-    local = (t.to_local() if hasattr(t, "to_local") else t for t in weights.values())
-    return sum(t.numel() * average_dtype(t).itemsize for t in local)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; ``None`` where that cannot be known."""
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type != "cpu":
-        return None
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
+        needs = f"a window of {copies - 1} snapshots and one copy to work with needs {needed:,} bytes {place}"
+        refuse_without_room(needed, free, needs, snapshots.cure)

@@ -65,6 +65,9 @@ from lightning_merge.weights._precision import average_dtype as average_dtype
 from lightning_merge.weights._precision import is_averaged as is_averaged
 from lightning_merge.weights._precision import like as like
 from lightning_merge.weights._precision import to_devices as to_devices
+from lightning_merge.weights._room import free_bytes as free_bytes
+from lightning_merge.weights._room import refuse_without_room as refuse_without_room
+from lightning_merge.weights._room import size_of as size_of
 from lightning_merge.weights._shards import as_sharded as as_sharded
 from lightning_merge.weights._shards import is_sharded as is_sharded
 from lightning_merge.weights._shards import local as local

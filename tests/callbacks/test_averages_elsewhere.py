@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from test_host_reads import Spoilt, WithoutMomentum, same
 from tiny import batches, differing, read, trainer, validation
 
-from lightning_merge._averaging import _elsewhere
+from lightning_merge import weights
 from lightning_merge._averaging._tensors import Tensors
 from lightning_merge.callbacks import (
     ASWA,
@@ -183,6 +183,6 @@ def test_callbacks_that_keep_more_than_an_average_take_no_device(make: Any) -> N
 def test_memory_that_is_short_is_said_before_training(
     tmp_path: Path, as_if_on_a_device: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_elsewhere, "free_bytes", lambda device: 100)
+    monkeypatch.setattr(weights, "free_bytes", lambda device: 100)
     with pytest.raises(MemoryError, match=r"`device='cpu'` needs \d{3} bytes of host memory.* 100 are available"):
         run(EMA(device="cpu"), tmp_path, set())
