@@ -11,6 +11,7 @@ import pytest
 import torch
 from golden import runs
 from lightning.pytorch.callbacks import Checkpoint
+from methods import PUBLISHING
 
 from lightning_merge import callbacks as merging
 
@@ -23,6 +24,9 @@ DERIVED = {
     "way": "found out by that",
     "in_eval": "found out by that",
     "_last": "of one batch, for its further branches",
+    "_only_to_try": "of one batch",
+    "_found": "the second set, read again when it is asked for",
+    "_step_hooks": "of one fit",
     "mean": "made of the branches when it is asked for",
     "cache": "made of the snapshots when it is asked for",
     "_average": "the callback itself",
@@ -37,7 +41,6 @@ OF_BRANCHES = {
 }
 
 PLAIN = (bool, int, float, str, tuple, list, dict, set, deque, torch.Tensor)
-METHODS = [name for name, make in runs.METHODS.items() if runs.averages(make())]
 
 
 class Snapshot(Checkpoint):
@@ -91,13 +94,23 @@ def plain(value: Any) -> Any:
     return [plain(each) for each in value] if isinstance(value, list | tuple | deque) else repr(value)
 
 
-@pytest.mark.parametrize("method", METHODS)
+def test_every_callback_that_publishes_is_in_the_table() -> None:
+    listed = {type(average).__name__ for make in PUBLISHING.values() for average in runs.averages(make())}
+    published = {
+        name
+        for name in merging.__all__
+        if isinstance(kind := getattr(merging, name), type) and issubclass(kind, merging.Published)
+    }
+    assert published - listed == {"Published"}
+
+
+@pytest.mark.parametrize("method", PUBLISHING)
 def test_a_resumed_callback_is_as_it_was_saved(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
     def snapshot(ckpt_path: Path | None) -> Snapshot:
         torch.manual_seed(3)
-        callbacks = runs.METHODS[method]()
+        callbacks = PUBLISHING[method]()
         last = Snapshot(runs.averages(callbacks), tmp_path / "full.ckpt")
         trainer = pl.Trainer(**runs.quiet(tmp_path), max_epochs=runs.EPOCHS, callbacks=[*callbacks, last])
         trainer.fit(runs.module(method), *runs.loaders(), ckpt_path=ckpt_path)

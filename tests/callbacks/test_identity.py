@@ -9,8 +9,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from golden.runs import METHODS, averages
 from lightning.pytorch.callbacks import ModelCheckpoint
+from methods import PUBLISHING, averages
 from tiny import batches, read, trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -112,24 +112,10 @@ class Complex(Awkward):
 
 
 MODULES = [OwnStateDict, TiedByStorage, BufferAssignedAnew, Parametrised, Complex]
-TRIED = {name: make for name, make in METHODS.items() if averages(make()) and name != "ondare"}
+TRIED = {name: make for name, make in PUBLISHING.items() if name != "ondare"}
 TRIED["weight-merging"] = lambda: [  # of a part that these modules have
     merging.WeightMerging(Mean(), EveryNSteps(2), Selection(include=("net.0.*",), buffers="copy"))
 ]
-TRIED["anneal"] = lambda: [
-    merging.Anneal("1-sqrt", 4, validate="both"),
-    merging.Anneal("cosine", 4, memory=3, name="now"),
-]
-TRIED["bema"] = lambda: [merging.BEMA(0.7, validate="both")]
-TRIED["evaluation-weights"] = lambda: [
-    merging.EvaluationWeights(
-        lambda module: {
-            name: (0.9 if each.requires_grad else 1.0) * each.detach()
-            for name, each in module.named_parameters(remove_duplicate=False)
-        }
-    )
-]
-TRIED["best-k"] = lambda: [merging.BestK("val/loss", 2, validate="both")]
 REFUSED = {
     ("warp", Complex): "`phase` of the branches holds complex",
     ("branching", Complex): "`phase` of the branches",
@@ -174,16 +160,6 @@ def fitted(kind: type[Awkward], method: str, root: Path) -> tuple[Awkward, Model
         return None
     assert all(average.ready for average in averages(callbacks))
     return module, best
-
-
-def test_every_callback_that_publishes_is_tried() -> None:
-    tried = {type(average).__name__ for make in TRIED.values() for average in averages(make())}
-    published = {
-        name
-        for name in merging.__all__
-        if isinstance(kind := getattr(merging, name), type) and issubclass(kind, merging.Published)
-    }
-    assert published - tried == {"Published"}
 
 
 @pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
