@@ -54,8 +54,19 @@ class OfMatrix(Metric, ABC):
         """The figure of a matrix of at least one task, all trained."""
 
 
+class OfTasks(OfMatrix):
+    """A mean over tasks, each of which counts alike or by its test samples."""
+
+    sizes: Tensor | None
+
+    def __init__(self, average: Average = "macro", sizes: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        _check_average(average, sizes)
+        self.register_buffer("sizes", sizes, persistent=False)  # moved and cloned with the metric
+
+
 @final
-class FinalAverage(OfMatrix):
+class FinalAverage(OfTasks):
     """``mean_j R[T-1][j]``: the mean accuracy over all tasks seen, now. ``micro`` weighs a task by its test samples.
 
     Args:
@@ -72,19 +83,12 @@ class FinalAverage(OfMatrix):
         tensor(0.7500)
     """
 
-    sizes: Tensor | None
-
-    def __init__(self, average: Average = "macro", sizes: Tensor | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        _check_average(average, sizes)
-        self.register_buffer("sizes", sizes, persistent=False)  # moved and cloned with the metric
-
     def _figure(self, matrix: Tensor) -> Tensor:
         return _mean_of_row(matrix, len(matrix) - 1, _of_tasks("sizes", self.sizes, matrix))
 
 
 @final
-class AverageIncremental(OfMatrix):
+class AverageIncremental(OfTasks):
     """``mean_i A_i`` with ``A_i = mean_{j<=i} R[i][j]``: the accuracy over the tasks seen, averaged over the stream.
 
     Args:
@@ -95,13 +99,6 @@ class AverageIncremental(OfMatrix):
         ValueError: If ``average`` is neither, ``sizes`` does not go with it or is no row of counts, or later if it has
             fewer entries than tasks were trained.
     """
-
-    sizes: Tensor | None
-
-    def __init__(self, average: Average = "macro", sizes: Tensor | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        _check_average(average, sizes)
-        self.register_buffer("sizes", sizes, persistent=False)  # moved and cloned with the metric
 
     def _figure(self, matrix: Tensor) -> Tensor:
         sizes = _of_tasks("sizes", self.sizes, matrix)
