@@ -19,6 +19,7 @@ from lightning_merge.callbacks._doctor import Doctor
 from lightning_merge.callbacks._ema import EMA
 from lightning_merge.callbacks._evaluation_weights import EvaluationWeights
 from lightning_merge.callbacks._forkmerge import ForkMerge
+from lightning_merge.callbacks._importance_statistics import ImportanceStatistics
 from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._league import League
@@ -65,6 +66,7 @@ __all__ = [
     "EvaluationWeights",
     "Extrapolate",
     "ForkMerge",
+    "ImportanceStatistics",
     "Interpolate",
     "League",
     "LocalSGD",

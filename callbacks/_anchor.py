@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -14,10 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_merge import weights
 from lightning_merge._checks import names, number, one_of, path, whole
 from lightning_merge._whole_steps import hook_whole_steps
+from lightning_merge.callbacks._importance_run._fisher import FisherPass
 from lightning_merge.callbacks._lightning._on_one_process import on_one_process
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
-from lightning_merge.callbacks._task_run._fisher import fisher_information, prepare_fisher
 from lightning_merge.callbacks._task_run._head_search import HeadSearch
 from lightning_merge.continual import head_parameters
 from lightning_merge.files import atomic
@@ -28,6 +29,8 @@ Importance = Literal["identity", "fisher"]
 AnchorAt = Literal["base", "last"]
 
 _KEY = "lightning_merge_anchor"
+
+_PASS = FisherPass("Anchor", "`importance='fisher'`", "Choose `importance='identity'`.")
 
 
 class Anchor(Callback):
@@ -113,7 +116,7 @@ class Anchor(Callback):
         if self._anchor and (difference := weights.first_mismatch(self._anchor, held)):
             raise ValueError(f"the model is not the one that Anchor was started with: {difference}.")
         if self._recent is not None:
-            prepare_fisher(trainer, pl_module, self._held, self._recent)
+            _PASS.prepare(trainer, pl_module, self._held, self._recent)
         self._pulled = {parameter: name for name, parameter in held.items()}
         for optimizer in trainer.optimizers:
             handles = hook_whole_steps(optimizer, None, self._pull)
@@ -172,8 +175,13 @@ class Anchor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds the task's Fisher information, and moves the anchor if it follows the last task."""
         if self._recent is not None:
-            added = fisher_information(trainer, pl_module, self._held(pl_module), self._recent, self.samples)
-            self._fisher = {name: self._fisher.get(name, 0) + tensor for name, tensor in added.items()}
+            added = _PASS.measured(trainer, pl_module, self._held(pl_module), self._recent, self.samples)
+            self._fisher = {name: self._fisher.get(name, 0) + tensor for name, tensor in added.means.items()}
+            if added.means and not any(bool(each.any()) for each in added.means.values()):
+                rank_zero_warn(
+                    f"Anchor: all Fisher information of the {added.samples} samples is 0, so nothing of this task is"
+                    " held. A loss that is 0 for a sample alone, as a contrastive one, has none."
+                )
         if self.at == "last":
             self._anchor = weights.clone(self._held(pl_module))
         if self.file is not None and trainer.is_global_zero:

@@ -21,6 +21,7 @@ from lightning_merge.callbacks._lightning._user_step import (
     outside_training,
     running,
     takes_iterator,
+    why_not_alone,
 )
 from lightning_merge.weights import Weights
 
@@ -32,11 +33,7 @@ def prepare(trainer: Any, module: LightningModule, title: str, recent: RecentBat
         ValueError: If ``training_step`` steps optimizers or fetches its batches itself, and nothing takes its place.
     """
     own = has_calibration_step(module)
-    reason = ""
-    if not module.automatic_optimization:
-        reason = "steps optimizers under manual optimization"
-    elif takes_iterator(module):
-        reason = "takes `dataloader_iter` and fetches its batches itself"
+    reason = why_not_alone(module)
     if reason and not own:
         raise ValueError(
             f"{title} measures BatchNorm statistics again (`buffers='recompute'`) by `training_step`, which"

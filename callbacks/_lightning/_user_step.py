@@ -141,6 +141,13 @@ def takes_iterator(module: Any) -> bool:
     return bool(is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True))
 
 
+def why_not_alone(module: Any) -> str:
+    """Why ``training_step`` cannot be run for its loss alone, in words; empty if it can."""
+    if takes_iterator(module):
+        return "takes `dataloader_iter` and fetches its batches itself"
+    return "" if module.automatic_optimization else "steps optimizers under manual optimization"
+
+
 def names_in_eval(module: nn.Module) -> frozenset[str]:
     """Names of the submodules in eval mode."""
     return frozenset(name for name, each in module.named_modules() if not each.training)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from lightning_merge._commands._safetensors import write_safetensors
 from lightning_merge._commands._target import literal, loading, refuse_input, refuse_target, save
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._sets import bytes_of, contiguous, tensors
+from lightning_merge.files._write_safetensors import write_safetensors
 from lightning_merge.weights import first_mismatch
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")

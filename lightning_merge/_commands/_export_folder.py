@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_merge._commands._safetensors import write_safetensors
 from lightning_merge._commands._target import literal
 from lightning_merge.files._folders import class_of, config_of
 from lightning_merge.files._layouts import open_file
 from lightning_merge.files._sets import bytes_of, contiguous, tensors
 from lightning_merge.files._write import is_remote
+from lightning_merge.files._write_safetensors import write_safetensors
 from lightning_merge.weights import Weights, first_mismatch
 
 _WITH = (".json", ".txt", ".model", ".jinja", ".py")

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from lightning_merge.files._check import opened
 from lightning_merge.files._other_formats import other_format
+from lightning_merge.files._places import memory_of
 from lightning_merge.files._read import refuse_no_file
 from lightning_merge.files._write import is_remote
 from lightning_merge.weights import Weights
@@ -65,6 +67,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
         ValueError: If there is no such file, or it is none that the library would read.
         OSError: If the system refuses to read it.
     """
+    return read_header_and_words(path)[0]
+
+
+def read_header_and_words(path: str | os.PathLike[str]) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Where each tensor is, and what the writer said of them (``__metadata__``).
+
+    Raises:
+        ValueError: As ``read_header``.
+    """
     if not is_remote(path):
         refuse_no_file(Path(path))
     with opened(path) as file:
@@ -76,9 +87,24 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Entry]:
         text = file.read(length)
     try:
         header = json.loads(text.decode(), object_pairs_hook=_without_repeats, parse_constant=_no_number)
-        return _entries(header, 8 + length, size)
+        return _entries(header, 8 + length, size), dict(header.get("__metadata__", {}))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(_unreadable(path, size, str(error))) from error
+
+
+def read_entry(path: str | os.PathLike[str], entry: Entry) -> Tensor:
+    """One tensor of a file whose header was read, in memory of its own.
+
+    Raises:
+        ValueError: If the file was cut short since.
+        OSError: If the system refuses to read it.
+    """
+    tensor = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
+    with opened(path) as file:
+        file.seek(entry.start)
+        if file.readinto(memory_of(tensor)) != entry.bytes:
+            raise ValueError(f"{os.fspath(path)} was cut short after it was opened.")
+    return tensor.view(entry.shape)
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> Weights:

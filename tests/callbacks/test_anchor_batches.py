@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_merge.callbacks import Anchor
-from lightning_merge.callbacks._task_run._samples import Samples
+from lightning_merge.importance._samples import Samples
 
 PICTURES = [torch.randn(3, 5, 5 + size) for size in (0, 1, 0, 2)]
 BOXES = [{"boxes": torch.rand(count, 4)} for count in (1, 3, 2, 1)]

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from tiny import Net, batches, trainer
 
-from lightning_merge.callbacks import EMA, Anchor, ContinualMerging, Lookaround, OnlineMerging
+from lightning_merge.callbacks import EMA, Anchor, ContinualMerging, ImportanceStatistics, Lookaround, OnlineMerging
 from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
 from lightning_merge.rules import ExponentialMean
 
@@ -33,7 +33,7 @@ def test_a_strategy_under_which_averages_do_not_work_names_those_under_which_the
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-@pytest.mark.parametrize("kind", [Lookaround, OnlineMerging, ContinualMerging, Anchor])
+@pytest.mark.parametrize("kind", [Lookaround, OnlineMerging, ContinualMerging, Anchor, ImportanceStatistics])
 def test_what_needs_whole_parameters_is_refused_under_a_strategy_that_shards(
     kind: type, name: str, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from lightning_merge.files import replacing
+from lightning_merge.files._write import replacing
 from lightning_merge.weights import Weights
 
 

@@ -1,0 +1,1 @@
+"""How a callback measures statistics of the weights, and how ``Anchor`` does."""
