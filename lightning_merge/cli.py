@@ -62,7 +62,8 @@ commands:
                                the best score with `--config FILE`: greedy, lcsc, bayes
   soup FILE... --out FILE [--rule RULE]
                                checkpoints of several runs: uniform, greedy, diwa, learned; with `--base FILE`
-                               model-stock, iso-c, tsv-m, tall, metagpt
+                               model-stock, iso-c, tsv-m, tall, metagpt; with `--statistics FILE...` of each besides
+                               fisher, fisher-nodes, daheim, regmean, mats
   replay RUN|RECIPE            does it resume bit for bit? If not, which tensor or random state differs first
   completion bash|zsh|tcsh     what completes commands, recipes and options in a shell
 """

@@ -31,6 +31,7 @@ def combine(options: argparse.Namespace) -> str:
         ValueError: If something does not fit; nothing is written then.
     """
     from lightning_merge._commands._combine_report import report
+    from lightning_merge._commands._from_base import from_base
     from lightning_merge._commands._kept import kept_of
     from lightning_merge._commands._target import folder_of, refuse_input, save
 
@@ -38,8 +39,9 @@ def combine(options: argparse.Namespace) -> str:
     folder = folder_of(options.out)
     earlier, trajectory = _inputs(options)
     paths = [checkpoint.path for checkpoint in trajectory]
+    beside = [getattr(options, name, None) for name in ("base", "base_statistics", "config", "log")]
     given = [options.run, options.continue_from] if options.command == "average" else options.files
-    refuse_input(options.out, [*paths, *given, getattr(options, "base", None), options.config, options.log])
+    refuse_input(options.out, [*paths, *given, *(getattr(options, "statistics", None) or ()), *beside])
     if folder is not None:
         from lightning_merge.trajectory._sharded_output import layout_of
 
@@ -48,8 +50,10 @@ def combine(options: argparse.Namespace) -> str:
     bench = None if options.config is None else _bench(options.config)
     found: Found | None = None
     merged: Weights = {}
+    coefficients: list[float] | None = None
+    remarks: list[str] = []
     if options.rule in FROM_BASE:
-        merged, coefficients = combining.from_base(trajectory, options), None
+        merged, remarks = from_base(trajectory, options)
     elif options.rule in SEARCHES:
         found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
@@ -73,7 +77,7 @@ def combine(options: argparse.Namespace) -> str:
         bench.load(merged)  # as the line that is printed does
     kept, lost = kept_of(paths)
     save({"state_dict": merged, **kept, "provenance": whole}, options.out)
-    return report(options, trajectory, provenance, lost)
+    return report(options, trajectory, provenance, lost, remarks)
 
 
 def _inputs(options: argparse.Namespace) -> "tuple[Earlier | None, Trajectory]":
@@ -115,6 +119,7 @@ def _provenance(
         "evaluations": None if found is None else len(found.history),
         "ties": None if found is None else found.ties,
         "base": os.fspath(options.base) if options.rule in FROM_BASE else None,
+        "importance": [os.fspath(file) for file in getattr(options, "statistics", None) or ()] or None,
         "statistics": "averaged" if options.config is None else "measured",
     }
 

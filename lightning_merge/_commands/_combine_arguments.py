@@ -8,10 +8,13 @@ AVERAGE_RULES = ("mean", "window", "linear", "ema", *_DECAYS, "greedy", "lcsc", 
 _SETS = ("raw", "published")
 SEARCHES = {"greedy", "lcsc", "bayes", "diwa", "learned"}
 _OF_SETS = "of files with an average: what training works on, or what the score was measured on"
-FROM_BASE = ("model-stock", "iso-c", "tsv-m", "tall", "metagpt")
+WITH_STATISTICS = ("fisher", "fisher-nodes", "daheim", "regmean", "mats")
+"""Of those the ones that weigh by statistics of each file."""
+FROM_BASE = ("model-stock", "iso-c", "tsv-m", "tall", "metagpt", *WITH_STATISTICS)
 """Rules that merge what each file added to a base."""
 SOUP_RULES = ("uniform", "greedy", "diwa", "learned", *FROM_BASE)
 _NAMED = ", ".join(f"`{rule}`" for rule in FROM_BASE)
+_WEIGHED = ", ".join(f"`{rule}`" for rule in WITH_STATISTICS)
 
 
 def _local(text: str) -> Path:
@@ -53,7 +56,17 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scale",
         type=float,
-        help="for `iso-c`, `tsv-m` (default 1), `tall` (default 0.3): factor of the merged vector",
+        help="for `iso-c`, `tsv-m`, `daheim` (default 1), `tall` (default 0.3): factor of the merged vector",
+    )
+    parser.add_argument(
+        "--statistics",
+        type=_local,
+        metavar="FILE",
+        nargs="+",
+        help=f"for {_WEIGHED}: what `ImportanceStatistics` wrote for each file, in their order",
+    )
+    parser.add_argument(
+        "--base-statistics", type=_local, metavar="FILE", help="for `daheim`: the same of the base (default: 0)"
     )
     _add_common(parser)
 
@@ -107,6 +120,8 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"`--rule {options.rule}` needs `--base`, the checkpoint that all were fine-tuned from.")
     if options.rule not in FROM_BASE and getattr(options, "scale", None) is not None:
         raise ValueError(f"`--scale` must be left out for `--rule {options.rule}`, got {options.scale}.")
+    if options.command == "soup":
+        _check_statistics(options)
     if options.rule == "learned" and options.mode == "max":
         raise ValueError(
             "`--rule learned` follows a gradient, so the score has to be a smooth loss, as with `--monitor val/loss"
@@ -135,3 +150,18 @@ def _check_target(options: argparse.Namespace) -> None:
         which = f"`--rule {options.rule}`" if options.config is None else "what `--config` measures"
         raise ValueError(f"{which} is written to a file, not to a folder: let `--out` end in .ckpt or .pt.")
     refuse_folder(folder, options.force)
+
+
+def _check_statistics(options: argparse.Namespace) -> None:
+    given = options.statistics or []
+    if options.rule in WITH_STATISTICS and len(given) != len(options.files):
+        raise ValueError(
+            f"`--rule {options.rule}` needs `--statistics`, a file for each of the {len(options.files)} checkpoints,"
+            f" got {len(given)}: the callback `ImportanceStatistics` writes them beside the checkpoints of a run."
+        )
+    if options.rule not in WITH_STATISTICS and given:
+        raise ValueError(f"`--statistics` must be left out for `--rule {options.rule}`, got {given[0]}.")
+    if options.rule != "daheim" and options.base_statistics is not None:
+        raise ValueError(
+            f"`--base-statistics` must be left out for `--rule {options.rule}`, got {options.base_statistics}."
+        )

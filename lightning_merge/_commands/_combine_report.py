@@ -1,6 +1,7 @@
 """What ``average`` and ``soup`` print."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_merge._commands._target import folder_of, literal, loading
@@ -19,6 +20,7 @@ def report(
     trajectory: Trajectory,
     provenance: dict[str, Any],
     lost: list[str],
+    remarks: Sequence[str] = (),
 ) -> str:
     """What was merged into what, how to load it, and all that was left out."""
     size = sum(tensor.numel() for tensor in trajectory[0].like.values())
@@ -36,6 +38,7 @@ def report(
             f"  {options.monitor} = {provenance['score']:.6g} after {provenance['evaluations']} evaluations{tied}; the"
             " data it was chosen on flatter it, so test on other data"
         )
+    lines += [f"  {remark}" for remark in remarks]
     lines += [f"  left out: {path}, {why}" for path, why in trajectory.left_out.items()]
     if trajectory.differing:
         lines.append(f"  counters that differ, those of the last file: {', '.join(trajectory.differing[:8])}")

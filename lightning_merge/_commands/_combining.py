@@ -82,38 +82,3 @@ def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, ha
             subject=f"{options.monitor} of {', '.join(hashes)}",
             on_evaluation=show,
         )
-
-
-def from_base(trajectory: "Trajectory", options: argparse.Namespace) -> "Weights":
-    """The base and what a combiner makes of the files' vectors, a tensor at a time if it can: then little more than the
-    result is in memory."""
-    from lightning_merge import combiners
-    from lightning_merge._mergeable import carried
-    from lightning_merge.trajectory import Checkpoint, Trajectory
-    from lightning_merge.weights import is_averaged
-
-    rules = {
-        "model-stock": combiners.ModelStock,
-        "iso-c": combiners.IsoC,
-        "tsv-m": combiners.TSVM,
-        "tall": combiners.Consensus,
-        "metagpt": combiners.MetaGPT,
-    }
-    combiner: combiners.Combiner = rules[options.rule]()
-    if options.scale is not None:
-        combiner = combiner.with_scale(options.scale)
-    start = Checkpoint(options.base)
-    Trajectory([start, *trajectory])  # refuses another model
-    merged: Weights = {}
-    names = []
-    for name in start.places:
-        if is_averaged(tensor := start.tensor(name)):
-            merged[name] = tensor
-            names.append(name)
-        else:
-            merged[name] = carried(name, (checkpoint.tensor(name) for checkpoint in trajectory), trajectory.differing)
-    for together in [names] if combiner.locality == "model" else [[name] for name in names]:
-        base = {name: merged[name] for name in together}
-        vectors = (combiners.task_vector({n: each.tensor(n) for n in base}, base) for each in trajectory)
-        merged |= combiners.add_vector(base, combiner.combine(vectors))
-    return {**merged, **trajectory[-1].extra}

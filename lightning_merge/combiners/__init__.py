@@ -5,14 +5,18 @@ from lightning_merge.combiners._base import Combiner
 from lightning_merge.combiners._breadcrumbs import Breadcrumbs
 from lightning_merge.combiners._combine_files import combine_files
 from lightning_merge.combiners._consensus import Consensus
+from lightning_merge.combiners._daheim import Daheim
 from lightning_merge.combiners._dare import DARE
 from lightning_merge.combiners._emr import EMR
 from lightning_merge.combiners._exponential_average import ExponentialAverage
+from lightning_merge.combiners._fisher import Fisher
 from lightning_merge.combiners._iso_c import IsoC
 from lightning_merge.combiners._magmax import MagMax
+from lightning_merge.combiners._mats import MaTS
 from lightning_merge.combiners._metagpt import MetaGPT
 from lightning_merge.combiners._model_stock import ModelStock
 from lightning_merge.combiners._opcm import OPCM
+from lightning_merge.combiners._regmean import RegMean
 from lightning_merge.combiners._scale import Scale
 from lightning_merge.combiners._slerp import SLERP, slerp
 from lightning_merge.combiners._sum import Sum
@@ -31,11 +35,15 @@ __all__ = [
     "Breadcrumbs",
     "Combiner",
     "Consensus",
+    "Daheim",
     "ExponentialAverage",
+    "Fisher",
     "IsoC",
+    "MaTS",
     "MagMax",
     "MetaGPT",
     "ModelStock",
+    "RegMean",
     "Scale",
     "Sum",
     "add_vector",

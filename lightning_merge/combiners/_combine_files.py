@@ -9,6 +9,7 @@ from lightning_merge._checks import instance, path, sequence
 from lightning_merge._mergeable import carried
 from lightning_merge.combiners._base import Combiner, label
 from lightning_merge.combiners._vectors import add_vector, task_vector
+from lightning_merge.combiners._with_statistics import WithStatistics
 from lightning_merge.files._layouts import open_set
 from lightning_merge.weights import Weights, first_mismatch
 
@@ -61,7 +62,8 @@ def combine_files(
     del layout
     merged: Weights = {}
     for together in [[name for group in groups for name in group]] if combiner.locality == "model" else groups:
-        vector = combiner.combine((_vector(file, base, together) for file in files), labels)
+        pairs = zip(files, labels, strict=True)
+        vector = combiner.combine((_vector(file, base, together, combiner, task) for file, task in pairs), labels)
         for group in groups:
             if own := [name for name in group if name in together]:
                 part = {name: vector.pop(name) for name in own if name in vector}
@@ -83,12 +85,15 @@ def _groups(layout: Mapping[str, Tensor]) -> Iterator[list[str]]:
         yield group
 
 
-def _vector(file: str | Path, base: str | Path, names: list[str]) -> Weights:
+def _vector(file: str | Path, base: str | Path, names: list[str], combiner: Combiner, task: int | str) -> Weights:
     vector: Weights = {}
     layout = _open(base)
     for group in _groups({name: layout[name] for name in names}):
         try:
             own, start = _read(file, group), _read(base, group)
+            if isinstance(combiner, WithStatistics):
+                combiner.refuse_other_base(start, str(base))
+                combiner.refuse_other_weights(task, own, str(file))
             for name in [name for name in group if not own[name].is_floating_point() and not own[name].is_complex()]:
                 carried(name, (start[name], own[name]))
             vector |= task_vector(own, start)

@@ -1,9 +1,10 @@
 """How far to go along the merged vector."""
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Literal, TypeAlias
 
-from lightning_merge._checks import number
+from lightning_merge._checks import instance, number
 from lightning_merge.weights import State, Weights, scaled
 
 Scale: TypeAlias = float | Literal["1/t", "1/sqrt(t)"]
@@ -32,3 +33,20 @@ def scale_of(scale: Scale, tasks: int) -> float:
 def scaled_result(state: State, key: str, scale: Scale) -> Weights | None:
     """What the state keeps under the key, scaled for its updates: maybe as it is; ``None`` before the first."""
     return scaled(state[key], scale_of(scale, state["updates"])) if state["updates"] else None
+
+
+def checked_weights(weights: Mapping[int | str, float]) -> Mapping[int | str, float]:
+    """Positive factors by task.
+
+    Raises:
+        TypeError: If it is no mapping, or a factor is no number.
+        ValueError: If a factor is not positive.
+    """
+    instance("weights", weights, Mapping, "a mapping from tasks to positive numbers")
+    checked = {}
+    for task, weight in weights.items():
+        try:
+            checked[task] = number("weights", weight, "(0, inf)", "positive numbers")
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{str(error).removesuffix('.')} for task {task}.") from None
+    return checked

@@ -7,12 +7,12 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from lightning_merge._checks import flag, instance, number, one_of, settle
+from lightning_merge._checks import flag, number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._election import Divisor, ZeroSign, additions, elected, signs
 from lightning_merge.combiners._kept import as_in
 from lightning_merge.combiners._ranked import largest
-from lightning_merge.combiners._scale import Scale, checked_scale, scale_of
+from lightning_merge.combiners._scale import Scale, checked_scale, checked_weights, scale_of
 from lightning_merge.combiners._trim import TopK, reaching, trim_count, trim_level
 from lightning_merge.weights import (
     State,
@@ -92,7 +92,7 @@ class TIES(Combiner):
             ("divisor", ("count", "weight_sum", None)),
         ):
             one_of(name, getattr(self, name), allowed, f"one of {allowed}")
-        settle(self, weights=_checked_weights(self.weights))
+        settle(self, weights=checked_weights(self.weights))
         settle(self, weighted_sign=flag("weighted_sign", self.weighted_sign))
 
     @property
@@ -196,14 +196,3 @@ class TIES(Combiner):
 def _sums(state: State, name: str) -> Weights:
     """What is kept of one tensor, by key."""
     return {key: group[name] for key, group in state.items() if isinstance(group, dict)}
-
-
-def _checked_weights(weights: Mapping[int | str, float]) -> Mapping[int | str, float]:
-    instance("weights", weights, Mapping, "a mapping from tasks to positive numbers")
-    checked = {}
-    for task, weight in weights.items():
-        try:
-            checked[task] = number("weights", weight, "(0, inf)", "positive numbers")
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{str(error).removesuffix('.')} for task {task}.") from None
-    return checked

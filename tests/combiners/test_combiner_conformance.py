@@ -1,7 +1,11 @@
 """What every combiner keeps to, whatever it computes. Adding a combiner adds a line to ``COMBINERS``."""
 
 import io
+import re
+import tempfile
 from copy import deepcopy
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -23,14 +27,45 @@ from lightning_merge.combiners import (
     Breadcrumbs,
     Combiner,
     Consensus,
+    Daheim,
     ExponentialAverage,
+    Fisher,
     IsoC,
     MagMax,
+    MaTS,
     MetaGPT,
     ModelStock,
+    RegMean,
     Sum,
 )
+from lightning_merge.importance import Statistics
 from lightning_merge.weights import Weights
+
+SHAPES = {"layer.weight": (6, 4), "layer.bias": (6,), "one": (1,), "scale": (), "empty": (0, 2), "conv": (2, 3, 2, 2)}
+
+LABELS = (*range(12), "cars", "pets")
+
+
+def statistics(kind: Literal["fisher", "gram"]) -> dict[int | str, str]:
+    """Files of statistics of such vectors for every task of these tests."""
+    folder, generator = Path(FILES.name), torch.Generator().manual_seed(1)
+    found: dict[int | str, str] = {}
+    for task in LABELS:
+        sizes = {"layer.weight": 4, "conv": 12}
+        inputs = {name: torch.randn(3 * size, size, generator=generator) for name, size in sizes.items()}
+        squares = {
+            name: torch.rand(shape, generator=generator)
+            for name, shape in SHAPES.items()
+            if name not in ("empty", "scale")
+        }
+        tensors = squares if kind == "fisher" else {name: x.T @ x / len(x) for name, x in inputs.items()}
+        found[task] = str(folder / f"{kind}-{task}")
+        Statistics(kind, tensors).write(found[task])
+    return found
+
+
+FILES = tempfile.TemporaryDirectory()
+FISHER, GRAM = statistics("fisher"), statistics("gram")
 
 COMBINERS = [
     Sum(),
@@ -65,11 +100,21 @@ COMBINERS = [
     MetaGPT(),
     Consensus(),
     EMR(),
+    Fisher(FISHER),
+    Fisher(FISHER, normalise="tensor", per="node", floor=1e-6, floor_rule="first", weights={1: 2.0}),
+    Daheim(FISHER, FISHER[0], scale="1/t", damping=1e-3),
+    RegMean(GRAM),
+    MaTS(GRAM, normalise="model"),
+    MaTS(GRAM, "base", iterations=3),
 ]
 
-every_combiner = pytest.mark.parametrize("combiner", COMBINERS, ids=repr)
 
-SHAPES = {"layer.weight": (6, 4), "layer.bias": (6,), "one": (1,), "scale": (), "empty": (0, 2), "conv": (2, 3, 2, 2)}
+def title(combiner: Combiner) -> str:
+    """How it was made, without paths of files."""
+    return re.sub(r"\{0: '.*?'\}|'/.*?'", "...", repr(combiner))
+
+
+every_combiner = pytest.mark.parametrize("combiner", COMBINERS, ids=title)
 
 
 def vectors(count: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Weights]:
@@ -159,7 +204,7 @@ def test_order_of_the_names_in_a_vector_changes_no_bit(combiner):
         assert bits(dict(sorted(found.items()))) == expected
 
 
-@pytest.mark.parametrize("inner", [each for each in COMBINERS if not isinstance(each, DARE)], ids=repr)
+@pytest.mark.parametrize("inner", [each for each in COMBINERS if not isinstance(each, DARE)], ids=title)
 def test_dare_is_the_combiner_of_thinned_vectors(inner):
     dare, stream = DARE(inner, density=0.6), vectors(12)
     thinned = [dare._thinned(vector, task) for task, vector in enumerate(stream)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from device_counts import fake_cuda
-from test_combiner_conformance import COMBINERS, updated, vectors
+from test_combiner_conformance import COMBINERS, title, updated, vectors
 
 from lightning_merge.combiners import (
     DARE,
@@ -24,7 +24,7 @@ from lightning_merge.combiners import (
 )
 from lightning_merge.weights import Weights
 
-every_combiner = pytest.mark.parametrize("combiner", COMBINERS, ids=repr)
+every_combiner = pytest.mark.parametrize("combiner", COMBINERS, ids=title)
 
 
 @pytest.fixture
@@ -108,9 +108,15 @@ BARS = {
 
 @pytest.mark.parametrize(
     "combiner",
-    # A decomposition per matrix; a copy of each vector.
-    [c for c in COMBINERS if not c.needs_every_vector and not {type(c), type(getattr(c, "combiner", None))} & SPECTRAL],
-    ids=repr,
+    # A decomposition per matrix; a copy of each vector; statistics of each tensor, read from a file.
+    [
+        c
+        for c in COMBINERS
+        if not c.needs_every_vector
+        and not {type(c), type(getattr(c, "combiner", None))} & SPECTRAL
+        and not hasattr(c, "statistics")
+    ],
+    ids=title,
 )
 def test_launches_do_not_grow_with_the_layers_and_reads_are_few(combiner: Combiner):
     found = []

@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from lightning_merge.cli import main
-from lightning_merge.combiners import TSVM, Combiner, Consensus, IsoC, MetaGPT, combine_files
+from lightning_merge.combiners import (
+    TSVM,
+    Combiner,
+    Consensus,
+    Daheim,
+    Fisher,
+    IsoC,
+    MaTS,
+    MetaGPT,
+    RegMean,
+    combine_files,
+)
+from lightning_merge.importance import Statistics
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -114,6 +126,86 @@ def test_rules_from_a_base_are_the_combiners(run: Run, tmp_path: Path, rule: str
     assert set(written["state_dict"]) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(written["state_dict"][name], tensor), name
+
+
+WEIGHED: dict[str, Callable[[Any], Combiner]] = {
+    "fisher": Fisher,
+    "fisher-nodes": lambda known: Fisher(known, per="node"),
+    "daheim": lambda known: Daheim(known, "base.fisher", scale=0.5),
+    "regmean": RegMean,
+    "mats": MaTS,
+}
+
+
+@pytest.fixture
+def linear(tmp_path: Path) -> None:
+    """A base and two models, each with a file of statistics of either kind."""
+    torch.manual_seed(0)
+    for name in ("base", "a", "b"):
+        model = torch.nn.Linear(3, 2)
+        torch.save({"state_dict": model.state_dict()}, tmp_path / f"{name}.pt")
+        inputs = torch.randn(9, 3)
+        fisher = {key: torch.rand_like(p) for key, p in model.named_parameters()}
+        Statistics.of(model, "fisher", fisher, samples=7, labels="true").write(tmp_path / f"{name}.fisher")
+        Statistics.of(model, "gram", {"weight": inputs.T @ inputs}, samples=9).write(tmp_path / f"{name}.gram")
+
+
+@pytest.mark.usefixtures("linear")
+@pytest.mark.parametrize("rule", WEIGHED)
+def test_rules_with_statistics_are_the_combiners(run: Run, rule: str) -> None:
+    kind = "gram" if rule in ("regmean", "mats") else "fisher"
+    files = [f"a.{kind}", f"b.{kind}"]
+    more = ["--base-statistics", "base.fisher", "--scale", "0.5"] if rule == "daheim" else []
+    command = ["soup", "a.pt", "b.pt", "--rule", rule, "--base", "base.pt", "--out", "out.pt", *more]
+    code, out, err = run(*command, "--statistics", *files)
+    assert code == 0, err
+    assert f"weighed by statistics of kind {kind!r} in b.{kind} of" in out
+    assert ("without statistics, so the plain mean: bias (1 in all)" in out) == (kind == "gram")
+    written = load(Path("out.pt"))
+    assert written["provenance"]["importance"] == files
+    expected = combine_files(WEIGHED[rule](dict(enumerate(files))), "base.pt", ["a.pt", "b.pt"])
+    for name, tensor in expected.items():
+        assert torch.equal(written["state_dict"][name], tensor), name
+
+
+MERGED = ["soup", "a.pt", "b.pt", "--base", "base.pt", "--out", "out.pt", "--rule"]
+
+
+@pytest.mark.usefixtures("linear")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*MERGED, "fisher"], "`--rule fisher` needs `--statistics`, a file for each of the 2 checkpoints, got 0"),
+        ([*MERGED, "fisher", "--statistics", "a.fisher"], "a file for each of the 2 checkpoints, got 1"),
+        (
+            [*MERGED, "fisher", "--statistics", "b.fisher", "a.fisher"],
+            "b.fisher are of other weights than a.pt: `weight`",
+        ),
+        ([*MERGED, "fisher", "--statistics", "a.gram", "b.gram"], "Fisher takes statistics of kind 'fisher' or 'adam'"),
+        (
+            [*MERGED, "regmean", "--statistics", "a.pt", "b.pt"],
+            "a.pt cannot be read: it was cut short, or is no safetens",
+        ),
+        (
+            [*MERGED, "iso-c", "--statistics", "a.gram"],
+            "`--statistics` must be left out for `--rule iso-c`, got a.gram",
+        ),
+        (
+            [*MERGED, "fisher", "--base-statistics", "base.fisher", "--statistics", "a.fisher", "b.fisher"],
+            "`--base-statistics` must be left out for `--rule fisher`",
+        ),
+        (
+            [*MERGED, "daheim", "--base-statistics", "a.fisher", "--statistics", "a.fisher", "b.fisher"],
+            "a.fisher are of other weights than base.pt",
+        ),
+    ],
+    ids=lambda value: " ".join(value[7:]) if isinstance(value, list) else "",
+)
+def test_statistics_that_do_not_belong_are_refused(run: Run, arguments: list[str], message: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert not Path("out.pt").exists()
 
 
 @pytest.mark.slow

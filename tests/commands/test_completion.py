@@ -15,6 +15,8 @@ TYPED = {
     "run digits/swa --trainer.max_ep": "--trainer.max_epochs",
     "fit --trainer.max_ep": "--trainer.max_epochs",
     "soup --weig": "--weights",
+    "soup --stat": "--statistics",
+    "soup --statistics a.c": "a.ckpt",
     "inspect a.c": "a.ckpt",
     "completion z": "zsh",
 }

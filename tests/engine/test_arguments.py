@@ -12,6 +12,7 @@ PACKAGES = (
     "combiners",
     "continual",
     "diagnostics",
+    "importance",
     "optim",
     "rules",
     "schedules",
