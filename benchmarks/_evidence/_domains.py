@@ -38,9 +38,9 @@ class Domains(Protocol):
     validated_on: float = 0.2
     size: int = 96
     frozen: int = 9
-    steps: int = 300
+    steps: int = 200
     batch: int = 24
-    validations: int = 30
+    validations: int = 20
     rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
 
     def prepare(self, place: Place) -> None:

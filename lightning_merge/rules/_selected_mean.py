@@ -39,6 +39,7 @@ class SelectedMean(Rule):
 
     wants_score: ClassVar[Literal["raw", "own"] | None] = "own"
     callback: ClassVar[str] = "SMA"
+    start_is_meant: ClassVar[bool] = True
 
     @property
     def can_be_undone(self) -> bool:

@@ -1,6 +1,7 @@
 """ImageNet, from folders of photographs of any size."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
@@ -65,9 +66,10 @@ class ImageNet(LightningDataModule):
             raise ValueError(
                 f"`batch_size` must be at most the {len(self.train)} training images, got {self.batch_size}."
             )
+        how: dict[str, Any] = {"interpolation": "bicubic"}
         module = self.trainer.lightning_module if self.trainer is not None else None
-        pretrained = isinstance(module, Classifier) and module.pretrained is not None
-        how = {"interpolation": "bicubic", **(scaling(module.model) if pretrained else {})}
+        if isinstance(module, Classifier) and module.pretrained is not None:
+            how |= scaling(module.model)
         self.train.transform = create_transform(
             self.image_size, is_training=True, auto_augment=self.auto_augment, **how
         )

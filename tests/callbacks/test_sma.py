@@ -18,10 +18,13 @@ class ScoredParts(WalkParts):
         self.log("val/score", -(self.w.detach() - 2).abs().sum())
 
 
-def test_mean_counts_the_step_it_starts_at(tmp_path: Path) -> None:
+def test_mean_counts_the_step_it_starts_at(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sma, module = SMA("val/w", mode="max", start_step=2), Walk()
-    trainer(tmp_path, [sma], max_steps=5).fit(module, steps(5), steps(1))
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, [sma], max_steps=5).fit(module, steps(5), steps(1))
     assert float(module.w) == (2 + 3 + 4 + 5) / 4
+    assert "SMA 'sma'" in caplog.text
+    assert "decay" not in caplog.text, "the share of the first weights is no matter of a decay here"
 
 
 @pytest.mark.parametrize("beside", [False, True])
