@@ -15,10 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-Summary: TypeAlias = Callable[[list[dict[str, Any]]], dict[str, Any]]
-SETTINGS = Path(__file__).parent / "settings"
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "logger": False,
@@ -67,78 +65,6 @@ def write(result: Mapping[str, Any], output: Path | None) -> None:
     part.replace(output)
 
 
-def setting_of(name: str) -> dict[str, Any]:
-    """What a comparison trains, from the file in ``settings`` that has the name of its results."""
-    import yaml
-
-    found: dict[str, Any] = yaml.safe_load((SETTINGS / f"{name}.yaml").read_text())
-    return found
-
-
-def interval(values: list[float]) -> dict[str, float | None]:
-    """Mean and half the width of its 95 % interval (Student), which one value does not have."""
-    from scipy.stats import t as student
-
-    half = None
-    if len(values) > 1:
-        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    rounded = None if half is None else round(half, 5)
-    return {"mean": round(statistics.fmean(values), 5), "half_width": rounded, "n": len(values)}
-
-
-def differences(runs: list[dict[str, Any]], beside: str) -> dict[str, dict[str, float | None]]:
-    """Of each contestant's test score to another's of the same seed."""
-    others = (name for name in runs[0]["test"] if name != beside)
-    return {name: interval([run["test"][name] - run["test"][beside] for run in runs]) for name in others}
-
-
-def scores(runs: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Each contestant's test score."""
-    return {name: interval([run["test"][name] for run in runs]) for name in runs[0]["test"]}
-
-
-def over_seeds(
-    count: int, one_seed: Callable[[int], dict[str, Any]], top: Mapping[str, Any], summary: Summary, output: Path | None
-) -> None:
-    """Runs seed after seed; writes and prints the summary of those that are done.
-
-    Args:
-        count: Seeds.
-        one_seed: Makes the run of a seed.
-        top: The top of the file of results, with the setting.
-        summary: Of all runs so far.
-        output: The file of results.
-    """
-    runs: list[dict[str, Any]] = []
-    for seed in range(count):
-        runs.append(one_seed(seed))
-        progress(json.dumps(runs[-1]))
-        write({**top, "runs": runs, **summary(runs)}, output)
-    print(json.dumps(summary(runs), indent=1))
-
-
-def over_processes(
-    count: int, measure: Callable[[], dict[str, Any]], top: Mapping[str, Any], summary: Summary, output: Path | None
-) -> None:
-    """Measures in one process after the other; writes, and at the end prints, median, lowest and highest over them.
-
-    Args:
-        count: Processes.
-        measure: Runs one.
-        top: The top of the file of results.
-        summary: Of all processes so far.
-        output: The file of results.
-    """
-    runs: list[dict[str, Any]] = []
-    result: dict[str, Any] = {}
-    for number in range(count):
-        progress(f"process {number + 1} of {count}")
-        runs.append(measure())
-        result = {**top, "columns": "median, lowest, highest over processes", **summary(runs)}
-        write(result, output)
-    print(json.dumps(result, indent=1))
-
-
 def seconds(work: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call."""
     start = clock()
@@ -163,6 +89,17 @@ def alternating(contestants: Mapping[str, Callable[[], Any]], rounds: int = 15, 
 def spread(values: list[float]) -> list[float]:
     """Median, lowest and highest."""
     return [round(f(values), 3) for f in (statistics.median, min, max)]
+
+
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and half the width of its 95 % interval (Student), which one value does not have."""
+    from scipy.stats import t as student
+
+    half = None
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    rounded = None if half is None else round(half, 5)
+    return {"mean": round(statistics.fmean(values), 5), "half_width": rounded, "n": len(values)}
 
 
 def revision() -> str:

@@ -13,19 +13,19 @@ import gzip
 import json
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from _shared import header, interval, parser, progress, setting_of, write
+from _shared import header, parser, progress, write
+from scipy.stats import t as student
 from torch import Tensor, nn
 
 from lightning_merge.rules import AnnealedMean
 from lightning_merge.schedules._decay import Decay, decay
 
-SETTING = setting_of("anneal-quality")
 SHAPES = get_args(Decay)
 DECAYED: tuple[Decay, ...] = ("linear", "1-sqrt")
 """Shapes of which a real decay is trained too."""
@@ -35,15 +35,15 @@ DECAYED: tuple[Decay, ...] = ("linear", "1-sqrt")
 class Setting:
     """One comparison; lengths in steps."""
 
-    points: int
-    window: int
-    warmup: int
-    lr: float
-    width: int
-    layers: int
-    context: int
-    batch: int
-    held_out: int
+    points: int = 5
+    window: int = 200
+    warmup: int = 100
+    lr: float = 2e-3
+    width: int = 64
+    layers: int = 2
+    context: int = 64
+    batch: int = 16
+    held_out: int = 32  # batches
 
 
 class Characters(nn.Module):
@@ -138,17 +138,19 @@ def one_run(setting: Setting, texts: tuple[Tensor, Tensor], vocabulary: int, see
     return rows
 
 
-def mean_and_half(values: list[float]) -> list[float]:
+def interval(values: list[float]) -> list[float]:
     """Mean and half the width of its 95 % interval over seeds."""
-    found = interval(values)
-    return [round(found["mean"] or 0.0, 4), round(found["half_width"] or 0.0, 4)]
+    half = 0.0
+    if len(values) > 1:
+        half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return [round(statistics.fmean(values), 4), round(half, 4)]
 
 
 def summary(runs: list[list[dict[str, float]]]) -> dict[str, Any]:
     """Means over the points of each seed, then over seeds; the correlation over the points of each seed."""
 
     def over_seeds(first: str, second: str) -> list[float]:
-        return mean_and_half([statistics.fmean(row[first] - row[second] for row in run) for run in runs])
+        return interval([statistics.fmean(row[first] - row[second] for row in run) for run in runs])
 
     found: dict[str, Any] = {}
     for shape in SHAPES:
@@ -157,7 +159,7 @@ def summary(runs: list[list[dict[str, float]]]) -> dict[str, Any]:
         names = f"anneal {shape}", f"decay {shape}"
         found[f"raw - decay {shape}"] = over_seeds("raw", names[1])
         found[f"anneal - decay {shape}"] = over_seeds(*names)
-        found[f"correlation {shape}"] = mean_and_half(
+        found[f"correlation {shape}"] = interval(
             [statistics.correlation(*([row[name] for row in run] for name in names)) for run in runs]
         )
     return found
@@ -167,10 +169,10 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("text", type=Path, help="a text, also as .gz")
     options.add_argument("--seeds", type=int, default=3)
-    options.add_argument("--window", type=int, default=SETTING["window"])
+    options.add_argument("--window", type=int, default=Setting.window)
     options.add_argument("--processes", type=int, default=1, help="seeds that run side by side (default 1)")
     arguments = options.parse_args()
-    chosen = Setting(**{**SETTING, "window": arguments.window})
+    setting = Setting(window=arguments.window)
     opened = gzip.open if arguments.text.suffix == ".gz" else open
     with opened(arguments.text, "rt") as file:
         text = file.read()
@@ -179,9 +181,9 @@ def main() -> None:
     texts = numbers[: int(0.9 * len(numbers))], numbers[int(0.9 * len(numbers)) :]
     runs: list[list[dict[str, float]]] = []
     with ProcessPoolExecutor(arguments.processes) as pool:
-        for run in pool.map(partial(one_run, chosen, texts, len(letters)), range(arguments.seeds)):
+        for run in pool.map(partial(one_run, setting, texts, len(letters)), range(arguments.seeds)):
             runs.append(run)
-            result = {"setting": asdict(chosen), "text": arguments.text.name, "runs": runs, **summary(runs)}
+            result = {"setting": setting.__dict__, "text": arguments.text.name, "runs": runs, **summary(runs)}
             write({**header(), **result}, arguments.output)
     print(json.dumps(summary(runs), indent=1))
 

@@ -19,14 +19,13 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import lightning.pytorch as pl
 import timm
 import torch
-from _shared import QUIET, alternating, child, header, over_processes, parser, progress, silence, spread
+from _shared import QUIET, alternating, child, header, parser, progress, silence, spread, write
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_merge import weights
@@ -269,9 +268,17 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(one_process(arguments.models)))
         return
-    top = header("lightning", threads=True)
-    measure = partial(child, __file__, "--child", "--models", *arguments.models)
-    over_processes(arguments.processes, measure, top, summary, arguments.output)
+    runs, result = [], {}
+    for number in range(arguments.processes):
+        progress(f"process {number + 1} of {arguments.processes}")
+        runs.append(child(__file__, "--child", "--models", *arguments.models))
+        result = {
+            **header("lightning", threads=True),
+            "columns": "median, lowest, highest over processes",
+            **summary(runs),
+        }
+        write(result, arguments.output)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

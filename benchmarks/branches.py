@@ -13,13 +13,12 @@ import argparse
 import json
 import statistics
 import time
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import timm
 import torch
-from _shared import QUIET, alternating, child, header, over_processes, parser, progress, silence, spread
+from _shared import QUIET, alternating, child, header, parser, progress, silence, spread, write
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_merge import weights
@@ -191,9 +190,19 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(one_process(arguments.model)))
         return
-    top = {**header("lightning", threads=True), "model": arguments.model, "branches": BRANCHES}
-    measure = partial(child, __file__, "--child", "--model", arguments.model)
-    over_processes(arguments.processes, measure, top, summary, arguments.output)
+    runs, result = [], {}
+    for number in range(arguments.processes):
+        progress(f"process {number + 1} of {arguments.processes}")
+        runs.append(child(__file__, "--child", "--model", arguments.model))
+        result = {
+            **header("lightning", threads=True),
+            "columns": "median, lowest, highest over processes",
+            "model": arguments.model,
+            "branches": BRANCHES,
+            **summary(runs),
+        }
+        write(result, arguments.output)
+    print(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,16 @@ nothing was chosen by.
 """
 
 import argparse
+import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import differences, header, over_seeds, parser, scores, setting_of
+from _shared import header, interval, parser, progress, write
 from timm.optim import Lookahead
 from torch import Tensor
 from torchvision.transforms import v2
@@ -31,16 +31,14 @@ from lightning_merge.rules import Mean
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection
 
-SETTING = setting_of("branches-cifar10")
-LR, WEIGHT_DECAY, BATCH = SETTING["lr"], SETTING["weight_decay"], SETTING["batch"]
-BRANCHES, STEPS_AROUND = SETTING["branches"], SETTING["every_n_steps"]
+LR, WEIGHT_DECAY, BATCH, BRANCHES, STEPS_AROUND = 0.05, 5e-4, 64, 3, 5
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
     "enable_checkpointing": False,
     "accelerator": "cpu",
-    "precision": SETTING["precision"],
+    "precision": "bf16-mixed",
 }
 
 
@@ -138,22 +136,36 @@ def one_seed(arguments: argparse.Namespace, data: CIFAR, seed: int) -> dict[str,
     return {"seed": seed, "seconds": round(time.perf_counter() - start, 1), "test": found}
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"test_accuracy": scores(runs), "paired_difference_to_sgd": differences(runs, "sgd")}
-
-
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--steps", type=int, default=SETTING["steps"], help="gradient steps of a run")
+    options.add_argument("--steps", type=int, default=3600, help="gradient steps of a run, of 64 images each")
     options.add_argument("--root", help="folder of CIFAR-10")
     arguments = options.parse_args()
     warnings.filterwarnings("ignore")
     data = CIFAR("cifar10", root=arguments.root, batch_size=BATCH)
     for stage in ("fit", "test"):
         data.setup(stage)
-    top = {**header("lightning"), "setting": {**SETTING, "steps": arguments.steps}}
-    over_seeds(arguments.seeds, partial(one_seed, arguments, data), top, summary, arguments.output)
+    runs: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        runs.append(one_seed(arguments, data, seed))
+        progress(json.dumps(runs[-1]))
+        names = list(runs[0]["test"])
+        result = {
+            **header("lightning"),
+            "setting": {
+                "model": "ResNet-8, 16 wide", "images": "cifar10, 45,000", "steps": arguments.steps, "batch": BATCH,
+                "lr": LR, "schedule": "cosine to 0", "momentum": "0.9, nesterov", "weight_decay": WEIGHT_DECAY,
+                "branches": BRANCHES, "every_n_steps": STEPS_AROUND, "precision": "bf16-mixed",
+            },
+            "runs": runs,
+            "test_accuracy": {name: interval([run["test"][name] for run in runs]) for name in names},
+            "paired_difference_to_sgd": {
+                name: interval([run["test"][name] - run["test"]["sgd"] for run in runs]) for name in names[1:]
+            },
+        }  # fmt: skip
+        write(result, arguments.output)
+    print(json.dumps({key: result[key] for key in ("test_accuracy", "paired_difference_to_sgd")}, indent=1))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from _shared import header, parser, progress, setting_of, write
+from _shared import header, parser, progress, write
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -61,7 +61,10 @@ class Setting:
     accelerator: str = "cpu"
 
 
-SETTINGS = {name: Setting(**each) for name, each in setting_of("continual").items()}
+SETTINGS = {
+    "cifar10": Setting("cifar10", "test", 10, 4, 1000, 200, base_epochs=8, epochs=4),
+    "tiny": Setting("tiny", "val", 50, 20, 300, 50, base_epochs=10, epochs=4),
+}
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ are trained on, so that there is something a further task can give.
 """
 
 import argparse
+import json
 import math
 import statistics
 import time
 import warnings
-from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import differences, header, interval, over_seeds, parser, scores, setting_of
-from branches_quality import QUIET, accuracy
+from _shared import header, interval, parser, progress, write
+from branches_quality import BATCH, LR, QUIET, WEIGHT_DECAY, accuracy
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -36,7 +36,7 @@ Tasks = dict[str, float]
 TARGET: Tasks = {"target": 1.0}
 HELPFUL: Tasks = {"target": 1.0, "rotation": 1.0}
 HARMFUL: Tasks = {"target": 1.0, "noise": 1.0}
-SETTING = setting_of("forkmerge-cifar10")
+VALIDATION = 2000
 
 FIXED: dict[str, Tasks] = {
     "target only": TARGET,
@@ -82,9 +82,7 @@ def fit(
     pl.seed_everything(seed, verbose=False)
 
     def sgd(parameters: Any) -> Any:
-        return torch.optim.SGD(
-            parameters, SETTING["lr"], momentum=0.9, nesterov=True, weight_decay=SETTING["weight_decay"]
-        )
+        return torch.optim.SGD(parameters, LR, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY)
 
     def cosine(optimizer: Any) -> Any:
         moves = arguments.steps // branches  # once per group of branches
@@ -124,40 +122,45 @@ def one_seed(arguments: argparse.Namespace, data: CIFAR, seed: int) -> dict[str,
     return {"seed": seed, "seconds": seconds, "test": found, "mean_shares": shares}
 
 
-def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "test_accuracy": scores(runs),
-        "paired_difference_to_target_only": differences(runs, "target only"),
-        "paired_difference_to_joint_training": {
-            name: interval([run["test"][name] - run["test"][name.replace("forkmerge", "joint")] for run in runs])
-            for name in FORKS
-        },
-    }
-
-
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--steps", type=int, default=SETTING["steps"], help="gradient steps of a run")
-    options.add_argument("--merges", type=int, default=SETTING["merges"], help="of a run of ForkMerge")
-    options.add_argument("--images", type=int, default=SETTING["images"], help="to train on")
+    options.add_argument("--steps", type=int, default=3600, help="gradient steps of a run, of 64 images each")
+    options.add_argument("--merges", type=int, default=6, help="of a run of ForkMerge")
+    options.add_argument("--images", type=int, default=4500, help="to train on")
     options.add_argument("--root", help="folder of CIFAR-10")
     arguments = options.parse_args()
     if arguments.steps % (6 * arguments.merges):
         options.error(f"--steps must be a multiple of {6 * arguments.merges}, so that every run ends with a merge.")
     warnings.filterwarnings("ignore")
-    data = CIFAR(
-        "cifar10",
-        root=arguments.root,
-        batch_size=SETTING["batch"],
-        train_images=arguments.images,
-        val_images=SETTING["validation"],
-    )
+    data = CIFAR("cifar10", root=arguments.root, batch_size=BATCH, train_images=arguments.images, val_images=VALIDATION)
     for stage in ("fit", "test"):
         data.setup(stage)
-    given = {key: getattr(arguments, key) for key in ("steps", "merges", "images")}
-    top = {**header("lightning"), "setting": {**SETTING, **given}}
-    over_seeds(arguments.seeds, partial(one_seed, arguments, data), top, summary, arguments.output)
+    runs: list[dict[str, Any]] = []
+    for seed in range(arguments.seeds):
+        runs.append(one_seed(arguments, data, seed))
+        progress(json.dumps(runs[-1]))
+        names = list(runs[0]["test"])
+        result = {
+            **header("lightning"),
+            "setting": {
+                "model": "ResNet-8, 16 wide", "images": f"cifar10, {arguments.images}", "steps": arguments.steps,
+                "batch": BATCH, "merges": arguments.merges, "validation": VALIDATION, "lr": LR,
+                "schedule": "cosine to 0", "momentum": "0.9, nesterov", "weight_decay": WEIGHT_DECAY,
+                "precision": "bf16-mixed",
+            },
+            "runs": runs,
+            "test_accuracy": {name: interval([run["test"][name] for run in runs]) for name in names},
+            "paired_difference_to_target_only": {
+                name: interval([run["test"][name] - run["test"]["target only"] for run in runs]) for name in names[1:]
+            },
+            "paired_difference_to_joint_training": {
+                name: interval([run["test"][name] - run["test"][name.replace("forkmerge", "joint")] for run in runs])
+                for name in FORKS
+            },
+        }  # fmt: skip
+        write(result, arguments.output)
+    print(json.dumps({key: result[key] for key in result if key.startswith(("test", "paired"))}, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,15 +21,43 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import header, parser, progress, setting_of, write
+from _shared import header, parser, progress, write
 from torch import Tensor
 
 from lightning_merge.callbacks import EMA, OnlineMerging
 from lightning_merge.combiners import DARE, TIES, Sum
 from lightning_merge.recipes import DPO, LanguageModel, Preferences
 
-_CHOSEN = setting_of("preference")
-SETTING, CONFIG = _CHOSEN["setting"], _CHOSEN["config"]
+CONFIG = {
+    "model_type": "gpt2",
+    "vocab_size": 258,
+    "n_positions": 128,
+    "n_embd": 128,
+    "n_layer": 2,
+    "n_head": 2,
+    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+SETTING = {
+    "length": 128,
+    "answer": 96,
+    "val_share": 0.4,
+    "language_model": {"batch_size": 32, "lr": 2e-3, "epochs": 1},
+    "dpo": {"batch_size": 16, "lr": 5e-4, "steps": 60, "beta": 0.1, "density": 0.5},
+    # Each method's strength: what makes it keep more of the SFT model from left to right.
+    "strengths": {
+        "AdamW, learning rate": [1.0, 0.3, 0.1],
+        "AdamW, KL (beta)": [0.3, 1.0],
+        "EMA, decay": [0.95, 0.98],
+        "offline, linear": [0.25, 0.5, 0.75],
+        "offline, DARE": [0.3, 0.6],
+        "offline, TIES": [0.3, 0.6],
+        # Shares of the task vector that all steps together add.
+        "OnDARE": [0.0, 0.1, 0.3],
+        "OnTIES": [0.0, 0.3],
+    },
+}
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "precision": "bf16-mixed",

@@ -5,6 +5,7 @@
         --output benchmarks/results/resume-trajectory.json
     python benchmarks/resume.py --methods papa wash dart localsgd diloco warp forkmerge --points 9 \\
         --output benchmarks/results/resume-policies.json
+    python benchmarks/resume.py --methods diloco-streaming --points 18 --output benchmarks/results/resume-streaming.json
 
 Bit for bit: weights, averages, optimizer state, metrics and files. A point is a training batch, a validation batch, or
 a write of a checkpoint that is cut in half. Children are forked from this process, which has torch and Lightning
@@ -84,6 +85,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "dart": lambda: DART(2, 4, start=5, augmentations=[noisy, noisy]),
     "localsgd": lambda: LocalSGD(2, 3, start=6),
     "diloco": lambda: DiLoCo(2, 3),
+    "diloco-streaming": lambda: DiLoCo(2, 4, fragments=2, delay=3, mix=0.5, bits=8),
     "warp": lambda: WARP(2, 3, decay=0.8),
     # A grid of few shares: each is measured after a pass over the data for the statistics of BatchNorm.
     "forkmerge": lambda: ForkMerge({"one": {"sum": 1.0}, "both": {"sum": 1.0, "size": 0.5}}, 3, Grid(0.5)),

@@ -27,7 +27,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from _shared import differences, header, parser, progress, scores, setting_of, write
+from _shared import header, interval, parser, progress, write
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import Optimizer
@@ -40,10 +40,11 @@ from lightning_merge.search import Evolutionary, Greedy, search
 from lightning_merge.trajectory import Trajectory, mean
 from lightning_merge.weights import Weights
 
-SETTING = setting_of("trajectory-quality")
-BATCH, SCORED, STATISTICS, CADENCE = (SETTING[key] for key in ("batch", "scored", "statistics", "cadence"))
+BATCH, IMAGES, SCORED = 64, 45_000, 2000
+STATISTICS = 20  # batches
 EVALUATION = math.ceil((SCORED + STATISTICS * BATCH) / (3 * BATCH))  # in gradient steps
-RATES = tuple(SETTING["twa_rates"])
+CADENCE = 50  # steps between checkpoints
+RATES = (0.1, 0.5, 2.0, 8.0)
 QUIET: dict[str, Any] = {
     "logger": False,
     "enable_progress_bar": False,
@@ -59,7 +60,7 @@ class Loaded(CIFAR):
     """Reads the images once, whatever number of fits it is used in."""
 
     def __init__(self, root: str) -> None:
-        super().__init__("cifar10", root=root, batch_size=BATCH, train_images=SETTING["images"], val_images=SCORED)
+        super().__init__("cifar10", root=root, batch_size=BATCH, train_images=IMAGES, val_images=SCORED)
         for stage in ("fit", "test"):
             super().setup(stage)
 
@@ -220,24 +221,30 @@ def one_seed(data: Loaded, seed: int, steps: int, rates: tuple[float, ...]) -> d
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Test accuracy of every method, and its difference to plain, paired."""
-    return {"test_accuracy": scores(runs), "difference_to_plain": differences(runs, "plain")}
+    tests = [run["test"] for run in runs]
+    return {
+        "test_accuracy": {name: interval([test[name] for test in tests]) for name in tests[0]},
+        "difference_to_plain": {
+            name: interval([test[name] - test["plain"] for test in tests]) for name in tests[0] if name != "plain"
+        },
+    }
 
 
 def main() -> None:
     options = parser(__doc__, output=False)
     options.add_argument("--root", required=True, help="folder of CIFAR-10")
     options.add_argument("--seeds", type=int, default=5)
-    options.add_argument("--steps", type=int, default=SETTING["steps"], help="that every method has")
+    options.add_argument("--steps", type=int, default=2000, help="that every method has")
     options.add_argument("--output", type=Path, required=True)
     arguments = options.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     top = header("lightning")
-    chosen = {**SETTING, "steps": arguments.steps, "evaluation_costs_steps": EVALUATION}
-    result: dict[str, Any] = {**top, "setting": chosen, "runs": []}
+    setting = {"steps": arguments.steps, "images": IMAGES, "cadence": CADENCE, "evaluation_costs_steps": EVALUATION}
+    result: dict[str, Any] = {**top, "setting": setting, "runs": []}
     if arguments.output.exists():
         result = json.loads(arguments.output.read_text())
-        if (result["setting"], result["versions"]) != (chosen, top["versions"]):
+        if (result["setting"], result["versions"]) != (setting, top["versions"]):
             options.error(f"{arguments.output} is of another setting or of other versions: name another file.")
     data = Loaded(arguments.root)
 

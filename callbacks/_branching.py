@@ -354,7 +354,7 @@ class Branching(Published):
 
     def to_host(self) -> None:
         if self._fit is not None:
-            self._fit.to_host()
+            self._fit.to_host(self._is_lost)
         self._buffers = weights.to_devices(self._buffers, torch.device("cpu"))
 
     def note_the_end(self) -> None:

@@ -59,8 +59,6 @@ def test_benchmarks_show_where_they_are_and_write_what_they_have(path: Path) -> 
     imported = {name for each in tree.body if isinstance(each, ast.ImportFrom) for name in each.names}
     writers = {name.asname or name.name for name in imported if name.name == "write"}
     writers |= {each.name for each in functions if writers & _calls(each) and each.name != "main"}
-    if {"over_seeds", "over_processes"} & _calls(tree):
-        return  # they do both
     assert "progress" in _calls(tree)
     assert writers & _calls(tree)
     long = [function for function in functions if function.name in ("main", "run")]
@@ -89,41 +87,6 @@ def test_results_are_written_whole_with_command_and_versions(shared: Any, tmp_pa
         assert found["command"]
     assert [path.name for path in output.parent.iterdir()] == ["found.json"]
     shared.write({}, None)
-
-
-def test_settings_are_data_and_those_of_the_results_beside_them(shared: Any) -> None:
-    names = [path.stem for path in sorted(shared.SETTINGS.glob("*.yaml"))]
-    assert len(names) >= 8
-    for name in names:
-        settings = shared.setting_of(name)
-        found = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text())
-        measured = {**found, **(found.get("settings") or found["setting"])}
-        assert len(settings.keys() & measured.keys()) >= 2, name
-        assert agree(settings, measured), name
-
-
-def agree(settings: Any, measured: Any) -> bool:
-    """Whether they are the same in what both say: a file of settings may leave defaults out, and say more by now."""
-    if isinstance(settings, dict):
-        return all(agree(settings[key], measured[key]) for key in settings.keys() & measured.keys())
-    return settings == measured or str(settings) in str(measured)
-
-
-@pytest.mark.parametrize("loop", ["over_seeds", "over_processes"])
-def test_each_part_is_written_as_it_is_done(loop: str, shared: Any, tmp_path: Path) -> None:
-    output, seen = tmp_path / "found.json", []
-
-    def measure(*_: int) -> dict[str, Any]:
-        seen.append(json.loads(output.read_text())["count"] if output.exists() else 0)
-        return {"test": {"a": 0.5, "b": 0.25}}
-
-    getattr(shared, loop)(3, measure, {"top": 1}, lambda runs: {"count": len(runs)}, output)
-    assert seen == [0, 1, 2]
-    assert json.loads(output.read_text())["top"] == 1
-    runs = [{"test": {"a": 0.5, "b": 0.25}}, {"test": {"a": 1.0, "b": 0.25}}]
-    assert shared.scores(runs)["a"]["mean"] == 0.75
-    assert shared.differences(runs, "b").keys() == {"a"}
-    assert shared.differences(runs, "b")["a"] == {"mean": 0.5, "half_width": 3.17655, "n": 2}  # 12.7062 * 0.25
 
 
 def test_contestants_take_turns_and_rounds_that_warm_up_are_left_out(shared: Any) -> None:

@@ -117,10 +117,9 @@ class Fit:
         self.earlier = Earlier()
         if self._settings.policy.restarts and not self.good:
             self._divergence.remember(self._trained_tensors)
-        if self._anchors is not None and self._progress.equal:
-            self._anchors.restart(self.branches)
-        elif self._anchors is not None:
-            self._anchors.complete(self.branches)
+        if self._anchors is not None:
+            take_up = self._anchors.restart if self._progress.equal else self._anchors.complete
+            take_up(self.branches)
 
     def _changed_since_it_was_read(self) -> list[str]:
         """Names of tensors that a hook has changed since the file was read, in whichever process."""
@@ -140,10 +139,7 @@ class Fit:
             " read and before the first batch. All branches go on from them."
         )
         self.branches.take(changed)
-        fresh = self._settings.policy.init(self.branches)
-        for key, kept in self._state.items():
-            if isinstance(kept, dict):
-                kept |= {name: fresh[key][name] for name in changed if name in fresh.get(key, {})}
+        self._settings.policy.start_again(self._state, self.branches, changed)
         live = self._trained_tensors
         self._divergence.good = self.good | weights.copies({name: live[name] for name in changed if name in self.good})
         if self._anchors is not None:
@@ -202,6 +198,7 @@ class Fit:
         if not self._checked:
             self._checked = True
             self.branches.check_optimizers()  # now, and not at a merge after hours
+        self._settings.policy.after_group(self._state, self.branches)
         self.merge(Moment(self._progress.groups, self.publisher.trainer.current_epoch))
 
     def end_epoch(self) -> None:
@@ -316,6 +313,8 @@ class Fit:
             return BranchesSaved(self._progress, earlier.branches, earlier.good, earlier.policy, recent, held)
         equal = self._are_equal(self.publisher.raw(self._average))
         branches = None if lost else self.branches.save()
+        if not lost:
+            self._settings.policy.settle(self._state, self.branches)
         if branches is not None and equal:
             branches["weights"] = {}  # all are the live one, which the file has
         if branches is not None:
@@ -329,8 +328,10 @@ class Fit:
             anchors=None if self._anchors is None else {} if equal else self._anchors.held,
         )
 
-    def to_host(self) -> None:
+    def to_host(self, lost: bool) -> None:
         """Follows the module to host memory."""
+        if not lost:
+            self._settings.policy.settle(self._state, self.branches)
         host = torch.device("cpu")
         self.branches.to_host()
         self.mean = weights.to_devices(self.mean, host)

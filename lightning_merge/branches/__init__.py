@@ -32,6 +32,7 @@ from lightning_merge.branches._policy import Policy
 from lightning_merge.branches._pull_to_mean import PullToMean
 from lightning_merge.branches._shuffle import Shuffle
 from lightning_merge.branches._softmax_of_scores import SoftmaxOfScores
+from lightning_merge.branches._streaming_outer_step import StreamingOuterStep
 from lightning_merge.branches._weighted_average import WeightedAverage
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "PullToMean",
     "Shuffle",
     "SoftmaxOfScores",
+    "StreamingOuterStep",
     "WeightedAverage",
     "uniform",
 ]

@@ -13,8 +13,10 @@ from lightning_merge import weights
 from lightning_merge._checks import instance, one_of, sequence, whole
 from lightning_merge.branches import _counters as counters
 from lightning_merge.branches import _optimizer_states as optimizer_states
+from lightning_merge.branches._arriving import Arriving
 from lightning_merge.branches._buffers import mix_buffers_
 from lightning_merge.branches._matrix import MOST, Matrix, unit
+from lightning_merge.branches._quantised import Bits
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Inventory, State, Weights
 
@@ -66,6 +68,8 @@ class Branches(ABC):
         """Steps of the own branches since the last merge, counted by whoever trains them."""
         self.scorer: Callable[[Weights], float] | None = None
         """Measures weights in the place of the module's, higher is better; whoever trains the branches sets it."""
+        self.on_the_way: dict[int, Arriving] = {}
+        """Means that a policy has asked for and not yet used, by a number of its own."""
         self.left_out: set[int] = set()
         """Branches that were not in the last ``mean_of_finite``."""
         self.inventory = Inventory(module)
@@ -135,12 +139,30 @@ class Branches(ABC):
         """
 
     @abstractmethod
-    def mean(self, shares: Sequence[float] | None = None, active: Mapping[str, Tensor] | None = None) -> Weights:
+    def mean(
+        self,
+        shares: Sequence[float] | None = None,
+        active: Mapping[str, Tensor] | None = None,
+        names: Container[str] | None = None,
+    ) -> Weights:
         """``sum over i of shares[i] * branch i`` in new tensors, at least in float32; the uniform mean by default.
 
         Args:
             shares: One per branch, at least 0, with sum 1. A branch whose share is 0 is not read.
             active: The tensors of the active branch where others are in the module at the moment.
+            names: Of which tensors; by default of all that are branched.
+        """
+
+    @abstractmethod
+    def start_mean(self, choose: Callable[[Weights], Weights], bits: Bits = 32) -> Arriving:
+        """The mean over branches of tensors that each makes now, on its way while branches train on.
+
+        Args:
+            choose: Takes the weights of a branch, by canonical name, and gives tensors by name: the same for all.
+            bits: Of a number on its way: 32 for the precision of averages, 8 or 4.
+
+        Raises:
+            ValueError: If integers are to travel in 8 or 4 bits.
         """
 
     def assign(self, new: Mapping[str, Tensor]) -> None:
@@ -339,6 +361,14 @@ class Branches(ABC):
         """What was branched in a run that goes on, and is frozen at the moment."""
         found = {n: p for n, p in self.inventory.parameters.items() if n in names or n in self._live_parameters}
         self._live_parameters = dict(found)
+
+    def _named(self, names: Container[str] | None) -> tuple[list[str], list[str]]:
+        """The parameters and the branched buffers among these names, or all."""
+        parameters, buffers = (
+            [name for name in each if names is None or name in names]
+            for each in (self._live_parameters, self._live_buffers)
+        )
+        return parameters, buffers
 
     def _branched_buffers(self) -> Weights:
         if self.buffers != "average":

@@ -1,6 +1,6 @@
 """Branches that take turns in one module on one device."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -11,9 +11,11 @@ from lightning_merge import weights
 from lightning_merge._checks import one_of, whole
 from lightning_merge.branches import _counters as counters
 from lightning_merge.branches import _optimizer_states as optimizer_states
+from lightning_merge.branches._arriving import Arrived, Arriving, mean_here
 from lightning_merge.branches._base import Branches, Buffers
 from lightning_merge.branches._buffers import pooled
 from lightning_merge.branches._matrix import Matrix, check_matrix, check_shares
+from lightning_merge.branches._quantised import Bits
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
 
@@ -159,13 +161,24 @@ class InTurn(Branches):
         if self.inactive == "cpu":
             weights.copy_(self.live, self._waiting[self._active])
 
-    def mean(self, shares: Sequence[float] | None = None, active: Mapping[str, Tensor] | None = None) -> Weights:
+    def mean(
+        self,
+        shares: Sequence[float] | None = None,
+        active: Mapping[str, Tensor] | None = None,
+        names: Container[str] | None = None,
+    ) -> Weights:
         shares = [1 / self.count] * self.count if shares is None else shares
         check_shares(shares, self.count)
         sets = self._all_sets(active)
-        parameters = [{name: each[name] for name in self._live_parameters} for each in sets]
-        buffers = [{name: each[name] for name in self._live_buffers} for each in sets]
-        return {**weights.weighted_mean(parameters, shares), **(pooled(buffers, shares) if self._live_buffers else {})}
+        of_parameters, of_buffers = self._named(names)
+        parameters = [{name: each[name] for name in of_parameters} for each in sets]
+        buffers = [{name: each[name] for name in of_buffers} for each in sets]
+        return {**weights.weighted_mean(parameters, shares), **(pooled(buffers, shares) if of_buffers else {})}
+
+    def start_mean(self, choose: Callable[[Weights], Weights], bits: Bits = 32) -> Arriving:
+        sets = [choose(dict(each)) for each in self._all_sets()]
+        whole = bits == 32
+        return Arrived(weights.weighted_mean(sets, [1 / self.count] * self.count) if whole else mean_here(sets, bits))
 
     def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
         return [choose(self.weights(branch)) for branch in self.own]

@@ -1,6 +1,6 @@
 """Branches that train side by side, each in processes of its own."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal, final
 
 import torch
@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 from lightning_merge import weights
 from lightning_merge._checks import flag, instance, one_of, whole
 from lightning_merge.branches import _optimizer_states as optimizer_states
+from lightning_merge.branches._arriving import Arriving, QuantisedMean, Reduced
 from lightning_merge.branches._base import Branches, Buffers
 from lightning_merge.branches._buffers import pooled
 from lightning_merge.branches._matrix import MOST, Matrix, check_matrix, check_shares
+from lightning_merge.branches._quantised import Bits
 from lightning_merge.selections import Selection
 from lightning_merge.weights import State, Weights
 
@@ -111,13 +113,22 @@ class OnePerRank(Branches):
         sets = [weights.unflatten(each, own) for each in flat]
         weights.copy_(own, weights.weighted_mean(sets, matrix[self.active]))
 
-    def mean(self, shares: Sequence[float] | None = None, active: Mapping[str, Tensor] | None = None) -> Weights:
+    def mean(
+        self,
+        shares: Sequence[float] | None = None,
+        active: Mapping[str, Tensor] | None = None,
+        names: Container[str] | None = None,
+    ) -> Weights:
         shares = [1 / self.count] * self.count if shares is None else shares
         check_shares(shares, self.count)
         live = self.live if active is None else active
-        parameters = {name: live[name] for name in self._live_parameters}
-        buffers = {name: live[name] for name in self._live_buffers}
-        return {**self._reduced(parameters, shares[self.active]), **self._pooled(shares, buffers)}
+        parameters, buffers = ({name: live[name] for name in each} for each in self._named(names))
+        reduced = self._reduced(parameters, shares[self.active]) if parameters else {}
+        return {**reduced, **self._pooled(shares, buffers)}
+
+    def start_mean(self, choose: Callable[[Weights], Weights], bits: Bits = 32) -> Arriving:
+        own, group = choose(self.weights(self.active)), self.placement.across
+        return Reduced(own, self.count, group) if bits == 32 else QuantisedMean(own, bits, self.count, group)
 
     def gather(self, choose: Callable[[Weights], Tensor]) -> list[Tensor]:
         return self._gathered(choose(self.weights(self.active)))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, final
 
 import torch
+from torch import Tensor
 
 from lightning_merge import weights
 from lightning_merge._checks import number, settle
@@ -67,9 +68,13 @@ class OuterStep(Policy):
         new = branches.mean()
         for name, kept in state["anchor"].items():
             anchor, velocity = kept.to(new[name]), state["momentum"][name].to(new[name])
-            gradient = anchor - new[name]
-            velocity = self.momentum * velocity + gradient
-            new[name] = anchor - self.lr * (gradient + self.momentum * velocity)
+            new[name], velocity = stepped(anchor, velocity, anchor - new[name], self.lr, self.momentum)
             kept.copy_(new[name])
             state["momentum"][name].copy_(velocity)
         branches.assign(new)
+
+
+def stepped(anchor: Tensor, velocity: Tensor, gradient: Tensor, lr: float, momentum: float) -> tuple[Tensor, Tensor]:
+    """The anchor and the velocity after a Nesterov step."""
+    velocity = momentum * velocity + gradient
+    return anchor - lr * (gradient + momentum * velocity), velocity

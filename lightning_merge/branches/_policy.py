@@ -1,7 +1,7 @@
 """What a policy is: how branches mix."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -49,6 +49,40 @@ class Policy(ABC):
             state: What it remembers; changed in place.
             branches: The branches, with the new tensors.
         """
+
+    def after_group(self, state: State, branches: Branches) -> None:  # noqa: B027 (most send nothing that comes later)
+        """Is called after each group, before a merge that is due then.
+
+        Args:
+            state: What it remembers; may be changed in place.
+            branches: The branches.
+        """
+
+    def settle(self, state: State, branches: Branches) -> None:  # noqa: B027 (most have nothing on its way)
+        """Waits for what is on its way and puts it into the state, which is about to be saved. In all processes.
+
+        Args:
+            state: What it remembers; changed in place.
+            branches: The branches.
+        """
+
+    def start_again(self, state: State, branches: Branches, names: Sequence[str]) -> None:
+        """Makes what it remembers of some tensors what it would be if the branches started now.
+
+        Args:
+            state: What it remembers; changed in place.
+            branches: The branches, all with the same of these tensors.
+            names: Canonical names.
+        """
+        fresh = self.init(branches)
+        for key, kept in state.items():
+            if isinstance(kept, dict):
+                own = fresh.get(key, {})
+                for name in names:
+                    if name in own:
+                        kept[name] = own[name]
+                    else:
+                        kept.pop(name, None)
 
     @abstractmethod
     def merge(self, state: State, branches: Branches) -> None:

@@ -23,6 +23,7 @@ from lightning_merge.branches import (
     PullToMean,
     Shuffle,
     SoftmaxOfScores,
+    StreamingOuterStep,
     WeightedAverage,
 )
 from lightning_merge.callbacks import Branching
@@ -39,6 +40,8 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "pull": lambda: PullToMean(0.3),
     "shuffle": lambda: Shuffle(share=0.5),
     "softmax of scores": SoftmaxOfScores,
+    "streaming outer step": lambda: StreamingOuterStep(1, 0, 0.7, 8, lr=0.7, momentum=0.5),
+    "streaming, two steps later": lambda: StreamingOuterStep(2, 2, 0.7, 8, lr=0.7, momentum=0.5),
     "weighted average": lambda: WeightedAverage((1.0, 3.0)),
 }
 
@@ -222,7 +225,9 @@ SITUATIONS: dict[str, tuple[type[Plain], type[Plain]]] = {
 """Each: the awkward module, and the plain one that trains alike."""
 
 PAIRS = [(policy, situation) for policy in POLICIES for situation in SITUATIONS]
-PAIRS.remove(("shuffle", "unfreezing in mid-run"))  # which numbers are shuffled depends on how many layers are branched
+# Which numbers are shuffled, and which fragments there are, depends on how many layers are branched.
+PAIRS.remove(("shuffle", "unfreezing in mid-run"))
+PAIRS.remove(("streaming, two steps later", "unfreezing in mid-run"))
 
 
 def branching(policy: str, **settings: Any) -> Branching:

@@ -278,6 +278,9 @@ POLICIES: dict[str, Callable[[], Branching]] = {
     "wash": lambda: WASH(3, share=0.5, augmentations=BENDS),
     "dart": lambda: DART(3, 2, start=2, augmentations=BENDS),
     "diloco": lambda: DiLoCo(3, 2, augmentations=BENDS, batches="same"),
+    "streaming diloco": lambda: DiLoCo(
+        3, 2, augmentations=BENDS, batches="same", fragments=2, delay=1, mix=0.5, bits=4
+    ),
     "pairs": lambda: Branching(Pairs(), EveryNSteps(2), 3, augmentations=BENDS),
     "warp": lambda: Branching(Combine(SLERP(scale=0.3)), EveryNSteps(2), 3, augmentations=BENDS),
     "nova": lambda: Branching(Nova((1, 2, 3), 0.9), EveryNSteps(2), 3, augmentations=BENDS, batches="turns"),

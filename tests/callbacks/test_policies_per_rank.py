@@ -35,6 +35,7 @@ CALLBACKS: dict[str, Callable[[], Branching]] = {
     "dart": lambda: DART(2, 3, start=2, **OWN),
     "local sgd": lambda: LocalSGD(2, 3, start=2, **OWN),
     "diloco": lambda: DiLoCo(2, 3, **OWN),
+    "streaming diloco": lambda: DiLoCo(2, 4, fragments=2, delay=3, mix=0.5, bits=8, **OWN),
     "forkmerge": lambda: ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, 3),
     "pairs": lambda: mixed(Pairs()),
     "warp": lambda: mixed(Combine(SLERP(scale=0.3))),
