@@ -89,9 +89,9 @@ class QuantisedMean(Arriving):
     def advance(self) -> None:
         if not self._is_back:
             self._work.wait()
-            parts = self._received.view(self._count, -1, row_bytes(self._bits)).unbind()
+            parts = list(self._received.view(self._count, -1, row_bytes(self._bits)).unbind())
             self._sent = mean_of(parts, self._bits, self._dtype)
-            self._work = dist.all_gather_into_tensor(self._received, self._sent, group=self._group, async_op=True)
+            self._work = dist.all_gather(parts, self._sent, group=self._group, async_op=True)
             self._is_back = True
 
     def result(self) -> Weights:
