@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -142,13 +143,7 @@ class OnlineMerging(Callback):
 
     def _renew_at_the_first_step(self, optimizer: OnDARE | OnTIES, module: LightningModule) -> None:
         """The reference is what the module holds when training begins: hooks may load weights until then."""
-        before = [sums(named_parameters(module))]
-
-        def renew(*_: Any) -> None:
-            if before and sums(named_parameters(module)) != before.pop():
-                optimizer.renew()
-
-        optimizer.register_step_pre_hook(renew)
+        optimizer.register_step_pre_hook(partial(_renew, [sums(named_parameters(module))], module, optimizer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """A reference that was live can be read from no file later, so the difference goes into this one."""
@@ -188,3 +183,8 @@ def _checked_tau_every(tau_every: int, method: str) -> int:
             f"`tau_every` must be 1 for {method!r}, whose signs are voted at every merge, got {tau_every}."
         )
     return tau_every
+
+
+def _renew(before: list[Any], module: LightningModule, optimizer: OnDARE | OnTIES, *_: Any) -> None:
+    if before and sums(named_parameters(module)) != before.pop():
+        optimizer.renew()

@@ -33,7 +33,7 @@ class RecentBatches:
     def __init__(self, kept: Iterable[Any] = (), *, batches: int = 32, bytes: int = 256 * 2**20) -> None:
         self._kept: deque[BatchCopy] = deque(map(BatchCopy.of, kept), maxlen=batches)
         self.bytes = bytes
-        self.is_needed: Callable[[], bool] = lambda: True
+        self.is_needed: Callable[[], bool] = _always
         self.trial: Callable[[BatchCopy], None] | None = None
         self.way: Any = None
         self.in_eval: frozenset[str] | None = None
@@ -139,3 +139,7 @@ def _kinds(batch: Any) -> str:
     items = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
     inner = sorted({type(item).__name__ for item in items if not is_plain(item)})
     return type(batch).__name__ + (f" of {', '.join(inner)}" if inner else "")
+
+
+def _always() -> bool:
+    return True

@@ -46,10 +46,13 @@ class Exchange(Watching):
         self.begun: list[Average] = []
         self.ending: Ending | None = None
         self.interrupted = False
-        self.apart = Apart(self.inventory, lambda: self.interrupted)
+        self.apart = Apart(self.inventory, self._is_interrupted)
         self.swapped_out: Mapping[str, Tensor] = {}
         self.busy = False
         self._measuring: tuple[int, list[nn.Module]] | None = None  # layers with statistics
+
+    def _is_interrupted(self) -> bool:
+        return self.interrupted
 
     def trains_statistics(self) -> bool:
         """Whether training itself measures any: layers in eval mode are frozen, and keep what they have."""

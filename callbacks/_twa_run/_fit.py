@@ -74,10 +74,11 @@ class Fit:
 
     def look_again(self) -> None:
         """Refuses another set of parameters."""
-        before = self.live
+        before, shapes = self.live, self._shapes
         self._capture()
-        if replaced := [name for name, parameter in self.live.items() if parameter is not before[name]]:
-            raise self._changed(replaced[0])
+        for name, parameter in self.live.items():
+            if parameter is not before[name] or parameter.shape != shapes[name]:
+                raise self._changed(name)
 
     def _capture(self) -> None:
         inventory = self.publisher.inventory
@@ -91,6 +92,7 @@ class Fit:
                 f" `selection=Selection(exclude=[{numbers[0]!r}])`; EMA and SWA average it."
             )
         self.live = live
+        self._shapes = {name: parameter.shape for name, parameter in live.items()}
         self.live_buffers = inventory.buffers
 
     @property

@@ -59,6 +59,7 @@ class Tensors:
         self._on_host = on_host
         self.averaged: dict[str, Tensor] = {}
         self.copied: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}  # of the averaged ones at the last look
         self.is_sharded = False
         self._checked: weights.Fixed | None = None  # as long as the module has these tensors
         self._has_room: bool | None = None
@@ -145,13 +146,17 @@ class Tensors:
         Raises:
             ValueError: If a parameter has gone or has another shape.
         """
-        before = self.averaged
+        before, shapes = self.averaged, self._shapes
         self._look_up(module, set(before))
         gone = [name for name in before if name not in self.averaged]
         self._let_go([n for n in gone if n not in module.inventory.aliases and n not in self.copied], before, steps)
-        anew = [name for name, t in self.averaged.items() if name in before and _is_another(before[name], t)]
+        anew = [
+            name
+            for name, tensor in self.averaged.items()
+            if name in before and _is_another(before[name], shapes[name], tensor)
+        ]
         for name in anew:
-            self._start_anew(name, before[name], steps)
+            self._start_anew(name, shapes[name], steps)
         fresh = {name: t for name, t in self.averaged.items() if name not in before or name in anew}
         return Change(gone, fresh)
 
@@ -168,6 +173,7 @@ class Tensors:
         copied = buffers.keys() | (self._no_mean & names)
         self.copied = {name: t for name, t in inventory.tensors.items() if name in copied}
         self.averaged = {name: t for name, t in inventory.tensors.items() if name in names - copied}
+        self._shapes = {name: tensor.shape for name, tensor in self.averaged.items()}
         self._checked = self._has_room = None
         self.is_sharded = any(map(weights.is_sharded, (*self.averaged.values(), *self.copied.values())))
 
@@ -181,12 +187,12 @@ class Tensors:
                 )
             self._inform(f"{self.title}: the buffer `{name}` has gone after step {steps}; so is its average.")
 
-    def _start_anew(self, name: str, before: Tensor, steps: int) -> None:
+    def _start_anew(self, name: str, before: torch.Size, steps: int) -> None:
         now = self.averaged[name]
-        if isinstance(now, torch.nn.Parameter) and now.shape != before.shape:
+        if isinstance(now, torch.nn.Parameter) and now.shape != before:
             raise ValueError(
                 f"{self.title} averages `{name}`, which was replaced after step {steps} and has shape"
-                f" {tuple(now.shape)} instead of {tuple(before.shape)}: numbers that come and go have no average. Leave"
+                f" {tuple(now.shape)} instead of {tuple(before)}: numbers that come and go have no average. Leave"
                 f" it out: `selection=Selection(exclude=[{name!r}])`."
             )
         if name not in self._said:
@@ -194,8 +200,8 @@ class Tensors:
             self._inform(f"{self.title}: `{name}` was replaced after step {steps}; its average starts anew.")
 
 
-def _is_another(before: Tensor, now: Tensor) -> bool:
+def _is_another(before: Tensor, shape: torch.Size, now: Tensor) -> bool:
     """Whether a tensor has to be averaged anew; a buffer of the same shape that is assigned goes on."""
-    if now is before or weights.is_sharded(now):
+    if weights.is_sharded(now):
         return False
-    return isinstance(now, torch.nn.Parameter) or now.shape != before.shape
+    return now.shape != shape or (now is not before and isinstance(now, torch.nn.Parameter))

@@ -73,7 +73,7 @@ class Branches(ABC):
         self.left_out: set[int] = set()
         """Branches that were not in the last ``mean_of_finite``."""
         self.inventory = Inventory(module)
-        self._live_parameters: dict[str, Tensor] = dict(self.selection.parameters(self.inventory))
+        self._branch_off(self.selection.parameters(self.inventory))
         # Masks and bounds, which hold infinities from the start, are no statistics: there is one of each.
         self._constant = weights.nonfinite(self.inventory.buffers)
         self._live_buffers = self._branched_buffers()
@@ -332,20 +332,25 @@ class Branches(ABC):
         self.inventory.refresh()
         everything = self.inventory.tensors
         for name, parameter in self._live_parameters.items():
-            if everything.get(name, parameter) is not parameter:
+            now = everything.get(name, parameter)
+            if now is not parameter or now.shape != self._shapes[name]:
                 raise ValueError(
                     f"`{name}` was replaced while branches train, and the other branches have the one before it (shape"
-                    f" {tuple(parameter.shape)}, now {tuple(everything[name].shape)}). Replace it before the fit."
+                    f" {tuple(self._shapes[name])}, now {tuple(now.shape)}). Replace it before the fit."
                 )
         chosen = self.selection.chosen(self.inventory)
         # What was branched once stays so, also while it is frozen.
-        self._live_parameters = {n: t for n, t in everything.items() if n in chosen or n in self._live_parameters}
+        self._branch_off({n: t for n, t in everything.items() if n in chosen or n in self._live_parameters})
         self._live_buffers = self._branched_buffers()
+
+    def _branch_off(self, parameters: Mapping[str, Tensor]) -> None:
+        self._live_parameters = dict(parameters)
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
 
     def capture(self) -> None:
         """Takes what the module has now as what is branched."""
         self.inventory.refresh()
-        self._live_parameters = dict(self.selection.parameters(self.inventory))
+        self._branch_off(self.selection.parameters(self.inventory))
         self._live_buffers = self._branched_buffers()
 
     def could_be(self, name: str) -> bool:
@@ -360,7 +365,7 @@ class Branches(ABC):
     def _branch_also(self, names: Container[str]) -> None:
         """What was branched in a run that goes on, and is frozen at the moment."""
         found = {n: p for n, p in self.inventory.parameters.items() if n in names or n in self._live_parameters}
-        self._live_parameters = dict(found)
+        self._branch_off(found)
 
     def _named(self, names: Container[str] | None) -> tuple[list[str], list[str]]:
         """The parameters and the branched buffers among these names, or all."""

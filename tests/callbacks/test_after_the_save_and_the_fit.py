@@ -1,5 +1,6 @@
 """What is written after the save call, what a requeued job goes on from, and what runs right after a fit."""
 
+import pickle
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from golden import runs
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.trainer.connectors import signal_connector
+from methods import PUBLISHING, averages
 from tiny import Net, Walk, batches, differing, raw_of, read, steps, trainer, validation, values
 
 from lightning_merge.callbacks import EMA, LAWA, SMA, SWA, SWAD
@@ -214,3 +217,37 @@ def test_another_trainer_predicts_with_what_is_published(make: Any, tmp_path: Pa
     loaded = Net(norm=True)
     loaded.load_state_dict(read(tmp_path / f"{average.name}-final.ckpt")["state_dict"])
     assert differing(published, values(loaded)) == []
+
+
+# ---- a callback that is copied, as launchers and schedulers of experiments do
+
+WITH_A_LAMBDA = {"evaluation-weights"}
+"""Those that the table gives a function which Python cannot pickle."""
+
+
+def pickled(callbacks: list[Any]) -> list[Any]:
+    found: list[Any] = pickle.loads(pickle.dumps(callbacks))
+    return found
+
+
+@pytest.mark.parametrize("method", PUBLISHING)
+def test_a_copy_of_a_callback_knows_and_does_what_the_callback_does(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def held(callbacks: list[Any], folder: Path) -> dict[str, Any]:
+        folder.mkdir()
+        monkeypatch.chdir(folder)
+        torch.manual_seed(3)
+        module = runs.module(method)
+        trainer(folder, callbacks, max_epochs=2, enable_checkpointing=False).fit(module, *runs.loaders())
+        return values(module)
+
+    ways = [deepcopy] if method in WITH_A_LAMBDA else [deepcopy, pickled]
+    callbacks = PUBLISHING[method]()
+    twins = [way(callbacks) for way in ways]
+    here = held(callbacks, tmp_path / "own")
+    for number, twin in enumerate(twins):
+        assert differing(here, held(twin, tmp_path / str(number))) == []
+    for way in ways:
+        for each, copy in zip(averages(callbacks), averages(way(callbacks)), strict=True):
+            assert differing(each.raw_weights(), copy.raw_weights()) == []

@@ -108,6 +108,21 @@ class Growing(Plain):
         self.history = torch.empty_like(checkpoint["state_dict"]["history"])
 
 
+class Resized(Plain):
+    """A buffer that is given another size as it is, as observers of quantisation do, in the second epoch."""
+
+    def build(self) -> None:
+        self.register_buffer("range", torch.ones(1))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if self.current_epoch == 1:
+            self.range.resize_(3).fill_(batch_idx)
+        return super().training_step(batch, batch_idx)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.range.resize_(checkpoint["state_dict"]["range"].shape)
+
+
 class Renamed(Plain):
     """Loads files in which its head had another name."""
 
@@ -131,7 +146,7 @@ NOT = {("twa", TiedAtTheStart): "`back.weight` was"}
 """Refused by name."""
 
 
-@pytest.mark.parametrize("kind", [Masked, Observed, SquareTie, TiedAtTheStart, Lazy, Growing, Renamed])
+@pytest.mark.parametrize("kind", [Masked, Observed, SquareTie, TiedAtTheStart, Lazy, Growing, Resized, Renamed])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_merges_and_goes_on_from_its_file_bit_for_bit(method: str, kind: type[Plain], tmp_path: Path) -> None:
     def run(folder: str, start: str | None = None) -> tuple[Plain, Any]:
@@ -159,6 +174,25 @@ class NewHead(Plain):
     def on_train_epoch_start(self) -> None:
         if self.current_epoch == 1:
             self.head = nn.Linear(4, 1)
+
+
+class Pruned(Plain):
+    """Cuts units out of its layers as they are, in the second epoch."""
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.body.weight.data, self.body.bias.data = self.body.weight[:1].detach(), self.body.bias[:1].detach()
+            self.head.weight.data = self.head.weight[:, :1].detach()
+            self.zero_grad()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.05)  # momentum would not fit
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parameter_that_is_cut_as_it_is_is_named(method: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"`body.weight`.* was (replaced|frozen, unfrozen, or replaced)"):
+        trainer(tmp_path, [METHODS[method]()], max_epochs=4).fit(Pruned(), batches(4))
 
 
 @pytest.mark.parametrize("method", ["lookaround", "papa"])
