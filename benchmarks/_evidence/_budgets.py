@@ -8,8 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from _evidence._fit import Part, accuracy, every_set, fit
+from _evidence._fit import Part, accuracy, every_set, fit, loader
 from _evidence._protocol import Place, Protocol, Scores
 from lightning_merge.callbacks import EMA, LAWA, WeightMerging
 from lightning_merge.recipes import CIFAR, Digits, SmallConvNet, SmallResNet
@@ -37,7 +38,7 @@ class Budgets(Protocol):
 
     images: str = "digits"
     model: str = "small conv net"
-    budgets: tuple[int, ...] = (110, 220, 440, 880)
+    budgets: tuple[int, ...] = (20, 40, 80, 160)
     rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     batch: int = 64
     weight_decay: float = 5e-4
@@ -45,15 +46,18 @@ class Budgets(Protocol):
     def prepare(self, place: Place) -> None:
         self._device = place.device
         if self.images == "digits":
-            self._data: pl.LightningDataModule = Digits(batch_size=self.batch)
+            data: Digits | CIFAR = Digits(batch_size=self.batch, shift=0)
         else:
             root = place.data / "cifar10"
             if not root.is_dir():
                 raise FileNotFoundError(f"no CIFAR-10 in {root}: say with --data which folder holds cifar10/.")
-            self._data = CIFAR("cifar10", root=str(root), batch_size=self.batch)
+            data = CIFAR("cifar10", root=str(root), batch_size=self.batch)
         for stage in ("fit", "test"):
-            self._data.setup(stage)
-        self._parts = {"val": _whole(self._data.val_dataloader()), "test": _whole(self._data.test_dataloader())}
+            data.setup(stage)
+        self._parts = {"val": _whole(data.val_dataloader()), "test": _whole(data.test_dataloader())}
+        self._train = data.train_dataloader()
+        if isinstance(data, Digits):  # which hands out one image at a time: that takes longer than a step
+            self._train = loader(_whole(DataLoader(data.train, 500)), self.batch, training=True)
 
     def choose(self) -> dict[str, Any]:
         """The learning rate of each contestant, by validation accuracy at the second longest budget."""
@@ -91,7 +95,7 @@ class Budgets(Protocol):
         pl.seed_everything(seed, verbose=False)
         module = fit(
             self._network(),
-            self._data.train_dataloader(),
+            self._train,
             optimizer=sgd,
             schedule=cosine if decayed else None,
             steps=budget,
@@ -128,7 +132,7 @@ def last(budget: int) -> WeightMerging:
 
 
 def digits_budgets(size: str) -> Budgets:
-    return Budgets(budgets=(110, 220, 440, 880, 1760)) if size == "full" else Budgets()
+    return Budgets(budgets=(20, 40, 80, 160, 320, 640)) if size == "full" else Budgets()
 
 
 def cifar10_budgets(size: str) -> Budgets:

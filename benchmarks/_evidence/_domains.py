@@ -34,14 +34,14 @@ class Domains(Protocol):
 
     domains: tuple[str, ...] = ("edges", "posterised", "inverted", "blurred")
     images: int = 400
-    test_images: int = 1000
+    test_images: int = 500
     validated_on: float = 0.2
     size: int = 96
     frozen: int = 9
-    steps: int = 200
+    steps: int = 150
     batch: int = 24
-    validations: int = 20
-    rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
+    validations: int = 15
+    rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
 
     def prepare(self, place: Place) -> None:
         self._device = place.device
