@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_merge.combiners import Combiner
-    from lightning_merge.trajectory import Trajectory
+    from lightning_merge.trajectory import Checkpoint, Trajectory
     from lightning_merge.weights import Weights
 
 
@@ -26,8 +26,10 @@ def from_base(trajectory: "Trajectory", options: argparse.Namespace) -> "tuple[W
     start = Checkpoint(options.base)
     Trajectory([start, *trajectory])  # refuses another model
     merged: Weights = {}
-    names = []
+    names, first = [], _first_names([start, *trajectory])
     for name in start.places:
+        if first[name] != name:
+            continue
         if is_averaged(tensor := start.tensor(name)):
             merged[name] = tensor
             names.append(name)
@@ -36,7 +38,14 @@ def from_base(trajectory: "Trajectory", options: argparse.Namespace) -> "tuple[W
     for together in [names] if combiner.locality == "model" else [[name] for name in names]:
         base = {name: merged[name] for name in together}
         merged |= combiners.add_vector(base, combiner.combine(_vectors(trajectory, options, combiner, base)))
-    return {**merged, **trajectory[-1].extra}, _remarks(combiner, names)
+    return {**{name: merged[first[name]] for name in start.places}, **trajectory[-1].extra}, _remarks(combiner, names)
+
+
+def _first_names(checkpoints: "list[Checkpoint]") -> dict[str, str]:
+    """Of each name the first that leads to the same numbers in every file: tied tensors are merged and count once."""
+    found: dict[Any, str] = {}
+    places = {name: tuple(each.places[name] for each in checkpoints) for name in checkpoints[0].places}
+    return {name: found.setdefault(place, name) for name, place in places.items()}
 
 
 def _combiner(options: argparse.Namespace) -> "Combiner":
@@ -64,6 +73,7 @@ def _vectors(
 ) -> "Iterator[Weights]":
     from lightning_merge.combiners import task_vector
     from lightning_merge.combiners._with_statistics import WithStatistics
+    from lightning_merge.weights import nonfinite
 
     if isinstance(combiner, WithStatistics):
         combiner.refuse_other_base(base, str(options.base))
@@ -71,7 +81,15 @@ def _vectors(
         own = {name: each.tensor(name) for name in base}
         if isinstance(combiner, WithStatistics):
             combiner.refuse_other_weights(index, own, str(each.path))
-        yield task_vector(own, base)
+        for path, weights in ((options.base, base), (each.path, own)):
+            if damaged := nonfinite(weights):
+                name = next(name for name in weights if name in damaged)
+                raise ValueError(f"`{name}` of {path} holds a NaN or an infinity. Leave that file out.")
+        try:
+            vector = task_vector(own, base)
+        except ValueError as error:
+            raise ValueError(f"{each.path}: {error}") from error
+        yield vector
 
 
 def _remarks(combiner: "Combiner", names: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from lightning_merge.combiners._base import Combiner, label
 from lightning_merge.combiners._vectors import add_vector, task_vector
 from lightning_merge.combiners._with_statistics import WithStatistics
 from lightning_merge.files._layouts import open_set
-from lightning_merge.weights import Weights, first_mismatch
+from lightning_merge.weights import Weights, first_mismatch, region
 
 _GROUP = 2**23
 
@@ -32,7 +33,8 @@ def combine_files(
         tasks: A label for each; 0, 1, 2, ... if left out.
 
     Returns:
-        Weights under the names and in the dtypes of the base; counters are the base's.
+        Weights under the names and in the dtypes of the base; counters are the base's. What is tied in all files is one
+        tensor.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -55,11 +57,17 @@ def combine_files(
     if not files or len(labels) != len(files):
         raise ValueError(f"`files` must be at least one, and `tasks` as many, got {len(files)} and {len(labels)}.")
     layout = _opened("base", base)
+    places = {name: [_place(tensor)] for name, tensor in layout.items()}
     for file in files:
-        if (difference := first_mismatch(layout, _opened("files", file))) is not None:
+        weights = _opened("files", file)
+        if (difference := first_mismatch(layout, weights)) is not None:
             raise ValueError(f"{file} is of another model than {base}: {difference}.")
-    groups = list(_groups(layout))
-    del layout
+        for name, found in places.items():
+            found.append(_place(weights[name]))
+    first: dict[Any, str] = {}  # of tied tensors, which are merged and count once
+    owners = {name: first.setdefault(tuple(found), name) for name, found in places.items()}
+    groups = list(_groups({name: tensor for name, tensor in layout.items() if owners[name] == name}))
+    del layout, weights
     merged: Weights = {}
     for together in [[name for group in groups for name in group]] if combiner.locality == "model" else groups:
         pairs = zip(files, labels, strict=True)
@@ -68,7 +76,12 @@ def combine_files(
             if own := [name for name in group if name in together]:
                 part = {name: vector.pop(name) for name in own if name in vector}
                 merged |= add_vector(_read(base, own), part)
-    return merged
+    return {name: merged[owner] for name, owner in owners.items()}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors of a file that are the same numbers in the same shape."""
+    return region(tensor), tensor.shape, tensor.stride()
 
 
 def _groups(layout: Mapping[str, Tensor]) -> Iterator[list[str]]:

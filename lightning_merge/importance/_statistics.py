@@ -150,8 +150,8 @@ class Statistics:
         Raises:
             OSError: If the system refuses.
         """
-        facts = {"samples": self.samples, "labels": self.labels, "left_out": dict(self.left_out), "norm": self.norm}
-        facts |= {"aliases": dict(self.aliases), "names": sorted(self.names)}
+        facts: dict[str, Any] = {"samples": self.samples, "labels": self.labels, "left_out": dict(self.left_out)}
+        facts |= {"norm": self.norm, "aliases": dict(self.aliases), "names": sorted(self.names)}
         _file.write(path("file", file), self.kind, self.tensors, self.weights, facts)
 
     def find(self, name: str) -> Tensor | None:

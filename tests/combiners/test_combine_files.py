@@ -6,9 +6,14 @@ import torch
 import lightning_merge.combiners._combine_files as module
 from lightning_merge.combiners import (
     DARE,
+    EMR,
     OPCM,
     TIES,
+    TSVM,
+    Consensus,
+    IsoC,
     MagMax,
+    MetaGPT,
     ModelStock,
     Sum,
     add_vector,
@@ -74,3 +79,25 @@ def test_files_that_do_not_fit_are_named(files):
             combine_files(Sum(), folder / "base.ckpt", [folder / "a.ckpt", folder / bad])
     with pytest.raises(ValueError, match="`files` must be at least one, and `tasks` as many, got 0 and 0"):
         combine_files(Sum(), folder / "base.ckpt", [])
+
+
+@pytest.mark.parametrize(
+    "combiner", [Sum(), TIES(0.5, scope="global"), OPCM(), IsoC(), TSVM(), MetaGPT(), Consensus(), EMR()], ids=repr
+)
+def test_tied_tensors_count_once_and_stay_tied(tmp_path, combiner):
+    generator = torch.Generator().manual_seed(0)
+    models = [{"w": torch.randn(4, 4, generator=generator), "v": torch.randn(3, generator=generator)} for _ in range(3)]
+    for number, model in enumerate(models):
+        # Tied in all files; the same numbers the other way round; tied in some files only.
+        other = model["v"] if number else model["v"].clone()
+        torch.save({**model, "again": model["w"], "turned": model["w"].T, "some": other}, tmp_path / f"{number}.pt")
+    paths = [tmp_path / f"{number}.pt" for number in range(3)]
+    merged = combine_files(combiner, paths[0], paths[1:])
+    assert list(merged) == ["w", "v", "again", "turned", "some"]
+    assert merged["again"] is merged["w"]
+    assert merged["turned"] is not merged["w"]
+    assert merged["some"] is not merged["v"]
+    counted = [{**model, "turned": model["w"].T.contiguous(), "some": model["v"].clone()} for model in models]
+    expected = add_vector(counted[0], combiner.combine([task_vector(model, counted[0]) for model in counted[1:]]))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, msg=name)

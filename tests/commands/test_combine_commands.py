@@ -128,6 +128,28 @@ def test_rules_from_a_base_are_the_combiners(run: Run, tmp_path: Path, rule: str
         assert torch.equal(written["state_dict"][name], tensor), name
 
 
+@pytest.mark.parametrize("rule", ["model-stock", "iso-c", "tsv-m", "tall", "metagpt"])
+def test_rules_from_a_base_merge_ties_once_and_name_what_is_damaged(run: Run, tmp_path: Path, rule: str) -> None:
+    torch.manual_seed(0)
+    for name in ("base", "a", "b"):
+        weights = {"w": torch.randn(4, 3).bfloat16(), "v": torch.randn(2), "empty": torch.zeros(0, 2)}
+        torch.save({**weights, "tied": weights["w"]}, tmp_path / f"{name}.pt")
+        torch.save(weights, tmp_path / f"{name}-single.pt")
+        torch.save({**weights, "v": torch.tensor([1.0, torch.nan])}, tmp_path / f"{name}-damaged.pt")
+    command = ["soup", "--rule", rule, "--out"]
+    assert run(*command, "out.pt", "a.pt", "b.pt", "--base", "base.pt")[0] == 0
+    assert run(*command, "single.pt", "a-single.pt", "b-single.pt", "--base", "base-single.pt")[0] == 0
+    written, single = (load(Path(name))["state_dict"] for name in ("out.pt", "single.pt"))
+    assert written["tied"].data_ptr() == written["w"].data_ptr()
+    for name, tensor in single.items():
+        assert torch.equal(written[name], tensor), name
+    for files, base, damaged in (("a-single b-damaged", "base-single", "b"), ("a-single", "base-damaged", "base")):
+        paths = [f"{each}.pt" for each in files.split()]
+        code, _, err = run(*command, "none.pt", *paths, "--base", f"{base}.pt")
+        assert code == 2
+        assert f"`v` of {damaged}-damaged.pt holds a NaN or an infinity" in err
+
+
 WEIGHED: dict[str, Callable[[Any], Combiner]] = {
     "fisher": Fisher,
     "fisher-nodes": lambda known: Fisher(known, per="node"),
