@@ -1,13 +1,14 @@
 """Sum of task vectors without their smallest and largest entries."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_merge._checks import number, settle
+from lightning_merge._checks import number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
@@ -18,6 +19,7 @@ from lightning_merge.weights import (
     add_,
     array,
     in_threads,
+    matrices,
     on_host,
     slices,
     stacked,
@@ -32,13 +34,15 @@ from lightning_merge.weights import (
 class Breadcrumbs(Combiner):
     """``scale * sum_t m_t v_t``: the mask of each vector leaves out its outliers and its smallest entries.
 
-    Per tensor, ``outliers * size`` entries of the largest magnitude are left out, and the ``density * size`` next
-    largest are kept; both rounded down, at least one entry is kept, and of equal ones those that come first.
+    Per tensor or row, ``outliers * size`` entries of the largest magnitude are left out, and the ``density * size``
+    next largest are kept; both rounded down, at least one entry is kept, and of equal ones those that come first.
 
     Args:
         density: Share of entries kept, in ``(0, 1]``.
         outliers: Share of largest entries left out, in ``[0, 1)``; at most ``1 - density``.
         scale: In ``(0, 10]``, or shrinking with the number of tasks (``Sum``).
+        scope: Whether entries are ranked within their ``"tensor"``, the paper's layer, or within each ``"row"`` along
+            its last dimension, as in the official code, which drops all of a row of fewer than ``1 / density``.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -55,6 +59,7 @@ class Breadcrumbs(Combiner):
     density: float = 0.2
     outliers: float = 0.1
     scale: Scale = 0.4
+    scope: Literal["tensor", "row"] = "tensor"
 
     def __post_init__(self) -> None:
         density = number("density", self.density, "(0, 1]")
@@ -63,6 +68,7 @@ class Breadcrumbs(Combiner):
             raise ValueError(f"`outliers` must be in [0, 1) and at most 1 - density, got {outliers}.")
         settle(self, density=density, outliers=outliers)
         settle(self, scale=checked_scale(self.scale))
+        one_of("scope", self.scope, ("tensor", "row"))
 
     @property
     def removable(self) -> bool:
@@ -85,8 +91,9 @@ class Breadcrumbs(Combiner):
             self._add(state, vector, -1.0)
 
     def _add(self, state: State, vector: Weights, factor: float) -> None:
-        if not on_host(vector):
-            add_(state["sum"], self._masked_at_once(vector), factor)
+        if self.scope == "row" or not on_host(vector):
+            for masked in self._masked_at_once(vector):
+                add_({name: state["sum"][name] for name in masked}, masked, factor)
             return
         in_threads(lambda name: self._add_tensor(state["sum"][name], vector[name], factor), vector)
 
@@ -113,12 +120,13 @@ class Breadcrumbs(Combiner):
         return skip, skip + max(1, count_of(self.density, size))
 
     @torch.no_grad()
-    def _masked_at_once(self, vector: Weights) -> Weights:
-        groups = list(stacked(vector))
-        rows = [matrix for _, matrix in groups]
-        skipped, kept = zip(*(self._ranks(matrix.shape[1]) for matrix in rows), strict=True)
-        masks = largest([*rows, *rows], [*skipped, *kept])
-        masked: Weights = {}
-        for (names, matrix), out, within in zip(groups, masks, masks[len(rows) :], strict=False):
-            masked |= unstacked(matrix.mul_(within & ~out), names, vector)
-        return masked
+    def _masked_at_once(self, vector: Weights) -> Iterator[Weights]:
+        groups = list(stacked(vector) if self.scope == "tensor" else matrices(vector, first=False))
+        for some in [[group] for group in groups] if on_host(vector) else [groups]:  # one read for all of them
+            rows = [matrix for _, matrix in some]
+            skipped, kept = zip(*(self._ranks(matrix.shape[1]) for matrix in rows), strict=True)
+            masks = largest([*rows, *rows], [*skipped, *kept])
+            masked: Weights = {}
+            for (names, matrix), out, within in zip(some, masks, masks[len(rows) :], strict=False):
+                masked |= unstacked(matrix * (within & ~out), names, vector)
+            yield masked

@@ -9,6 +9,9 @@ from torch import Tensor
 ZeroSign: TypeAlias = Literal["zero", "official", "positive"]
 Divisor: TypeAlias = Literal["count", "weight_sum"] | None
 
+EXTREMES = {"largest": "positive", "smallest": "negative"}
+"""What is kept as the furthest of the values of a sign, not as their sum."""
+
 
 def additions(new: Any, positive: Any, negative: Any, weight: float, counted: bool, keys: Any) -> Iterator[Any]:
     """What is added to each sum of the state that there is, after its key; of arrays of NumPy or tensors.
@@ -30,6 +33,8 @@ def additions(new: Any, positive: Any, negative: Any, weight: float, counted: bo
         if weight != 1:
             values = values * weight
         yield key, values
+        for extreme in (extreme for extreme, of in EXTREMES.items() if of == key and extreme in keys):
+            yield extreme, values
 
 
 def signs(sums: Mapping[str, Tensor]) -> Tensor:
@@ -39,7 +44,7 @@ def signs(sums: Mapping[str, Tensor]) -> Tensor:
 
 
 def elected(sums: Mapping[str, Tensor], zero_sign: ZeroSign, divisor: Divisor, majority: Tensor | None) -> Tensor:
-    """The mean of the values of the elected sign, of tensors that are rows.
+    """The mean of the values of the elected sign, or the furthest from zero, of tensors that are rows.
 
     Args:
         sums: By key, one number per entry.
@@ -47,8 +52,9 @@ def elected(sums: Mapping[str, Tensor], zero_sign: ZeroSign, divisor: Divisor, m
         divisor: What the sum of agreeing values is divided by.
         majority: The sign of all for ``"official"``; by default that of each row.
     """
-    positive, negative = sums["positive"], sums["negative"]
-    if divisor is not None:
+    furthest = "largest" in sums
+    positive, negative = (sums["largest"], sums["smallest"]) if furthest else (sums["positive"], sums["negative"])
+    if divisor is not None and not furthest:
         tiny = 1 if divisor == "count" else torch.finfo(torch.float32).tiny
         positive = positive / sums["positives"].clamp(min=tiny)
         negative = negative / sums["negatives"].clamp(min=tiny)
@@ -57,5 +63,6 @@ def elected(sums: Mapping[str, Tensor], zero_sign: ZeroSign, divisor: Divisor, m
         return torch.where(found >= 0, positive, negative)
     if zero_sign == "official":
         found = torch.where(found == 0, found.sum(1, keepdim=True).sign() if majority is None else majority, found)
-        return torch.where(found > 0, positive, negative)
+        if not furthest:
+            return torch.where(found > 0, positive, negative)
     return torch.where(found > 0, positive, torch.where(found < 0, negative, 0.0))

@@ -1,15 +1,16 @@
 """Trim, elect sign, merge what agrees."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_merge._checks import flag, number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.combiners._election import Divisor, ZeroSign, additions, elected, signs
+from lightning_merge.combiners._election import EXTREMES, Divisor, ZeroSign, additions, elected, signs
 from lightning_merge.combiners._kept import as_in
 from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, checked_weights, scale_of
@@ -22,6 +23,8 @@ from lightning_merge.weights import (
     average_dtype,
     in_threads,
     joined,
+    maximum_,
+    minimum_,
     on_host,
     rows,
     side_by_side,
@@ -33,8 +36,8 @@ from lightning_merge.weights import largest as largest_of
 
 _MOST_IN_A_BYTE = 255
 
-_REST = ("negative", "positives", "negatives", "votes")
-"""What is kept beside the sum of positive values; the last three not always."""
+_REST = ("negative", "positives", "negatives", "votes", *EXTREMES)
+"""What is kept beside the sum of positive values; all but the first not always."""
 
 
 @final
@@ -58,6 +61,9 @@ class TIES(Combiner):
             ``"positive"`` (mergekit, PEFT), or as the majority of all other signs in the scope and without one as
             negative (``"official"``).
         divisor: What the sum of agreeing values is divided by: their ``"count"``, their ``"weight_sum"``, or nothing.
+        disjoint: Whether the result is that ``"mean"``, or the ``"max"``: of the agreeing values, times their weights,
+            the one furthest from zero, for which the stream keeps four float32 numbers per parameter; ``divisor`` has
+            no part in it.
         weights: A positive factor for the vector of each task by its label; 1 for tasks not in it.
         weighted_sign: Whether the weights count in the election too (mergekit) or not (PEFT).
 
@@ -81,6 +87,7 @@ class TIES(Combiner):
     divisor: Divisor = "count"
     weights: Mapping[int | str, float] = field(default_factory=dict)
     weighted_sign: bool = True
+    disjoint: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         settle(self, density=number("density", self.density, "(0, 1]"))
@@ -90,6 +97,7 @@ class TIES(Combiner):
             ("topk_rule", ("exact", "official_plus_one")),
             ("zero_sign", ("zero", "official", "positive")),
             ("divisor", ("count", "weight_sum", None)),
+            ("disjoint", ("mean", "max")),
         ):
             one_of(name, getattr(self, name), allowed, f"one of {allowed}")
         settle(self, weights=checked_weights(self.weights))
@@ -107,7 +115,9 @@ class TIES(Combiner):
             }
 
         state: State = {"positive": zeros(), "negative": zeros()}
-        if self.divisor is not None:
+        if self.disjoint == "max":
+            state |= {key: zeros() for key in EXTREMES}
+        elif self.divisor is not None:
             dtype = torch.uint8 if self.divisor == "count" else torch.float32
             state |= {"positives": zeros(dtype), "negatives": zeros(dtype)}
         if not self.weighted_sign:
@@ -116,7 +126,7 @@ class TIES(Combiner):
 
     @torch.no_grad()
     def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        if state["updates"] == _MOST_IN_A_BYTE and self.divisor == "count":
+        if state["updates"] == _MOST_IN_A_BYTE and self.divisor == "count" and self.disjoint == "mean":
             for key in ("positives", "negatives"):
                 state[key] = {name: counts.int() for name, counts in state[key].items()}
         weight = self.weights.get(task, 1.0)
@@ -143,7 +153,10 @@ class TIES(Combiner):
             new = flat[where]
             positive, negative, room = reaching(new, threshold, room)
             for key, addend in additions(new, positive, negative, weight, self.divisor == "count", into):
-                into[key][where] += addend
+                if key in EXTREMES:
+                    (np.maximum if key == "largest" else np.minimum)(into[key][where], addend, out=into[key][where])
+                else:
+                    into[key][where] += addend
         return threshold, room
 
     def _take_at_once(self, state: State, vector: Weights, weight: float) -> None:
@@ -156,7 +169,8 @@ class TIES(Combiner):
             positive, negative = (sign & mask for sign in (matrix > 0, matrix < 0))
             for key, addend in additions(matrix, positive, negative, weight, self.divisor == "count", state):
                 sums = {name: state[key][name] for name in names}
-                add_(sums, unstacked(addend.to(next(iter(sums.values())).dtype), names, vector))
+                new = unstacked(addend.to(next(iter(sums.values())).dtype), names, vector)
+                _INTO.get(key, add_)(sums, new)
 
     def _ranked(self, vector: Weights, matrix: Tensor) -> int:
         """How many numbers are ranked in a row: tensors of zeros among others do not count."""
@@ -191,6 +205,9 @@ class TIES(Combiner):
             kept = {"positive": positive, **{key: joined(state[key], names) for key in state if key in _REST}}
             merged = elected(kept, self.zero_sign, self.divisor, majority).mul_(factor)
             yield from unstacked(merged, names, like).items()
+
+
+_INTO: dict[str, Callable[[Weights, Weights], None]] = {"largest": maximum_, "smallest": minimum_}
 
 
 def _sums(state: State, name: str) -> Weights:

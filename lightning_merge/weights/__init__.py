@@ -16,6 +16,7 @@ from lightning_merge.weights._chunks import array as array
 from lightning_merge.weights._chunks import flatten as flatten
 from lightning_merge.weights._chunks import in_threads as in_threads
 from lightning_merge.weights._chunks import joined as joined
+from lightning_merge.weights._chunks import matrices as matrices
 from lightning_merge.weights._chunks import on_host as on_host
 from lightning_merge.weights._chunks import part as part
 from lightning_merge.weights._chunks import parts as parts

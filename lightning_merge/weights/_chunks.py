@@ -1,5 +1,6 @@
 """Sets of weights cut into parts that stay in the cache, joined into one tensor, seen as NumPy arrays."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -134,6 +135,30 @@ def stacked(weights: Mapping[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]
         groups.setdefault((tensor.numel(), tensor.dtype, tensor.device), []).append(name)
     for names in groups.values():
         yield names, torch.stack([weights[name].detach().reshape(-1) for name in names])
+
+
+def matrices(weights: Mapping[str, Tensor], first: bool) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and numbers of tensors as matrices, for what is done to each row of a tensor; one group after the other.
+
+    On a CPU each tensor is a group; on other devices all whose rows are of one size and dtype are.
+
+    Args:
+        weights: Any. What has one dimension or none is a single row.
+        first: Whether a row is what belongs to an index of the first dimension, or what lies along the last one.
+
+    Example:
+        >>> [(names, tuple(m.shape)) for names, m in matrices({"a": torch.ones(2, 3, 4), "b": torch.ones(5)}, True)]
+        [(['a'], (2, 12)), (['b'], (1, 5))]
+    """
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in weights.items():
+        inner = tensor.shape[1:] if first else tensor.shape[-1:]
+        numbers = tensor.numel() if tensor.ndim < 2 else math.prod(inner)
+        alone = name if _is_host(tensor) else ""
+        groups.setdefault((max(1, numbers), tensor.dtype, tensor.device, alone), []).append(name)
+    for (numbers, *_), names in groups.items():
+        flat = [weights[name].detach().reshape(-1, numbers) for name in names]
+        yield names, flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
 def joined(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:

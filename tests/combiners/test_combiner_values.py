@@ -44,6 +44,7 @@ U = [
     [-0.15, 0.25, 0.35, -0.45, -0.55, 0.65, -0.75, 0.85, -0.95, 0.05],
     [0.12, -0.22, -0.32, 0.42, 0.52, -0.62, -0.72, 0.82, -0.02, 0.08],
 ]
+HALVES = [U[0][:5], U[0][5:]]
 OFFICIAL = {"scope": "global", "topk_rule": "official_plus_one", "zero_sign": "official"}
 D3 = [[[1, 0], [1, 1]], [[1, 1], [0, 1]], [[0, 1], [1, 0]]]
 GROWING = [
@@ -110,6 +111,19 @@ VALUES = [
     # Of equal magnitudes at the border the first are kept.
     (TIES(0.2), TV[:1], [0, 0, 0, 0, -1, 0.75, 0, 0, 0, 0]),
     (TIES(0.3), TV[:1], [0.5, 0, 0, 0, -1, 0.75, 0, 0, 0, 0]),
+    # The furthest of those that agree; a sign of zero elects nobody.
+    (TIES(0.2, disjoint="max", **OFFICIAL), TV, [0, -0.75, 0, 0, 0, 0.75, -0.5, 0, 1, 0]),
+    (TIES(0.5, disjoint="max", **OFFICIAL), TV, [0.5, -0.75, 0.25, 0, 0.5, 0.75, 0.25, 0.5, 1, 0]),
+    (TIES(0.99, disjoint="max", **OFFICIAL), TV, [0.5, -0.75, 0.25, 0.125, 0.5, 0.75, 0.25, 0.5, 1, 0]),
+    (TIES(0.01, disjoint="max", **OFFICIAL), TV, [0, -0.75, 0, 0, -1, 0, 0, 0, 1, 0]),
+    (TIES(1.0, disjoint="max", **OFFICIAL), [[1, -2], [-1, 2]], [0, 0]),
+    (TIES(1.0, disjoint="max", weights={0: 3.0}), [[1, -2], [2, -1]], [3, -6]),
+    (Breadcrumbs(0.6, 0.2, 1.0, "row"), [HALVES], [[0, -0.2, 0.3, -0.4, 0], [0, 0.7, -0.8, 0.9, 0]]),
+    (Breadcrumbs(0.4, 0.2, 1.0, "row"), [HALVES], [[0, 0, 0.3, -0.4, 0], [0, 0, -0.8, 0.9, 0]]),
+    (Breadcrumbs(0.2, 0.1, 1.0, "row"), [HALVES], [[0, 0, 0, 0, 0.5], [0, 0, 0, 0, -1]]),
+    (Breadcrumbs(0.4, 0.4, 1.0, "row"), [HALVES], [[0, -0.2, 0.3, 0, 0], [0, 0.7, -0.8, 0, 0]]),
+    (Breadcrumbs(0.4, 0.1, 1.0, "row"), U[:1], [0, 0, 0, 0, 0, -0.6, 0.7, -0.8, 0.9, 0]),
+    (Breadcrumbs(0.2, 0.1, 1.0, "row"), [[[[3, 2, 1]], [[0, -1, 0]]]], [[[3, 0, 0]], [[0, -1, 0]]]),  # zeros there
     (Breadcrumbs(0.4, 0.1, 1.0), U[:1], [0, 0, 0, 0, 0, -0.6, 0.7, -0.8, 0.9, 0]),
     (Breadcrumbs(0.5, 0.2, 1.0), U[:1], [0, 0, 0, -0.4, 0.5, -0.6, 0.7, -0.8, 0, 0]),
     (Breadcrumbs(0.5, 0.1, 1.0), U[:1], [0, 0, 0, 0, 0.5, -0.6, 0.7, -0.8, 0.9, 0]),
@@ -121,6 +135,10 @@ VALUES = [
     (ModelStock("mean_deg"), D3[:2], [[0.8, 0.4], [0.4, 0.8]]),
     (ModelStock(), D3, [[0.497178, 0.497178], [0.497178, 0.497178]]),
     (ModelStock("mean_deg"), D3, [[0.5, 0.5], [0.5, 0.5]]),
+    (ModelStock(scope="row"), D3[:2], [[0.828427, 0.414214], [0.414214, 0.828427]]),
+    (ModelStock("mean_deg", "row"), D3[:2], [[0.828427, 0.414214], [0.414214, 0.828427]]),
+    (ModelStock(scope="row"), D3, [[0.485281, 0.485281], [0.485281, 0.485281]]),
+    (ModelStock(scope="row"), [[[[1], [2]]], [[[1], [2]]]], [[[1], [2]]]),
     (ModelStock(), [[1, 2], [1, 2]], [1, 2]),
     (ModelStock(), [[1, 2], [-1, -2]], [0, 0]),  # mergekit: NaN
     (ModelStock(), [[1, 0], [-0.6, 0.8]], [0, 0]),  # mergekit goes to the other side of the base
@@ -292,6 +310,7 @@ def test_vectors_that_do_not_belong_together_are_refused(function, message):
     "combiner",
     [
         *(Sum(), Average(), TIES(0.5), TIES(0.5, scope="global"), Breadcrumbs(), ModelStock(), MagMax()),
+        *(TIES(0.5, disjoint="max"), Breadcrumbs(scope="row"), ModelStock(scope="row")),
         *(IsoC(), TSVM(), MetaGPT(), Consensus(), EMR()),
     ],
     ids=repr,
@@ -386,6 +405,9 @@ def test_slerp_reaches_both_ends():
         (lambda: MagMax(magmax_tie="newest"), '`magmax_tie` must be "last" or "first"'),
         (lambda: OPCM(alpha=1.1), r"`alpha` must be in \[0, 1\], got 1.1"),
         (lambda: OPCM(opcm_rank="full"), '`opcm_rank` must be "compat" or "fixed"'),
+        (lambda: TIES(disjoint="sum"), "`disjoint` must be one of .*'mean', 'max'.*got 'sum'"),
+        (lambda: Breadcrumbs(scope="global"), "`scope` must be 'tensor' or 'row', got 'global'"),
+        (lambda: ModelStock(scope="layer"), "`scope` must be 'tensor' or 'row', got 'layer'"),
         (lambda: ModelStock("mean"), '`stock_angle` must be "mean_cos" or "mean_deg"'),
         (lambda: SLERP(t=-0.1), r"`t` must be in \[0, 1\], got -0.1"),
     ],
