@@ -174,12 +174,7 @@ class ImportanceStatistics(Callback):
             of += " with labels of the data" if found.labels == "true" else " with labels that the model drew"
         size = sum(t.numel() * t.element_size() for t in found.tensors.values()) / 2**20
         where = "in its `statistics`, since checkpointing is off" if self.path is None else f"in {self.path}"
-        line = f"ImportanceStatistics: {self.kind}{of} in {seconds:.1f} s, {size:.1f} MiB, {where}"
-        if not found.left_out:
-            return line
-        some = [f"`{name}` ({why})" for name, why in list(found.left_out.items())[:8]]
-        more = ", ..." if len(found.left_out) > 8 else ""
-        return f"{line}; left out, {len(found.left_out)} in all: {', '.join(some)}{more}"
+        return f"ImportanceStatistics: {self.kind}{of} in {seconds:.1f} s, {size:.1f} MiB, {where}{found.omissions}"
 
 
 def _held(module: LightningModule) -> Any:

@@ -28,6 +28,7 @@ COMMANDS = (
     "doctor",
     "average",
     "soup",
+    "statistics",
     "unlearn",
     "replay",
     "completion",
@@ -64,6 +65,8 @@ commands:
                                checkpoints of several runs: uniform, greedy, diwa, learned; with `--base FILE`
                                model-stock, iso-c, tsv-m, tall, metagpt; with `--statistics FILE...` of each besides
                                fisher, fisher-nodes, daheim, regmean, mats
+  statistics FILE --config FILE [--kind gram]
+                               how much each weight of a checkpoint matters, for `soup --statistics`
   replay RUN|RECIPE            does it resume bit for bit? If not, which tensor or random state differs first
   completion bash|zsh|tcsh     what completes commands, recipes and options in a shell
 """

@@ -77,14 +77,15 @@ class Bench:
         if not self.trainer.callback_metrics:
             self.metrics(weights)  # sets up devices and data
         self.load(weights)
-        loader = self._training_loader()
+        loader = self.training_loader()
         recent = RecentBatches(transferred(self.trainer, self.model, batch) for batch in islice(loader, batches))
         with quiet():
             fresh = recalibrate(self.trainer, self.model, "doctor", recent)
         keys = {canonical(key): key for key in weights}
         return {keys[name]: tensor for name, tensor in fresh.items()}
 
-    def _training_loader(self) -> Any:
+    def training_loader(self) -> Any:
+        """The loader that the run trains on."""
         if self.data is None:
             return self.model.train_dataloader()
         self.data.prepare_data()

@@ -50,8 +50,8 @@ class InputGrams:
             if reason := _why_not(layer, weight, most_inputs):
                 self.left_out[name] = reason
             else:
-                self._layers[layer] = name
-                del self.left_out[name]
+                self._layers[layer] = name  # several may share a weight
+                self.left_out.pop(name, None)
 
     @property
     def found(self) -> bool:
@@ -76,7 +76,7 @@ class InputGrams:
 
     def means(self) -> Weights:
         """Of each layer that was called the mean over inputs, over all processes, all of which call it."""
-        for layer, name in self._layers.items():
+        for name, layer in {name: layer for layer, name in self._layers.items()}.items():
             if not mean_by_count_({name: self._sum_of(layer)}, self._rows[name]):
                 self.left_out[name] = "its layer was not called by its own `forward`"
                 del self._sums[name]

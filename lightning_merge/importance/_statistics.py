@@ -108,6 +108,15 @@ class Statistics:
         return f"{self.title}{of}{labels[self.labels]}"
 
     @property
+    def omissions(self) -> str:
+        """What was left out, as the end of a line; empty if nothing was."""
+        names: dict[str, list[str]] = {}
+        for name, why in self.left_out.items():
+            names.setdefault(why, []).append(name)
+        parts = [f"{', '.join(some[:4])}{', ...' if len(some) > 4 else ''} ({why})" for why, some in names.items()]
+        return "".join([f"; left out, {len(self.left_out)} in all: ", ", ".join(parts)]) if parts else ""
+
+    @property
     def norm(self) -> float:
         """The 2-norm of all of them."""
         known: float = vars(self)["_norm"]
@@ -204,7 +213,8 @@ class Statistics:
                 raise ValueError(
                     f"{self.title} are of other weights than {where}: `{name}` differs. Give the statistics in the"
                     " order of the models, and the checkpoint of the step they were measured at, which is the end of"
-                    " the fit; of a file with an average that may be its other set."
+                    " the fit; of a file with an average that may be its other set. `lightning-merge statistics FILE`"
+                    " measures those of a file."
                 )
 
     def _refuse_damage(self, name: str, tensor: Tensor) -> None:

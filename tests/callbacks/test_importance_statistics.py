@@ -107,7 +107,37 @@ def test_gram_matrices_are_the_mean_over_inputs_and_patches(tmp_path: Path, capl
     assert found.left_out["unused.weight"] == "its layer was not called by its own `forward`"
     assert "frozen.weight" not in found.left_out
     assert "gram of 8 samples" in caplog.text
-    assert "`grouped.weight` (a convolution in 2 groups)" in caplog.text
+    assert "grouped.weight (a convolution in 2 groups)" in caplog.text
+
+
+@pytest.mark.parametrize("registered", ["tied", "twice"])
+def test_a_weight_of_several_layers_has_one_matrix_over_what_all_are_called_on(tmp_path: Path, registered: str) -> None:
+    class Shared(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            if registered == "tied":
+                self.b.weight = self.a.weight
+            self.net = nn.Sequential(self.a, self.b)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.b(self.a(inputs)))
+
+    statistics = ImportanceStatistics("gram", samples=4)
+    data = rows(torch.arange(16) % 3)
+    module = fit(tmp_path, [statistics], Shared(), data)
+    assert statistics.statistics is not None
+    found = statistics.statistics.tensors
+    inputs = torch.cat([batch[0] for batch in data])[-4:]
+    if registered == "tied":
+        assert set(found) == {"a.weight", "head.weight"}
+        assert not torch.allclose(found["a.weight"], inputs.T @ inputs / 4)  # half of the rows are of the other layer
+    else:
+        assert set(found) == {"a.weight", "b.weight", "head.weight"}
+    with torch.no_grad():
+        hidden = module.a(inputs)
+    expected = torch.cat([inputs, hidden]) if registered == "tied" else inputs
+    torch.testing.assert_close(found["a.weight"], expected.T @ expected / len(expected))
 
 
 def test_layers_with_too_many_inputs_are_left_out(tmp_path: Path) -> None:
@@ -116,18 +146,6 @@ def test_layers_with_too_many_inputs_are_left_out(tmp_path: Path) -> None:
     assert statistics.statistics is not None
     assert statistics.statistics.left_out["conv.weight"] == "18 inputs, more than 17"
     assert set(statistics.statistics.tensors) == {"twice.weight", "head.weight"}
-
-
-@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
-@pytest.mark.parametrize("settings", [{}, {"stride": 2, "padding": 2, "dilation": 2}, {"padding": "same"}])
-def test_a_convolution_is_the_product_of_its_weight_with_the_patches(kind: Any, settings: Any) -> None:
-    from lightning_merge.importance._grams import _patches
-
-    layer = kind(3, 5, 3, bias=False, **settings).double()
-    images = torch.randn(2, 3, *[9, 8][: 1 if kind is nn.Conv1d else 2], dtype=torch.float64)
-    expected = layer(images)
-    found = (_patches(layer, images) @ layer.weight.flatten(1).T).view(2, -1, 5).transpose(1, 2)
-    torch.testing.assert_close(found.reshape(expected.shape), expected)
 
 
 class TwoOptimizers(Small):
@@ -222,24 +240,6 @@ def test_labels_of_the_model_are_drawn_from_what_it_predicts(tmp_path: Path) -> 
     assert norm("true") > 0.1
     with pytest.warns(UserWarning, match=r"no fisher-statistics were written: .* are all zero"):
         assert norm("model") == 0.0
-
-
-def test_drawn_labels_keep_what_is_ignored_and_have_the_shares_of_the_softmax() -> None:
-    from lightning_merge.importance._model_labels import ModelLabels
-
-    torch.manual_seed(0)
-    logits = torch.tensor([[0.0, torch.tensor(3.0).log()]]).expand(4000, 2).T[None].clone()  # (1, 2, 4000)
-    target = torch.zeros(1, 4000, dtype=torch.long)
-    target[0, 2000:] = -100
-    with ModelLabels() as mode:
-        losses = nn.CrossEntropyLoss(reduction="none")(logits, target)
-        flags = functional.binary_cross_entropy_with_logits(torch.full((9,), 80.0), torch.zeros(9))
-        functional.nll_loss(logits.log_softmax(1), target)
-    assert mode.drawn == 3
-    assert not losses[0, 2000:].any()
-    share = (losses[0, :2000] < 1.0).float().mean()
-    assert float(share) == pytest.approx(0.75, abs=0.04)
-    assert float(flags) < 1e-30  # all were drawn as true
 
 
 class Detached(Base):

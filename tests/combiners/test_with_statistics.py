@@ -383,28 +383,6 @@ def module_statistics(module: torch.nn.Module, tensors: Weights, kind: Any = "fi
     return Statistics.of(module, kind, tensors, samples=5, labels="true", left_out={"x": "why"})
 
 
-def test_a_file_holds_what_was_written_and_is_read_a_tensor_at_a_time(tmp_path: Path) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    module[1].weight = module[0].weight
-    tensors = {"0.weight": torch.rand(3, 3), "0.bias": torch.rand(3)}
-    written = module_statistics(module, tensors)
-    written.write(tmp_path / "s")
-    found = Statistics.open(tmp_path / "s")
-    assert (found.kind, found.samples, found.labels) == ("fisher", 5, "true")
-    assert dict(found.left_out) == {"x": "why"}
-    assert found.norm == pytest.approx(written.norm, rel=1e-12)
-    assert found.names == frozenset({"0.weight", "0.bias", "1.weight", "1.bias"})
-    for name, tensor in tensors.items():
-        assert torch.equal(found.tensors[name], tensor)
-    assert torch.equal(found.find("1.weight"), tensors["0.weight"])  # type: ignore[arg-type]
-    assert found.find("1.bias") is None
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        found.refuse_other_weights({name: p.to(dtype) for name, p in module.named_parameters()}, "it")
-    with pytest.raises(ValueError, match=r"are of other weights than it: `1.bias` differs"):
-        found.refuse_other_weights({"1.bias": module[1].bias + 1e-3}, "it")
-    assert [path.name for path in tmp_path.iterdir()] == ["s"]
-
-
 def test_statistics_of_other_weights_are_refused_where_files_are_merged(tmp_path: Path) -> None:
     models = [torch.nn.Linear(2, 2) for _ in range(3)]
     for index, model in enumerate(models):
@@ -419,11 +397,3 @@ def test_statistics_of_other_weights_are_refused_where_files_are_merged(tmp_path
         combine_files(Fisher({0: right[1], 1: right[0]}), tmp_path / "0.pt", files)
     with pytest.raises(ValueError, match=r"1.stat are of other weights than .*0.pt: `weight` differs"):
         combine_files(Daheim(right, right[0]), tmp_path / "0.pt", files)
-
-
-def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"w": torch.ones(1)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"weights.safetensors holds no statistics: `ImportanceStatistics` writes"):
-        Statistics.open(tmp_path / "weights.safetensors")
