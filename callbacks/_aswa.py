@@ -39,7 +39,7 @@ class ASWA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under each candidate, on the last training batches.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Attributes:
         score: The score of the mean; ``None`` before there is one.

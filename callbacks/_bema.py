@@ -30,7 +30,7 @@ class BEMA(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and BatchNorm
             statistics are measured again under the merged weights (for a teacher: ``Selection(buffers="copy")``).
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or at fit start if a share is asked of a run of unknown length.

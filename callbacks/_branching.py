@@ -77,7 +77,7 @@ class Branching(Published):
         validate: Which weights validation measures, ``"merged"`` (the mean), ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose step ends a branch's turn, where there are several.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``AverageOptions``.
 
     Attributes:
         groups: Groups completed so far.

@@ -28,7 +28,7 @@ class EMA(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
             floating-point buffers averaged along.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         TypeError: If an argument is of the wrong type.

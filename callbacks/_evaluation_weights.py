@@ -56,7 +56,7 @@ class EvaluationWeights(WeightMerging):
             trained one.
         validate: Which weights validation measures, ``"merged"`` (those to evaluate), ``"raw"`` or ``"both"``.
         name: Prefix of their metrics if an average comes before it in the list, and of their files.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``AverageOptions``.
 
     Raises:
         TypeError: If ``second`` is no function; at the first validation if it gives no tensors by name.
@@ -119,6 +119,14 @@ class EvaluationWeights(WeightMerging):
                 if self._calibrated_at != list(self.version):  # else a file had them, measured after this step
                     self._buffers = weights.copies(self._tensors.live_copied)
         return {**self._found[1], **self._buffers}
+
+    def health(self) -> dict[str, float]:
+        """Steps; the rest would take asking the optimizers."""
+        return {"updates": self.updates} if self.ready else {}
+
+    def at_hand(self) -> Weights | None:
+        """Nothing: the optimizers would have to be asked."""
+        return None
 
     def _look(self) -> Weights:
         live = self._tensors.live

@@ -49,7 +49,7 @@ class ForkMerge(Branching):
             branch. ``"average"``: each branch has its own, which are pooled. ``"shared"``: all update one set.
         name: Prefix of its metrics when it is not the first average, and of its files.
         options: ``optimizer_state``, ``inactive``, ``schedulers``, ``validate``, ``optimizer``,
-            ``final_validation`` and ``final_checkpoint``, see ``Branching``.
+            ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``Branching``.
 
     Attributes:
         history: One entry per merge: ``shares`` by name of the branch, ``previous`` (whether the last merge was kept,

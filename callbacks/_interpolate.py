@@ -24,7 +24,7 @@ class Interpolate(WeightMerging):
         selection: Which tensors, and what becomes of buffers.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics and files when it is not the first average.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -66,7 +66,7 @@ class Extrapolate(WeightMerging):
             that goes on beyond two variances ends below 0 where they fell.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics and files when it is not the first average.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of range.

@@ -27,7 +27,7 @@ class LAWA(WeightMerging):
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
             BatchNorm statistics are measured again under the mean.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or both intervals are given.

@@ -32,7 +32,7 @@ class Lookaround(Branching):
         selection: Which parameters are branched; by default all trainable ones.
         name: Prefix of its metrics when it is not the first average, and of its files.
         options: ``optimizer_state``, ``inactive``, ``schedulers``, ``validate``, ``optimizer``,
-            ``final_validation`` and ``final_checkpoint``, see ``Branching``.
+            ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``Branching``.
 
     Raises:
         ValueError: If an argument is out of its range.

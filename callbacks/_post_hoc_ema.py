@@ -25,7 +25,7 @@ class PostHocEMA(WeightMerging):
         name: Prefix of its metrics when it is not the first average, and of its files.
         selection: Which tensors are averaged, and what becomes of buffers.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range.

@@ -30,7 +30,7 @@ class SMA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under the mean (the authors average them along).
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range; at fit start if there is no validation loader; at the first

@@ -33,7 +33,7 @@ class SWA(WeightMerging):
         selection: Which tensors are averaged; by default all parameters. BatchNorm statistics are by default measured
             again under the merged weights, on the last training batches.
         optimizer: Index of the optimizer whose steps are counted.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Raises:
         ValueError: If an argument is out of its range, or at fit start if a share is asked of a run of unknown length.

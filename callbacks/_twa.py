@@ -53,7 +53,7 @@ class TWA(Published):
             are the same parameters; BatchNorm statistics are measured again for the merged ones.
         name: Prefix of its metrics when it is not the first average, and of its files.
         selection: Which parameters; by default all that are trained. What becomes of buffers.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``AverageOptions``.
 
     Attributes:
         snapshots: How many weights were collected.

@@ -39,7 +39,7 @@ class WARP(Branching):
         selection: Which parameters are branched; by default all trainable ones.
         name: Prefix of its metrics when it is not the first average, and of its files.
         options: ``optimizer_state`` (by default ``"reset"``, since a round is a training of its own), ``inactive``,
-            ``schedulers``, ``validate``, ``optimizer``, ``final_validation`` and ``final_checkpoint``,
+            ``schedulers``, ``validate``, ``optimizer``, ``final_validation``, ``final_checkpoint`` and ``log_health``,
             see ``Branching``.
 
     Raises:

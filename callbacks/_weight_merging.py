@@ -42,7 +42,7 @@ class WeightMerging(MergingByRule):
             the raw weights or of the merged ones, as the rule says.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is; by default lower.
         stop_when_finished: Stop training once nothing more can change what such a rule merges.
-        options: ``device``, ``final_validation`` and ``final_checkpoint``, see ``RuleOptions``.
+        options: ``device``, ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``RuleOptions``.
 
     Attributes:
         steps: Applied optimizer steps counted so far.

@@ -36,6 +36,8 @@ class BranchingOptions(AverageOptions, total=False):
         final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them;
             by default they are.
         final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on; by default it is.
+        log_health: Whether loggers get ``<name>/updates`` every ``log_every_n_steps`` of the Trainer; by default they
+            do.
     """
 
     optimizer_state: OptimizerState

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
+from lightning_merge.callbacks._lightning._internals import accumulates
+
 _KEPT = ("_progress_bar_metrics", "_callback_metrics", "_logged_metrics", "_first_loop_iter")
 
 
@@ -16,6 +18,34 @@ def validation_loop(trainer: Any) -> Any:
 def written_metrics(trainer: Any) -> dict[str, Any]:
     """The entries of ``callback_metrics``, without making Lightning compute what it has not computed yet."""
     found: dict[str, Any] = trainer._logger_connector._callback_metrics
+    return found
+
+
+def logger_connector(trainer: Any) -> Any:
+    """What hands metrics to the loggers of a Trainer."""
+    return trainer._logger_connector
+
+
+def logs_now(trainer: Any) -> bool:
+    """Whether the metrics of the batch that was just trained go to loggers."""
+    automatic = trainer.lightning_module.automatic_optimization
+    return bool(trainer._logger_connector.should_update_logs and not (automatic and accumulates(trainer)))
+
+
+def logged_step(trainer: Any) -> int:
+    """The step under which loggers get what is logged now: trained batches after which optimizers stepped."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def logged_of_loop(trainer: Any) -> dict[str, Any]:
+    """What the loop that is going on has logged by ``self.log``, as ``callback_metrics`` get it."""
+    found: dict[str, Any] = trainer._logger_connector.metrics["callback"]
+    return found
+
+
+def sent_to_loggers(trainer: Any) -> dict[str, Any]:
+    """What loggers were last given under each key."""
+    found: dict[str, Any] = trainer._logger_connector._logged_metrics
     return found
 
 

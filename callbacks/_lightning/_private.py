@@ -1,6 +1,7 @@
 """Every private name of Lightning that this folder uses; a test asserts that there are no others."""
 
 PRIVATE = {
+    "_batches_that_stepped": "of an epoch loop: the step that loggers get",
     "_batch": "of a data fetcher: the batch that was fetched last",
     "_callback_metrics": "of a logger connector: the entries of `callback_metrics` as they are",
     "_checkpoint_connector": "of a Trainer: writes the content of a checkpoint",

@@ -36,12 +36,14 @@ class Average(ABC):
         *,
         final_validation: bool = True,
         final_checkpoint: bool = True,
+        log_health: bool = True,
     ) -> None:
         self.validate: Validate = one_of("validate", validate, Validate)
         self.name = word("name", name, other_than=("raw",))
         self.optimizer = whole("optimizer", optimizer, 0)
         self.final_validation = flag("final_validation", final_validation)
         self.final_checkpoint = flag("final_checkpoint", final_checkpoint)
+        self.log_health = flag("log_health", log_health)
         self.monitor: str | None = None  # the metric of the raw weights that it decides by, if it decides by one
 
         self.steps = 0
@@ -164,6 +166,18 @@ class Average(ABC):
     def initial_share(self) -> float:
         """Share of the merged weights that is still the weights of the start, in [0, 1]."""
         return 0.0
+
+    def health(self) -> dict[str, float]:
+        """How it stands, by the last word of the keys that loggers get; empty until it has taken weights in."""
+        return {"updates": self.updates} if self.updates else {}
+
+    def at_hand(self) -> Weights | None:
+        """As ``merged``, if that lies on the devices of the live tensors and is made in a few passes over them."""
+        return None
+
+    def shares(self) -> Tensor | None:
+        """How much the weights of each update count in the merged ones, oldest first; ``None`` if that is not known."""
+        return None
 
     @property
     def title(self) -> str:

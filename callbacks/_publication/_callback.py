@@ -32,7 +32,7 @@ class Published(Traveller, Average, Callback):
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files; unique in the Trainer.
         optimizer: Index of the optimizer whose applied steps are counted; at least 0.
-        options: ``final_validation`` and ``final_checkpoint``, see ``AverageOptions``.
+        options: ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``AverageOptions``.
 
     Attributes:
         steps: Applied optimizer steps counted so far.

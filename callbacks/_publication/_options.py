@@ -10,10 +10,13 @@ class AverageOptions(TypedDict, total=False):
         final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them;
             by default they are.
         final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on; by default it is.
+        log_health: Whether loggers get ``<name>/updates``, ``/distance``, ``/start_share`` and ``/decay`` every
+            ``log_every_n_steps`` of the Trainer; by default they do.
     """
 
     final_validation: bool
     final_checkpoint: bool
+    log_health: bool
 
 
 class RuleOptions(AverageOptions, total=False):
@@ -23,6 +26,8 @@ class RuleOptions(AverageOptions, total=False):
         final_validation: Whether the final weights are measured at the end of a fit, if no validation has seen them;
             by default they are.
         final_checkpoint: Whether ``<name>-final.ckpt`` is written then, if checkpointing is on; by default it is.
+        log_health: Whether loggers get ``<name>/updates``, ``/distance``, ``/start_share`` and ``/decay`` every
+            ``log_every_n_steps`` of the Trainer; by default they do.
         device: Where the average is: ``None`` for where the weights are, ``"cpu"`` for host memory. Weights on a device
             are then copied beside what it computes, and taken in while it goes on.
     """

@@ -21,6 +21,7 @@ from lightning_merge.callbacks._lightning._strategies import refuse_unsupported
 from lightning_merge.callbacks._publication._average import Average, Ending
 from lightning_merge.callbacks._publication._checkpoint import Checkpoints
 from lightning_merge.callbacks._publication._exchange import Exchange
+from lightning_merge.callbacks._publication._health import Health
 from lightning_merge.callbacks._publication._homecoming import Traveller, pack_for_home
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.callbacks._publication._toll import Toll
@@ -66,6 +67,7 @@ class Publisher(Exchange):
         self.checkpoints = Checkpoints(self, self.validation)
         self.checkpoints.wrap(self.patches)
         self.patches.replace(trainer.strategy, "teardown", self._teardown)
+        self._health = Health(self)
         self._toll = Toll()
         self._parts: list[weights.Weights] = []  # what several averages look at
         self._whole = weights.Fixed()  # all of it
@@ -75,10 +77,15 @@ class Publisher(Exchange):
     @classmethod
     def attach(cls, trainer: Any, module: LightningModule) -> "Publisher":
         """The publisher of the Trainer's current fit; the first average makes it."""
+        return cls.of(trainer) or cls(trainer, module)
+
+    @classmethod
+    def of(cls, trainer: Any) -> "Publisher | None":
+        """The publisher of the Trainer's current fit, if it has averages."""
         # The averages keep it: it keeps the Trainer, and lives no longer than them.
         kept = [publisher for callback in trainer.callbacks if (publisher := getattr(callback, "_publisher", None))]
-        current = [publisher for publisher in kept if publisher.trainer is trainer and not publisher.is_over]
-        return current[0] if current else cls(trainer, module)
+        current = (publisher for publisher in kept if publisher.trainer is trainer and not publisher.is_over)
+        return next(current, None)
 
     @property
     def is_over(self) -> bool:
@@ -99,6 +106,7 @@ class Publisher(Exchange):
             self.validation.wrap(self.patches)
             self.checkpoints.wrap_writers(self.patches)
             self.patches.replace(self.trainer.strategy, "optimizer_step", self._step)
+            self._health.wrap(self.patches)
             self.validation.announce()
 
     @property

@@ -38,6 +38,7 @@ class RuleAverage:
     skipped_nonfinite: Decided[int] = Decided()
     _undecided: Undecided | None = None
     _background: Background | None = None  # of this fit, once an update was made in host memory
+    _health_before: dict[str, float] = {}  # noqa: RUF012 (the update that is under way there; replaced, not changed)
     steps: int
 
     def __init__(self, title: str, rule: Rule, schedule: Schedule, selection: Selection, on_host: bool) -> None:
@@ -117,6 +118,37 @@ class RuleAverage:
     def initial_share(self) -> float:
         """Share of the merged weights that is still the weights of the start, in [0, 1]."""
         return self._active_rule.initial_share(self._state) if self._state else 0.0
+
+    def health(self) -> dict[str, float]:
+        """``updates``, ``start_share`` and, where the rule has one, ``decay``; empty before the first update.
+
+        In host memory that is before the update that may be under way, so that nothing waits for it.
+        """
+        if self._background is not None and self._background.is_busy:
+            return self._health_before
+        return self._health()
+
+    def _health(self) -> dict[str, float]:
+        state = self._state
+        if not state or not state["updates"]:
+            return {}
+        decay = self._active_rule.last_decay(state)
+        found: dict[str, float] = {"updates": self.updates, "start_share": self.initial_share}
+        return found if decay is None else {**found, "decay": decay}
+
+    def at_hand(self) -> Weights | None:
+        """As ``merged``, if that lies on the devices of the live tensors and is made in a few passes over them."""
+        if self._tensors.is_elsewhere or not self._active_rule.result_is_near or (state := self._state) is None:
+            return None
+        was_made = "cache" in state
+        merged = self.merged()
+        if not was_made:
+            state.pop("cache", None)  # a copy that nobody else has asked for
+        return merged
+
+    def shares(self) -> Tensor | None:
+        """How much the weights of each update count in the merged ones, oldest first; ``None`` if that is not known."""
+        return self._active_rule.shares(self._state) if self._state else None
 
     @property
     def ready(self) -> bool:

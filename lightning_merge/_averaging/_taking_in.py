@@ -52,6 +52,7 @@ class TakingIn(RuleAverage):
     def _take_in_beside(self, moment: Moment, finding: Finding) -> None:
         """Copies the weights into host memory, where they are taken in while the device goes on."""
         self._had_begun = self._state is not None  # which waits for the update before
+        self._health_before = self._health()
         taken = self._tensors.sent()
 
         def update() -> None:

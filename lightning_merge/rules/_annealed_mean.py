@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import final
 
+import torch
+from torch import Tensor
+
 from lightning_merge.rules._decaying import Decaying
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
+from lightning_merge.rules._shares import of_updates
 from lightning_merge.schedules._decay import decay
 from lightning_merge.weights import State, Weights, clone, lerp_
 
@@ -70,6 +74,11 @@ class AnnealedMean(Decaying):
 
     def stored(self, state: State) -> Weights | None:
         return state["mean"] if state["updates"] else None
+
+    def shares(self, state: State) -> Tensor:
+        n, m, updates = self.snapshots, state["taken"], state["updates"]
+        at = torch.tensor([decay(self.shape, i / n) for i in range(m + 1)], dtype=torch.float64)
+        return of_updates(updates - m + 1, updates, updates, (at[:-1] - at[1:]) / (1.0 - at[m]))
 
     def conclude(self, state: State) -> str | None:
         if state["taken"] in (0, self.snapshots):

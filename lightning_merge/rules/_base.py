@@ -133,6 +133,11 @@ class Rule(ABC):
         return False
 
     @property
+    def result_is_near(self) -> bool:
+        """Whether the result lies on the devices of the weights, and takes a few passes over them at most."""
+        return True
+
+    @property
     def works_on_shards(self) -> bool:
         """Whether it may be handed parts of tensors, in each process its own."""
         return True
@@ -144,6 +149,25 @@ class Rule(ABC):
             state: What ``init`` gave and ``update`` went on with.
         """
         return 0.0
+
+    def last_decay(self, state: State) -> float | None:
+        """Share of the average that the last update kept, in ``[0, 1)``; ``None`` if the rule has no decay.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with, at least once.
+        """
+        return None
+
+    def shares(self, state: State) -> Tensor | None:
+        """How much the weights of each update count in the result, oldest first: float64 of shape ``(updates,)``.
+
+        ``None`` if there is no result or the state does not say. With ``initial_share``, and what a file adds, they sum
+        to 1. They suppose that the rule was the same from the start.
+
+        Args:
+            state: What ``init`` gave and ``update`` went on with.
+        """
+        return None
 
     def extend(self, state: State, weights: Weights) -> None:
         """Adds tensors that have not changed since the start (parameters that are unfrozen later).

@@ -3,8 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
+from torch import Tensor
+
 from lightning_merge._checks import number, settle, whole
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._shares import of_decays
 from lightning_merge.rules._variances import keep_variances_positive_
 from lightning_merge.weights import State, Weights, add_, clone, copies, copy_, lerp_, scale_
 
@@ -97,6 +101,17 @@ class BiasCorrectedMean(Rule):
         if not state["updates"]:
             return 0.0
         return float(state["initial_share"]) - self._correction(state)
+
+    def last_decay(self, state: State) -> float:
+        return 1.0 - self._falling(state, self.ema_power)
+
+    def shares(self, state: State) -> Tensor | None:
+        if not state["updates"]:
+            return None
+        times = self.lag + torch.arange(1, state["updates"] + 1, dtype=torch.float64) * self.steps_per_update
+        shares = of_decays(1.0 - times**-self.ema_power)
+        shares[-1] += self._correction(state)
+        return shares
 
     def _falling(self, state: State, power: float) -> float:
         return float((self.lag + state["updates"] * self.steps_per_update) ** -power)

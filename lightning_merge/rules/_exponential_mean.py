@@ -3,10 +3,14 @@
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, final
 
+import torch
+from torch import Tensor
+
 from lightning_merge._checks import flag, instance, number, one_of, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._decay_warmups import DecayWarmup, DiffusersWarmup, EmaPytorchWarmup, TimmWarmup
 from lightning_merge.rules._resolution import watch_resolution
+from lightning_merge.rules._shares import of_decays
 from lightning_merge.schedules import Duration, RunLength
 from lightning_merge.weights import State, Weights, clone, compensated_lerp_, lerp_, zeros
 
@@ -120,6 +124,13 @@ class ExponentialMean(Rule):
 
     def initial_share(self, state: State) -> float:
         return float(state["initial_share"])
+
+    def last_decay(self, state: State) -> float:
+        return self._decay_of_update(state["updates"])
+
+    def shares(self, state: State) -> Tensor:
+        decays = [self._decay_of_update(update) for update in range(1, state["updates"] + 1)]
+        return of_decays(torch.tensor(decays, dtype=torch.float64))
 
     def _set_half_life(self, half_life: Duration) -> None:
         """Keeps the half-life as it was given, and the decay that it is if it is known in steps."""

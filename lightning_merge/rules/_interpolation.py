@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
+from torch import Tensor
+
 from lightning_merge._checks import number, path, settle
 from lightning_merge.files._read import read
 from lightning_merge.files._sets import weights_in
 from lightning_merge.rules._base import Rule
+from lightning_merge.rules._shares import of_updates
 from lightning_merge.rules._variances import keep_variances_positive_
 from lightning_merge.weights import State, Weights, clone, copy_, first_mismatch, lerp_
 
@@ -75,6 +78,9 @@ class Interpolation(Rule):
 
     def initial_share(self, state: State) -> float:
         return 1.0 - self.alpha if self.anchor is None and state["updates"] else 0.0
+
+    def shares(self, state: State) -> Tensor:
+        return of_updates(state["updates"], state["updates"], state["updates"], self.alpha)
 
     def _read(self, weights: Weights, file: str) -> Weights:
         content: Any = read(file)

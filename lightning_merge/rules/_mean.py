@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+from torch import Tensor
+
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
+from lightning_merge.rules._shares import of_updates
 from lightning_merge.weights import State, Weights, clone, lerp_
 
 
@@ -46,6 +49,9 @@ class Mean(Rule):
         state["updates"] += 1
         watch_resolution(self, state["updates"], state["mean"], weights, 1 / state["updates"], LESS_OFTEN)
         lerp_(state["mean"], weights, 1 / state["updates"])
+
+    def shares(self, state: State) -> Tensor:
+        return of_updates(1, state["updates"], state["updates"], 1.0 / max(1, state["updates"]))
 
     def stored(self, state: State) -> Weights | None:
         return state["mean"] if state["updates"] else None

@@ -10,11 +10,13 @@ from typing import ClassVar, final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lightning_merge._checks import number, numbers, path, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._on_disk import OnDisk
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
+from lightning_merge.rules._shares import of_decays
 from lightning_merge.rules._snapshots import OnHost, Snapshot, Snapshots
 from lightning_merge.weights import State, Weights, average_dtype, clone, in_one_pass, joining, lerp_, to_devices
 
@@ -136,6 +138,13 @@ class PowerMeans(Rule):
             for name, tensor in total.items():
                 tensor.add_(average[name].to(tensor), alpha=share)
         return {name: tensor.to(average_dtype(like[name])) for name, tensor in total.items()}
+
+    def last_decay(self, state: State) -> float:
+        return float((1.0 - 1.0 / state["updates"]) ** (gamma_of(self.sigmas[-1]) + 1.0))
+
+    def shares(self, state: State) -> Tensor:
+        times = torch.arange(1, state["updates"] + 1, dtype=torch.float64)
+        return of_decays((1.0 - 1.0 / times) ** (gamma_of(self.sigmas[-1]) + 1.0))
 
     def extend(self, state: State, weights: Weights) -> None:
         for average in state["averages"]:

@@ -4,9 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
+from torch import Tensor
+
 from lightning_merge._choice import is_eligible
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._resolution import LESS_OFTEN, watch_resolution
+from lightning_merge.rules._shares import of_updates
 from lightning_merge.weights import State, Weights, clone, lerp_
 
 
@@ -95,6 +98,10 @@ class SelectedMean(Rule):
 
     def initial_share(self, state: State) -> float:
         return 1 / (int(state["best_updates" if state["concluded"] else "updates"]) + 1)
+
+    def shares(self, state: State) -> Tensor:
+        count = int(state["best_updates" if state["concluded"] else "updates"])
+        return of_updates(1, count, state["updates"], 1.0 / (count + 1))
 
     def extend(self, state: State, weights: Weights) -> None:
         for kept in (state["mean"], state["best"]):

@@ -4,8 +4,12 @@ import math
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
+from torch import Tensor
+
 from lightning_merge._checks import settle, whole
 from lightning_merge.rules._decaying import Decaying
+from lightning_merge.rules._shares import of_decays, of_updates
 from lightning_merge.rules._snapshots import OnDevice, check_room
 from lightning_merge.schedules._decay import decay
 from lightning_merge.weights import State, Weights, clone, lerp_, weighted_mean
@@ -97,19 +101,33 @@ class SlidingAnnealedMean(Decaying):
         if _count(blocks) < n:
             return None
         if "cache" not in state:
-            end, shares = _count(blocks), []
-            for block in blocks:
-                low, high = max(0, n - end), n - end + block["count"]
-                shares.append(decay(self.shape, low / n) - decay(self.shape, high / n))
-                end -= block["count"]
-            state["cache"] = weighted_mean([block["mean"] for block in blocks], shares)
+            state["cache"] = weighted_mean([block["mean"] for block in blocks], self._shares_of_blocks(blocks))
         mean: Weights = state["cache"]
         return mean
+
+    def shares(self, state: State) -> Tensor | None:
+        blocks = state["blocks"]
+        if _count(blocks) < self.snapshots:
+            return None
+        within: list[Tensor] = []
+        for block, share in zip(blocks, self._shares_of_blocks(blocks), strict=True):
+            taken = torch.tensor([self._share(count) for count in range(1, block["count"] + 1)], dtype=torch.float64)
+            within.append(of_decays(1.0 - taken) * share)
+        updates = state["updates"]
+        return of_updates(updates - _count(blocks) + 1, updates, updates, torch.cat(within))
 
     def extend(self, state: State, weights: Weights) -> None:
         state.pop("cache", None)
         for block in state["blocks"]:
             block["mean"].update(clone(weights))
+
+    def _shares_of_blocks(self, blocks: list[Any]) -> list[float]:
+        n, end, shares = self.snapshots, _count(blocks), []
+        for block in blocks:
+            low, high = max(0, n - end), n - end + block["count"]
+            shares.append(decay(self.shape, low / n) - decay(self.shape, high / n))
+            end -= block["count"]
+        return shares
 
     def _share(self, count: int) -> float:
         """Of the last of so many weights in the mean of a block."""

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
+from torch import Tensor
+
 from lightning_merge._checks import number, one_of, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._segments import Segment, empty, fold, merged, single
+from lightning_merge.rules._shares import of_updates
 from lightning_merge.rules._valley_presets import Intended, Official, Paper, Preset
 from lightning_merge.weights import State, Weights, clone
 
@@ -172,6 +175,13 @@ class ValleyMean(Rule):
         """
         published = self._published(state)
         return None if published is None else (published["first"], published["last"])
+
+    def shares(self, state: State) -> Tensor | None:
+        interval = self.interval(state)
+        if interval is None or self.preset == "official":  # which counts some segments several times
+            return None
+        first, last = interval
+        return of_updates(first, last, state["updates"], 1.0 / (last - first + 1))
 
     @property
     def _preset(self) -> Preset:

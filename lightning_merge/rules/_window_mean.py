@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, final
 
 import torch
+from torch import Tensor
 
 from lightning_merge._checks import one_of, path, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.rules._on_disk import OnDisk
+from lightning_merge.rules._shares import of_updates
 from lightning_merge.rules._snapshots import OnDevice, OnHost, Snapshot, Snapshots, check_room
 from lightning_merge.weights import State, Weights, clone, lerp_
 
@@ -80,6 +82,10 @@ class WindowMean(Rule):
     def can_be_undone(self) -> bool:
         return self.store == "device"
 
+    @property
+    def result_is_near(self) -> bool:
+        return self.store == "device"
+
     def init(self, weights: Weights) -> State:
         check_room(self._place, weights, self.k + 1)
         return {"snapshots": [], "checkpointed": [], "updates": 0}
@@ -98,6 +104,10 @@ class WindowMean(Rule):
             state["cache"] = self._mean(state["snapshots"][-self.k :])
         mean: Weights = state["cache"]
         return mean
+
+    def shares(self, state: State) -> Tensor | None:
+        n = state["updates"]
+        return of_updates(n - self.k + 1, n, n, 1.0 / self.k) if len(state["snapshots"]) >= self.k else None
 
     def extend(self, state: State, weights: Weights) -> None:
         state.pop("cache", None)

@@ -32,6 +32,7 @@ from lightning_merge.weights._copies import copies as copies
 from lightning_merge.weights._copies import empty as empty
 from lightning_merge.weights._copies import in_large_pages as in_large_pages
 from lightning_merge.weights._copies import zeros as zeros
+from lightning_merge.weights._distances import squared_distance as squared_distance
 from lightning_merge.weights._exchange import exchange as exchange
 from lightning_merge.weights._exchange import put_back as put_back
 from lightning_merge.weights._fixed import Fixed as Fixed

@@ -15,6 +15,7 @@ OTHER = {
     "final_validation": False,
     "device": "cpu",
     "final_checkpoint": False,
+    "log_health": False,
     "optimizer_state": "average",
     "inactive": "cpu",
     "schedulers": "step",

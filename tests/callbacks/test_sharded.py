@@ -1,5 +1,6 @@
 """FSDP2, tensor parallelism and both: averages of parts equal averages of the whole, and files go on anywhere."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import launch
 from ranks import Even, Sharded, Wide, ddp, fit, fsdp2, loaders, together, whole
+from test_health import Rows
 from tiny import differing, trainer
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from lightning_merge.callbacks import (
     WeightMerging,
     teacher,
 )
+from lightning_merge.diagnostics import distance
 from lightning_merge.rules import ExponentialMean, Mean, WindowMean
 
 pytestmark = pytest.mark.multiprocess
@@ -153,10 +156,13 @@ def many_fits(root: Path, mesh: str) -> dict[str, Any]:
         return ddp() if mesh == "ddp" else fsdp2(tensor=tensor)
 
     averages = four_averages()
-    witness, collectives = Witness(averages[0]), Collectives()
+    witness, collectives, rows = Witness(averages[0]), Collectives(), Rows()
     files = ModelCheckpoint(root / "parts", "{epoch}", monitor="val/loss", save_top_k=-1)
     module = kind()
-    run = fit(root, [collectives, *averages, witness, files], module, strategy(), max_epochs=2)
+    callbacks = [collectives, *averages, witness, files]
+    # Here only one process has a logger, as where a script makes it so.
+    logging = {"logger": rows if os.environ["RANK"] == "0" else False, "log_every_n_steps": 4}
+    run = fit(root, callbacks, module, strategy(), max_epochs=2, **logging)
     found: dict[str, Any] = {
         "path": witness.path,
         "validated": witness.validated,
@@ -166,6 +172,7 @@ def many_fits(root: Path, mesh: str) -> dict[str, Any]:
         "metrics": {key: float(value) for key, value in run.callback_metrics.items()},
         "collectives": collectives.counts,
         "updates": collectives.updates,
+        "health": rows.of("ema", "compensated", "swa", "lawa"),
         "local": {name: tuple(t.shape) for name, t in averages[0].tensors.items()},
     }
     average = swad()
@@ -308,6 +315,25 @@ def test_updates_and_exchanges_communicate_nothing(found: dict[str, Any]) -> Non
             assert (sum(counted), len(counted) >= least) == (0, True)
         assert counts["exchange"] == 0
         assert counts["whole"] > 0 or found["mesh"] == "ddp"  # the counter counts
+
+
+def test_the_distance_of_parts_is_that_of_the_whole(found: dict[str, Any]) -> None:
+    start, *path = found["path"]
+    state = ExponentialMean(0.8).init(start)
+    for step, weights in enumerate(path):
+        ExponentialMean(0.8).update(state, weights)
+        if step in (3, 7):
+            assert found["health"][step] == {
+                **found["health"][step],
+                "ema/updates": step + 1,
+                "ema/start_share": pytest.approx(0.8 ** (step + 1)),
+                "ema/distance": pytest.approx(distance(state["average"], weights), rel=1e-5),
+            }
+    assert list(found["health"]) == [3, 7]
+    # A window in host memory is compared nowhere.
+    expected = {f"{n}/distance" for n in ("ema", "compensated", "swa")}
+    assert {key for key in found["health"][7] if key.endswith("/distance")} == expected
+    assert all(not result["health"] for result in found["ranks"][1:])
 
 
 def test_swad_decides_alike_and_averages_its_interval(found: dict[str, Any]) -> None:
