@@ -7,7 +7,7 @@ from lightning_merge.diagnostics import examine
 from lightning_merge.files._layouts import open_file, open_set
 from lightning_merge.files._refusals import refuse_no_plain
 from lightning_merge.files._sets import StoredSet, WeightFile, match
-from lightning_merge.weights import Weights, is_averaged
+from lightning_merge.weights import is_averaged
 
 
 def doctor(files: list[str], base: str | None, config: Path | None, monitor: str, points: int) -> str:
@@ -47,19 +47,10 @@ def doctor(files: list[str], base: str | None, config: Path | None, monitor: str
 
         bench = Bench(config)
 
-        def loss(weights: Weights) -> float:
-            metrics = bench.metrics(weights)
-            if monitor not in metrics:
-                raise ValueError(
-                    f"`--monitor` must be a loss that validation logs, got {monitor!r}; it logs:"
-                    f" {', '.join(sorted(metrics)) or 'nothing'}."
-                )
-            return metrics[monitor]
-
         result = examine(
             candidates,
             base_weights,
-            loss=loss,
+            loss=lambda weights: bench.loss(weights, monitor),
             measure_statistics=bench.statistics,
             initial_shares=shares,
             points=points,

@@ -62,6 +62,20 @@ class Bench:
             )
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
+    def loss(self, weights: Weights, monitor: str) -> float:
+        """The loss that validation logs for these weights.
+
+        Raises:
+            ValueError: If it logs none of that name.
+        """
+        metrics = self.metrics(weights)
+        if monitor not in metrics:
+            raise ValueError(
+                f"`--monitor` must be a loss that validation logs, got {monitor!r}; it logs:"
+                f" {', '.join(sorted(metrics)) or 'nothing'}."
+            )
+        return metrics[monitor]
+
     def statistics(self, weights: Weights, batches: int = 50) -> Weights:
         """BatchNorm statistics of these weights, on the first training batches."""
         from itertools import islice

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_merge import rules, schedules
 from lightning_merge.files._label import Label, as_written
 from lightning_merge.files._sets import StoredSet, WeightFile, holds_numbers, stored, tensors
-from lightning_merge.rules import Rule
+from lightning_merge.rules import PowerMeans, Rule
 from lightning_merge.weights import Weights, canonical
 
 _ELSEWHERE = (
@@ -51,6 +51,35 @@ def ours(content: Mapping[str, Any], path: str | os.PathLike[str]) -> WeightFile
             sets.setdefault(name, average)
     kind = "a full checkpoint of lightning-merge" if raw is not None else "a weights-only checkpoint of lightning-merge"
     return WeightFile(path, kind, sets, holds, content, elsewhere)
+
+
+def synthesiser(file: WeightFile, name: str) -> tuple[PowerMeans, Callable[[float], StoredSet]]:
+    """What makes the average of any width, of a post-hoc one that a full file has the state of.
+
+    Raises:
+        ValueError: If the file has no such state, or keeps the copies elsewhere.
+    """
+    label = Label.of(file.content, file.path)
+    about = {} if label is None else label.averages
+    rules_of = {each: _rule(inside.get("rule", "")) for each, inside in about.items()}
+    rule, saved = rules_of.get(name), {} if label is None else (label.states or {}).get(name, {})
+    if not isinstance(rule, PowerMeans) or saved.get("state") is None or label is None or label.raw is None:
+        there = ", ".join(each for each, other in rules_of.items() if isinstance(other, PowerMeans)) or "none"
+        raise ValueError(
+            f"other widths are made from the state of a PostHocEMA, which {file.path} does not have of {name!r}. Give"
+            f" a full checkpoint, as `<name>-final.ckpt`, and its set, FILE:SET (post-hoc averages in it: {there})."
+        )
+    if rule.keeps_files:
+        raise ValueError(f"{file.path}: {_ELSEWHERE.format(directory=rule.directory)}")
+    raw = overlay(file.content["state_dict"], label.raw, label.names)
+    with as_written(f"{file.path}: the state of `{name}`"):
+        state, buffers = rule.load(saved["state"], {}), saved["buffers"]
+
+    def make(sigma: float) -> StoredSet:
+        merged = {**rule.synthesise(state, sigma), **buffers}
+        return stored(overlay(raw, merged, label.names), f"{name} of width {sigma:.4g}", of_lightning=True)
+
+    return rule, make
 
 
 def _average(

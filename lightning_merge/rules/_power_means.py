@@ -187,6 +187,17 @@ def _gamma_of(sigma: float) -> float:
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 
 
+def widths_between(sigmas: Sequence[float], points: int) -> list[float]:
+    """The narrowest and the widest that are tracked, and as many between them as asked for, evenly in proportion.
+
+    Example:
+        >>> [round(sigma, 4) for sigma in widths_between((0.05, 0.1), 1)]
+        [0.05, 0.0707, 0.1]
+    """
+    narrow, wide = sigmas[0], sigmas[-1]
+    return [narrow * (wide / narrow) ** (step / (points + 1)) for step in range(points + 1)] + [wide]
+
+
 def synthesis_coefficients(
     times: Sequence[float], gammas: Sequence[float], time: float, gamma: float
 ) -> tuple[float, ...]:

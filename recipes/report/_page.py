@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -95,20 +96,28 @@ def examination(name: str, found: Examination) -> str:
 
 def widths(name: str, losses: Mapping[float, float]) -> str:
     """The loss of an average by its width, and which would have been best."""
+    note = "<p class=note>Chosen on the very samples that it was measured on: expect a little less on others.</p>"
+    return f"{image(figure_of_widths(losses), f'loss of {name} by its width')}\n{note}"
+
+
+def figure_of_widths(losses: Mapping[float, float], metric: str = "loss") -> Figure:
+    """A curve of the losses, with the lowest and the width that was published."""
     figure, axes = _axes()
     shares = [100 * sigma for sigma in losses]
     axes.plot(shares, list(losses.values()), marker="o", color=COLOURS[0], label="measured")
-    best, published = min(losses, key=losses.__getitem__), max(losses)
-    axes.plot(100 * best, losses[best], marker="*", markersize=16, color=COLOURS[1], ls="", label="lowest loss")
-    axes.axvline(100 * published, color=GREY, linestyle=":", label="published")
+    known = {loss: 100 * sigma for sigma, loss in losses.items() if not math.isnan(loss)}
+    if known:
+        low = min(known)
+        axes.plot(known[low], low, marker="*", markersize=16, color=COLOURS[1], ls="", label="lowest")
+    axes.axvline(max(shares), color=GREY, linestyle=":", label="published")
     axes.set_xscale("log")
-    axes.set_xticks(shares, [f"{share:.3g} %" for share in shares], minor=False)
+    some = shares[:: math.ceil(len(shares) / 8)]
+    axes.set_xticks(some, [f"{share:.3g} %" for share in some], minor=False)
     axes.minorticks_off()
     axes.set_xlabel("width, as a share of the run")
-    axes.set_ylabel("loss")
+    axes.set_ylabel(metric)
     axes.legend(frameon=False)
-    note = "<p class=note>Chosen on the very samples that it was measured on: expect a little less on others.</p>"
-    return f"{image(figure, f'loss of {name} by its width')}\n{note}"
+    return figure
 
 
 def trajectory(path: Tensor, placed: Mapping[str, Tensor], held: float) -> str:
