@@ -49,6 +49,7 @@ from lightning_merge.callbacks import (
     DiLoCo,
     EvaluationWeights,
     ForkMerge,
+    League,
     LocalSGD,
     Lookaround,
     PostHocEMA,
@@ -89,6 +90,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "warp": lambda: WARP(2, 3, decay=0.8),
     # A grid of few shares: each is measured after a pass over the data for the statistics of BatchNorm.
     "forkmerge": lambda: ForkMerge({"one": {"sum": 1.0}, "both": {"sum": 1.0, "size": 0.5}}, 3, Grid(0.5)),
+    "league": lambda: League([EMA(0.9, validate="raw"), LAWA(k=2, every_n_steps=3), SWA(start_epoch=1)], "val/loss"),
 }
 Run: TypeAlias = Callable[..., None]
 """Takes a method, a folder, and what is called at each event: ``train``."""
@@ -142,7 +144,8 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
     """One run, from the last file in the folder if there is one; writes ``end.pt``."""
     os.chdir(folder)  # where relative folders of a method are
     pl.seed_everything(7, verbose=False)
-    average = METHODS[method]()
+    callback = METHODS[method]()
+    average = callback.contestants[0] if isinstance(callback, League) else callback
     network = Network()
     network.is_free = isinstance(average, EvaluationWeights)
     network.has_tasks = isinstance(average, ForkMerge)
@@ -157,7 +160,7 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
         max_epochs=EPOCHS,
         val_check_interval=0.5,
         accelerator="cpu",
-        callbacks=[average, RandomState(), by_step, by_epoch],
+        callbacks=[callback, RandomState(), by_step, by_epoch],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -175,6 +178,9 @@ def train(method: str, folder: Path, on_event: Callable[[str], None] | None = No
         "synthesised": average.synthesise(0.07) if isinstance(average, PostHocEMA) else None,
         "final_file": torch.load(str(average.final_path), weights_only=True)["state_dict"],
     }
+    if isinstance(callback, League):
+        end["league"] = callback.winner, {name: each.score for name, each in callback.standings.items()}
+        end["winner"] = torch.load(str(callback.path), weights_only=True)["state_dict"]
     torch.save(end, folder / "end.pt")
 
 

@@ -13,6 +13,7 @@ from lightning_merge._checks import numbers, one_of
 from lightning_merge._choice import Mode, best, mode_by_name, mode_of
 from lightning_merge._ranks import agreed, gathered
 from lightning_merge.callbacks._publication._average import Average
+from lightning_merge.callbacks._publication._ledger import RAW
 from lightning_merge.callbacks._publication._session import Judge, Publisher
 from lightning_merge.diagnostics import between
 from lightning_merge.weights import Weights
@@ -63,14 +64,11 @@ class AcceptIfBetter(Judge, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a run in which it could not measure."""
-        refuse_without_validation(type(self).__name__, trainer)
+        begin_to_judge(self, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a metric that is not logged as soon as that is known, and then one that needs a mode."""
-        # In this order: a slip in the name is the likelier mistake, and the metrics that there are help with it.
-        refuse_unlogged(type(self).__name__, self.monitor, trainer)
-        if not trainer.sanity_checking:
-            mode_of(type(self).__name__, self.monitor, self.mode)
+        refuse_unlogged(self, trainer, needs_mode=True)
 
     def consider(self, publisher: Publisher) -> None:
         """Measures the shares and chooses. Called before anything final is measured or saved."""
@@ -79,7 +77,6 @@ class AcceptIfBetter(Judge, Callback):
                 self._choose(publisher, average)
 
     def _choose(self, publisher: Publisher, average: Average) -> None:
-        mode = mode_of(type(self).__name__, self.monitor, self.mode)
         raw, merged = publisher.apart.of_first(publisher.raw(average)), publisher.set_of(average)
         # The copied buffers of an average are not on the line, and statistics are measured where it measures them.
         copied = {name: merged[name] for name in average.buffer_names}
@@ -87,7 +84,7 @@ class AcceptIfBetter(Judge, Callback):
         for share in self.shares:
             point: Weights = {**between(raw, merged, share), **copied} if 0 < share < 1 else merged if share else raw
             scores[share] = self._score(publisher, average, point, merged, between=0 < share < 1)
-        ties = best(scores, mode)
+        ties = [] if self.mode is None else best(scores, self.mode)
         chosen = max(ties, default=1.0)
         publisher.accept(average, chosen)
         said = (
@@ -102,7 +99,7 @@ class AcceptIfBetter(Judge, Callback):
         elif len(ties) > 1:
             said += f", the largest of the equal shares {', '.join(f'{share:.0%}' for share in ties)}"
         listed = ", ".join(f"{share:.0%} {score:.6g}" for share, score in scores.items())
-        order = "lowest" if mode == "min" else "highest"
+        order = "lowest" if self.mode == "min" else "highest"
         rank_zero_info(
             f"{average.title}: {self.monitor} from raw (0%) to merged (100%), {order} is best, is {listed}:"
             f" publishes {said}."
@@ -119,6 +116,19 @@ class AcceptIfBetter(Judge, Callback):
         return found.get(self.monitor, math.nan)
 
 
+def begin_to_judge(judge: Judge, trainer: Any) -> None:
+    """A fit begins: refuses one in which a judge could not measure, or not what it is to look at."""
+    judge.at_the_end = False
+    owner = type(judge).__name__
+    refuse_without_validation(owner, trainer)
+    names = [callback.name for callback in trainer.callbacks if isinstance(callback, Average)]
+    if (prefix := judge.monitor.partition("/")[0]) in (RAW, *names):
+        raise ValueError(
+            f"`monitor` of {owner} must be a metric under its plain name, got {judge.monitor!r}, which begins with the"
+            f" name of a set of weights: leave `{prefix}/` out, or give the average another name."
+        )
+
+
 def refuse_without_validation(owner: str, trainer: Any) -> None:
     """For callbacks that measure at the end of the fit."""
     if not any(isinstance(callback, Average) for callback in trainer.callbacks):
@@ -133,14 +143,20 @@ def refuse_other_mode(mode: str | None) -> None:
         one_of("mode", mode, ("min", "max"))
 
 
-def refuse_unlogged(owner: str, monitor: str, trainer: Any) -> None:
-    """A metric that is not there after a validation will not be there at the end."""
-    if trainer.sanity_checking:
+def refuse_unlogged(judge: Judge, trainer: Any, needs_mode: bool = False) -> None:
+    """A metric that is not there after a validation of a fit will not be there at the end, nor a mode.
+
+    In this order: a slip in the name is the likelier mistake, and the metrics that there are help with it.
+    """
+    if trainer.sanity_checking or trainer.state.fn != "fit" or judge.at_the_end:
         return
+    owner, monitor = type(judge).__name__, judge.monitor
     metrics = agreed(dict.fromkeys(trainer.callback_metrics))  # where one process logs less, all go on
     # An average may own the plain names in a later pass of the same validation.
     if not any(key == monitor or key.endswith(f"/{monitor}") for key in metrics):
         raise _unlogged(owner, monitor, metrics)
+    if needs_mode:
+        mode_of(owner, monitor, getattr(judge, "mode", None))
 
 
 def logged(owner: str, monitor: str | None, metrics: Mapping[str, Any]) -> float:

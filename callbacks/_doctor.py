@@ -9,11 +9,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._checks import whole
 from lightning_merge._choice import refuse_higher_is_better
-from lightning_merge.callbacks._accept_if_better import refuse_unlogged, refuse_without_validation
+from lightning_merge.callbacks._accept_if_better import begin_to_judge, refuse_unlogged
 from lightning_merge.callbacks._post_hoc_ema import PostHocEMA
 from lightning_merge.callbacks._publication._average import Average
 from lightning_merge.callbacks._publication._session import Judge, Publisher
 from lightning_merge.diagnostics import MOST_POINTS, Examination, examine
+from lightning_merge.rules._power_means import widths_between
 from lightning_merge.shards import sharded_tensors
 from lightning_merge.weights import Weights
 
@@ -57,7 +58,7 @@ class Doctor(Judge, Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a run in which it could not measure."""
-        refuse_without_validation(type(self).__name__, trainer)
+        begin_to_judge(self, trainer)
         if sharded := sharded_tensors(pl_module):
             raise ValueError(
                 f"Doctor measures distances of whole weights, and `{next(iter(sharded))}` is sharded. Leave it out, or"
@@ -66,7 +67,7 @@ class Doctor(Judge, Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a loss that is not logged as soon as that is known."""
-        refuse_unlogged(type(self).__name__, self.monitor, trainer)
+        refuse_unlogged(self, trainer)
 
     def consider(self, publisher: Publisher) -> None:
         """Examines. Called before anything final is measured or saved."""
@@ -80,10 +81,8 @@ class Doctor(Judge, Callback):
 
     def _compare_widths(self, publisher: Publisher, average: PostHocEMA) -> None:
         """Measures widths from the narrowest to the widest that is tracked, evenly spread in proportion."""
-        narrow, *_, wide = average.sigmas
         losses: dict[float, float] = {}
-        for step in range(self.points + 2):
-            sigma = wide if step > self.points else narrow * (wide / narrow) ** (step / (self.points + 1))
+        for sigma in widths_between(average.sigmas, self.points):
             made = average.synthesise(sigma)
             losses[sigma] = self._loss(publisher, average, made | average.statistics(made))
         self.widths[average.name] = losses

@@ -2,19 +2,22 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_merge._checks import instance
 from lightning_merge._checks import monitor as checked_monitor
-from lightning_merge._choice import Mode, best, mode_by_name, mode_of
+from lightning_merge._choice import Mode, best, mode_by_name
+from lightning_merge._ranks import several
 from lightning_merge.callbacks._accept_if_better import (
     AcceptIfBetter,
+    begin_to_judge,
     refuse_other_mode,
     refuse_unlogged,
-    refuse_without_validation,
 )
+from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
 from lightning_merge.callbacks._league_run._cost import Stopwatch, megabytes
 from lightning_merge.callbacks._league_run._standing import Standing, samples, standard_error, table, verdict
 from lightning_merge.callbacks._publication._average import Average
@@ -83,19 +86,27 @@ class League(Judge, Callback):
         self.expect()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adds the contestants to the callbacks, right after itself: they are set up next."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
+        """Brings the contestants; averages before it in the list have done so already."""
         if stage == "fit":
-            new = [each for each in self.contestants if not any(each is other for other in callbacks)]
-            place = callbacks.index(self) + 1
-            callbacks[place:place] = new
+            self.join(trainer)
+
+    def join(self, trainer: Any) -> None:
+        """Adds the contestants to the callbacks, right after itself: they are set up next."""
+        callbacks: list[Callback] = trainer.callbacks
+        new = [each for each in self.contestants if not any(each is other for other in callbacks)]
+        place = next(index for index, callback in enumerate(callbacks) if callback is self) + 1
+        callbacks[place:place] = new
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a run in which it could not compare."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set outside the class
-        refuse_without_validation(type(self).__name__, trainer)
+        begin_to_judge(self, trainer)
         if any(isinstance(callback, AcceptIfBetter) for callback in callbacks):
             raise ValueError("League and AcceptIfBetter both choose by a score at the end of the fit: keep one.")
+        if sum(isinstance(callback, League) for callback in callbacks) > 1:
+            raise ValueError(
+                "several Leagues among the callbacks would write one file: give one of them all contestants."
+            )
         _refuse_meddling([callback for callback in callbacks if isinstance(callback, Average)])
         self.standings, self.winner, self.path, self.test_metrics = {}, None, None, {}
 
@@ -108,9 +119,12 @@ class League(Judge, Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuses a metric that is not logged as soon as that is known, and then one that needs a mode."""
-        refuse_unlogged(type(self).__name__, self.monitor, trainer)
-        if not trainer.sanity_checking:
-            mode_of(type(self).__name__, self.monitor, self.mode)
+        refuse_unlogged(self, trainer, needs_mode=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so if nothing was compared."""
+        if not self.standings:
+            rank_zero_info("League: nothing was ranked, since no average has merged anything in this fit.")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps what a test of the winner's file has logged, and says it."""
@@ -147,7 +161,7 @@ class League(Judge, Callback):
             for name, score in scores.items()
         }
         rank_zero_info(table(self.monitor, self.standings, n))
-        ties = best(scores, mode_of(type(self).__name__, self.monitor, self.mode))
+        ties = [] if self.mode is None else best(scores, self.mode)
         if not ties:
             rank_zero_info(f"League: no {self.monitor} can be chosen, so no set wins.")
             return
@@ -160,12 +174,27 @@ class League(Judge, Callback):
         trainer = publisher.trainer
         folder = getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
         path = join(folder, "league-winner.ckpt")
-        return None if trainer.fast_dev_run else publisher.checkpoints.write(path, winner, weights_only=True)
+        if trainer.fast_dev_run:
+            return None
+        # Under a strategy that shards, Lightning's test after a fit also reads the states of optimizers from it.
+        slim = not trainer.strategy.restore_checkpoint_after_setup
+        try:
+            return publisher.checkpoints.write(path, winner, weights_only=slim)
+        except Exception as error:
+            if several():
+                raise
+            rank_zero_warn(f"League: {path} could not be written, since {type(error).__name__} was raised: {error}")
+            return None
 
 
 def _refuse_meddling(averages: Sequence[Average]) -> None:
     """Contestants share one training, so none may end or change it."""
     for each in averages:
+        if not isinstance(each, AverageByRule):
+            raise ValueError(
+                f"{each.title} changes how the model trains, and all contestants of the League share one training:"
+                " compare it with a run without it."
+            )
         if getattr(each, "stop_when_finished", False):
             raise ValueError(f"{each.title} would end the run for all contestants of the League: give it `stop=False`.")
         if getattr(each, "swa_lr", None) is not None:

@@ -38,6 +38,8 @@ def recipe_help(name: str) -> str:
     if callbacks:
         parts += [f"Settings of its last callback, {callbacks[-1]['class_path']}:", ""]
         parts += _lines(_of_class("--trainer.callbacks", callbacks[-1]))
+    if any("monitor" in each.get("init_args", {}) for each in callbacks if each["class_path"].endswith("Checkpoint")):
+        parts += [f"Several averages, and the best of them: lightning-merge run {name} --league"]
     parts += [
         f"All options, those of the Trainer too: lightning-merge run {name} --help all",
         f"The recipe as a file to change:        lightning-merge recipes {name} > mine.yaml",

@@ -122,6 +122,7 @@ class MergingByRule(AverageByRule):
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         """Takes over what ``save`` and ``label`` gave."""
         if label["rule"] != repr(self.rule):
+            self._refuse_another_rule(label["rule"])
             rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
         found = AveragingState.of(saved)
         self._state, self._buffers = found.state, found.buffers
@@ -135,6 +136,14 @@ class MergingByRule(AverageByRule):
         if self._tensors.averaged and self._state is not None:  # strategies that shard restore once the fit has started
             self._look_up()
             self._go_on()
+
+    def _refuse_another_rule(self, written: str) -> None:
+        """Other settings of a rule go on with its state; another rule keeps something else."""
+        if written.partition("(")[0] != type(self.rule).__name__:
+            raise ValueError(
+                f"{self.title} cannot go on from an average of that name that was written with {written}: resume with"
+                " that, or give this one another `name`, with which it starts empty."
+            )
 
     def note_the_end(self) -> None:
         """One line if nothing was merged, or if much of what was merged is the start."""

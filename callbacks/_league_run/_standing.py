@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
 
 from lightning_merge._choice import is_accuracy
+from lightning_merge._ranks import several
+from lightning_merge.callbacks._lightning._internals import loaders_of
+from lightning_merge.callbacks._lightning._metrics import validation_loop
 from lightning_merge.callbacks._publication._ledger import RAW
 
 
@@ -22,11 +25,18 @@ class Standing(NamedTuple):
 
 
 def samples(trainer: Any) -> int | None:
-    """Number of validation samples, if there is one loader with a length and all of it is run."""
-    dataset = getattr(trainer.val_dataloaders, "dataset", None)
+    """Number of validation samples, if that is known: one loader with a length, all of it run, in one process.
+
+    Of several processes a metric may be of the samples of one, or of all.
+    """
+    loaders = loaders_of(validation_loop(trainer))
     limit = trainer.limit_val_batches
     whole = isinstance(limit, float) and limit == 1.0  # the integer 1 is one batch
-    return len(dataset) if isinstance(dataset, Sized) and whole else None
+    if len(loaders) != 1 or not whole or several():
+        return None
+    sampler, dataset = getattr(loaders[0], "sampler", None), getattr(loaders[0], "dataset", None)
+    counted = sampler if isinstance(sampler, Sized) else dataset
+    return len(counted) if isinstance(counted, Sized) else None
 
 
 def standard_error(monitor: str, score: float, n: int | None) -> float | None:

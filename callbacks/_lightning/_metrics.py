@@ -15,6 +15,11 @@ def validation_loop(trainer: Any) -> Any:
     return trainer.fit_loop.epoch_loop.val_loop
 
 
+def batches_so_far(trainer: Any) -> int:
+    """Batches that training has begun with in all."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
 def written_metrics(trainer: Any) -> dict[str, Any]:
     """The entries of ``callback_metrics``, without making Lightning compute what it has not computed yet."""
     found: dict[str, Any] = trainer._logger_connector._callback_metrics

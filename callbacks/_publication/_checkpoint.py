@@ -19,7 +19,7 @@ from lightning_merge.callbacks._publication._ledger import RAW
 from lightning_merge.callbacks._publication._migration import Migration
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.callbacks._publication._resumable import description, refuse_unresumable, refuse_weights_only
-from lightning_merge.callbacks._publication._sharded import pack, unpack
+from lightning_merge.callbacks._publication._sharded import make_room, pack, unpack
 from lightning_merge.files._check import check
 from lightning_merge.files._label import FORMAT, KEY, Label, as_written
 from lightning_merge.files._layouts import of_lightning
@@ -70,6 +70,7 @@ class Checkpoints:
 
     def write(self, path: str, holds: Average | None, weights_only: bool) -> str:
         """Writes a file of one set, ``None`` for the raw weights; gives its path."""
+        make_room(path, self._publisher.trainer.strategy)
         self._asked = (holds,)
         try:
             self._publisher.trainer.save_checkpoint(path, weights_only=weights_only)

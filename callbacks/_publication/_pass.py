@@ -19,6 +19,14 @@ class Pass:
         """The name of the set that it measures."""
         return RAW if self.average is None else self.average.name
 
+    def unmeasured(self, error: Exception) -> str:
+        """What is said of final weights whose validation failed."""
+        whose = "The raw weights" if self.average is None else f"{self.average.title}: its final weights"
+        said = f"{whose} could not be measured, since {type(error).__name__} was raised: {error}."
+        if self.average is not None:
+            said += " They are published unmeasured; `final_validation=False` leaves the pass out."
+        return said
+
 
 def is_number(value: Any) -> bool:
     """Whether an entry of ``callback_metrics`` is one number; what is put there by hand may be anything."""

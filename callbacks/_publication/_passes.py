@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_merge._eval_mode import forget_what_eval_mode_kept
 from lightning_merge._ranks import gathered, several
 from lightning_merge.callbacks._lightning._metrics import (
+    batches_so_far,
     logged_under,
     unlogged,
     validating,
@@ -91,12 +92,9 @@ class Validation:
                 with validating(trainer), self._muted():
                     self._run(pass_, self._loop.run.__wrapped__)
             except Exception as error:
-                if several() or pass_.average is None or pass_.average.validate != "raw":
+                if several() or (not and_raw if pass_.average is None else pass_.average.validate != "raw"):
                     raise
-                rank_zero_warn(  # the run was asked to measure raw weights, and those are trained
-                    f"{pass_.average.title}: its final weights could not be measured, since {type(error).__name__} was"
-                    f" raised: {error}. They are published unmeasured; `final_validation=False` leaves the pass out."
-                )
+                rank_zero_warn(pass_.unmeasured(error))  # the run was asked for raw weights, and those are trained
 
     def forget(self, average: Average) -> None:
         """What was measured on an average is not about what will be published in its place."""
@@ -195,8 +193,10 @@ class Validation:
         """The metrics last measured on a set, without its prefix."""
         self._settle()
         metrics = self._metrics
+        owns_plain_names = self.owner is not None and self.owner.name == holds
+        prefix = "" if owns_plain_names else f"{holds}/"
         return {
-            key.removeprefix(f"{holds}/"): float(metrics[key])
+            key.removeprefix(prefix): float(metrics[key])
             for key in self._ledger.keys_of(holds)
             if key in metrics and is_number(metrics[key])
         }
@@ -229,8 +229,11 @@ class Validation:
         """Changes whenever the set does."""
         if average is not None:
             return average.version
-        # Steps of optimizers that Lightning does not see are not in its `global_step`.
-        return self._publisher.trainer.global_step, sum(other.steps for other in self._publisher.averages)
+        # Steps of optimizers that Lightning does not see are not in its `global_step`; and a batch without a step may
+        # change buffers, as the statistics of BatchNorm.
+        publisher = self._publisher
+        batches = batches_so_far(publisher.trainer) if publisher.inventory.buffers else 0
+        return publisher.trainer.global_step, batches + sum(other.steps for other in publisher.averages)
 
     def _passes(self) -> list[Pass]:
         """What a validation measures: raw, then the other averages, the primary last.

@@ -34,12 +34,19 @@ class Judge(Traveller, ABC):
 
     brings: tuple[str, ...] = ()
     """Attributes with what it found."""
+    monitor: str
+    """The metric that it looks at."""
+    at_the_end = False
+    """Whether training is over, so that nothing may be refused any more: what was trained would be lost."""
 
     def luggage(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.brings}
 
     def come_home(self, luggage: dict[str, Any]) -> None:
         self.__dict__.update(luggage)
+
+    def join(self, trainer: Any) -> None:
+        """Adds averages of its own to the callbacks, once. Called before the session of a fit knows its averages."""
 
     @abstractmethod
     def consider(self, publisher: "Publisher") -> None:
@@ -77,6 +84,8 @@ class Publisher(Exchange):
     @classmethod
     def attach(cls, trainer: Any, module: LightningModule) -> "Publisher":
         """The publisher of the Trainer's current fit; the first average makes it."""
+        for judge in [callback for callback in trainer.callbacks if isinstance(callback, Judge)]:
+            judge.join(trainer)
         return cls.of(trainer) or cls(trainer, module)
 
     @classmethod
@@ -219,6 +228,7 @@ class Publisher(Exchange):
         for average in ready:
             self.apart.make_one(average)
         for callback in self._judges if ready else []:
+            callback.at_the_end = True
             callback.consider(self)
         self.validation.measure_final(ready)
         for average in ready:

@@ -1,5 +1,6 @@
 """How tensors of which each process holds a part get into a checkpoint and out of it."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._ranks import is_first
 from lightning_merge.files._label import KEY
-from lightning_merge.files._sharded import fill, mergeable, read_tensors
+from lightning_merge.files._sharded import fill, is_sharded_checkpoint, mergeable, read_tensors
+from lightning_merge.files._write import is_remote
 from lightning_merge.shards import as_sharded, map_named, part_of
 from lightning_merge.weights import is_sharded
 
@@ -78,3 +81,17 @@ def unpack(section: dict[str, Any], sharded: Mapping[str, Tensor], path: Path) -
 def _whole(tensor: Any) -> Tensor:
     whole: Tensor = tensor.full_tensor()
     return whole.cpu() if dist.get_rank() == 0 else whole.new_empty(0)
+
+
+def make_room(path: str, strategy: Any) -> None:
+    """Takes away a sharded checkpoint of an earlier run, into which Lightning would put the new file. All call this.
+
+    Raises:
+        ValueError: If another folder is there.
+    """
+    if strategy.restore_checkpoint_after_setup or is_remote(path) or not Path(path).is_dir():
+        return  # a strategy that shards does so itself
+    if not is_sharded_checkpoint(Path(path)):
+        raise ValueError(f"{path} is a folder, where a checkpoint was to be written.")
+    if is_first():
+        shutil.rmtree(path)

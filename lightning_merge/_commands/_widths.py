@@ -11,7 +11,7 @@ import torch
 
 from lightning_merge._checks import whole
 from lightning_merge._commands._kept import kept_of
-from lightning_merge._commands._target import literal, save
+from lightning_merge._commands._target import loading, save
 from lightning_merge.diagnostics import MOST_POINTS
 from lightning_merge.files import atomic, is_remote
 from lightning_merge.files._layouts import open_set
@@ -69,7 +69,7 @@ def widths(text: str, config: Path, monitor: str, points: int, folder: Path) -> 
             f"{found}; {beside}.{edge}",
             *(f"  {sigma:8.4f}  {loss:.6g}{'  <' if sigma == best else ''}" for sigma, loss in losses.items()),
             f"{folder}: {', '.join(written)}; the data it was chosen on flatter it, so test on other data",
-            f'  load: model.load_state_dict(torch.load({literal(folder / "best.ckpt")}, weights_only=True)["state_dict"])',
+            "  load: " + loading(folder / "best.ckpt", 'torch.load({path}, weights_only=True)["state_dict"]'),
         ]
     )
 

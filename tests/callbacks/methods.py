@@ -27,5 +27,9 @@ METHODS: dict[str, Callable[[], list[Any]]] = {
             }
         )
     ],
+    "league": lambda: [  # whose contestants are among the callbacks where a test looks for them
+        *(contestants := [merging.EMA(0.8, validate="both"), merging.LAWA(k=2, every_n_steps=2, validate="raw")]),
+        merging.League(contestants, "val/loss"),
+    ],
 }
 PUBLISHING = {name: make for name, make in METHODS.items() if averages(make())}

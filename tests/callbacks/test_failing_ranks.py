@@ -29,6 +29,7 @@ from lightning_merge.callbacks import (
     Branching,
     Doctor,
     Interpolate,
+    League,
     PostHocEMA,
     WeightMerging,
 )
@@ -92,6 +93,7 @@ def mistakes(root: Path) -> dict[str, Any]:
         "validate": [EMA(validate="both" if first else "merged")],
         "mode": [SMA("val/loss", mode="min" if first else "max")],
         "shares": [EMA(), AcceptIfBetter("val/loss", shares=(0.5,) if first else (0.0, 0.5))],
+        "monitor": [League([EMA()], "val/loss" if first else "val/acc")],
         "its averages": [EMA()] if first else [EMA(), LAWA(k=2)],
     }
     found = {
@@ -127,7 +129,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("field", ["rule", "schedule", "selection", "validate", "mode", "shares", "its averages"])
+@pytest.mark.parametrize(
+    "field", ["rule", "schedule", "selection", "validate", "mode", "shares", "monitor", "its averages"]
+)
 def test_processes_that_are_set_up_differently_are_told_the_field(
     strategy: str, field: str, found: list[dict[str, Any]]
 ) -> None:

@@ -11,7 +11,7 @@ from ranks import Wide, loaders
 from tiny import differing, trainer
 from torch import Tensor
 
-from lightning_merge.callbacks import EMA, LAWA, AcceptIfBetter, Doctor, Lookaround
+from lightning_merge.callbacks import EMA, LAWA, AcceptIfBetter, Doctor, League, Lookaround
 
 pytestmark = pytest.mark.multiprocess
 
@@ -41,6 +41,7 @@ CALLBACKS: dict[str, Any] = {
     "averages": lambda: [EMA(0.5), LAWA(k=2, every_n_steps=1)],
     "raw weights that were accepted": lambda: [EMA(0.5), AcceptIfBetter("val/loss", mode="max", shares=(0.0,))],
     "an examined average": lambda: [EMA(0.5), Doctor(points=1)],
+    "a league": lambda: [EMA(0.5), League([LAWA(k=2, every_n_steps=1, validate="raw")], "val/loss")],
     "branches": lambda: [Lookaround(branches=2, every_n_steps=3)],
 }
 
@@ -67,6 +68,11 @@ def test_what_a_forked_fit_made_comes_back_and_the_next_fit_goes_on(what: str, t
     assert first.final_metrics["val/loss"] > 0
     assert getattr(other, "scores", None) != {}
     assert getattr(other, "examinations", None) != {}
+    if isinstance(other, League):
+        assert list(other.standings) == ["raw", "ema", "lawa"]
+        assert other.winner in other.standings
+        assert Path(str(other.path)).is_file()
+        assert other.contestants[0].updates == first.updates
     updates = first.updates
     fit()
     assert not differing(raw, writes.read("start"))

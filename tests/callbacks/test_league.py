@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import tiny
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from lightning_merge import callbacks
 from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, AcceptIfBetter, League
 from lightning_merge.cli import main
+from lightning_merge.recipes._catalog import recipes, whole
+from lightning_merge.recipes._help import recipe_help
+from lightning_merge.recipes._league import with_league
+
+RECIPES = recipes()
 
 
 class Target(tiny.Walk):  # type: ignore[misc]
@@ -215,6 +222,29 @@ def test_a_recipe_runs_as_a_league(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert [line.split()[0] for line in table.splitlines()[1:-1]] == names
     assert any("on test data: test/loss" in message for message in caplog.messages)
     assert set(tiny.read(path)["lightning_merge"]["averages"]) == set(names[1:])
+    assert main(["verify", str(path.parents[1])]) == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_that_watches_a_metric_makes_a_league_that_a_run_takes(name: str) -> None:
+    text = whole(name)
+    watches = "monitor: val/acc" in text
+    assert (f"lightning-merge run {name} --league" in recipe_help(name)) == watches
+    if not watches:
+        with pytest.raises(ValueError, match="needs a recipe that watches a validation metric"):
+            with_league(name, text)
+        return
+    *others, given = yaml.safe_load(with_league(name, text))["trainer"]["callbacks"]
+    made = [getattr(callbacks, each["class_path"].rpartition(".")[2]) for each in given["init_args"]["contestants"]]
+    settings = [each["init_args"] for each in given["init_args"]["contestants"]]
+    league = League([kind(**each) for kind, each in zip(made, settings, strict=True)], "val/acc", "max")
+    assert len(league.contestants) == 7
+    assert not [
+        each
+        for each in others
+        if each["class_path"].startswith("lightning_merge.callbacks.")
+        and not each["class_path"].endswith("RandomState")
+    ]
 
 
 def test_a_stream_of_tasks_is_no_league(capfd: pytest.CaptureFixture[str]) -> None:

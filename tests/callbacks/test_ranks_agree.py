@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from lightning_merge.callbacks import ASWA, EMA, SMA, SWAD, AcceptIfBetter
+from lightning_merge.callbacks import ASWA, EMA, SMA, SWAD, AcceptIfBetter, League
 from lightning_merge.weights import mean_over_ranks_
 
 pytestmark = pytest.mark.multiprocess
@@ -71,6 +71,8 @@ def work(root: Path) -> dict[str, Any]:
     for first in (0, 1):
         judge = AcceptIfBetter("val/loss", shares=(0.0, 0.5))
         found[f"judge {first}"] = decided(root, EMA(0.5), judge, logging=first), judge.scores
+        league = League([EMA(0.5), EMA(0.9, name="slow")], "val/loss")
+        found[f"league {first}"] = decided(root, league, logging=first), league.winner
         swad = SWAD("val/loss", n_converge=1, n_tolerance=2)
         found[f"swad {first}"] = decided(root, swad, logging=first), swad.updates
         sma = SMA("val/loss", start_step=1)
@@ -79,6 +81,7 @@ def work(root: Path) -> dict[str, Any]:
         found[f"aswa {first}"] = decided(root, aswa, logging=first), aswa.score
     for title, callbacks in {
         "judge": [EMA(), AcceptIfBetter("val/loss")],
+        "league": [League([EMA()], "val/loss")],
         "swad": [SWAD("val/loss")],
         "aswa": [ASWA("val/loss", start_epoch=1)],
     }.items():
@@ -115,7 +118,7 @@ def test_parts_of_a_buffer_are_not_averaged_with_each_other(found: list[dict[str
 
 
 @pytest.mark.parametrize("first", [0, 1])
-@pytest.mark.parametrize("who", ["judge", "swad", "sma", "aswa"])
+@pytest.mark.parametrize("who", ["judge", "league", "swad", "sma", "aswa"])
 def test_all_decide_by_the_process_that_logs_the_metric(who: str, first: int, found: list[dict[str, Any]]) -> None:
     model, decision = found[0][f"{who} {first}"]
     assert isinstance(model, list)
@@ -123,7 +126,7 @@ def test_all_decide_by_the_process_that_logs_the_metric(who: str, first: int, fo
     assert found[1][f"{who} {first}"] == (model, decision)
 
 
-@pytest.mark.parametrize("who", ["judge", "swad", "aswa"])
+@pytest.mark.parametrize("who", ["judge", "league", "swad", "aswa"])
 def test_a_metric_that_no_process_logs_is_refused_in_all_of_them(who: str, found: list[dict[str, Any]]) -> None:
     for each in found:
         message, _ = each[f"{who} without it"]
