@@ -272,8 +272,9 @@ def sweep(
     expected = torch.load(uninterrupted / "end.pt", weights_only=True)
     rows = []
     counts = {kind: random.Random(f"{method}-{seed}").sample(range(1, n + 1), n) for kind, n in events.items()}
+    kinds = random.Random(f"kinds-{method}-{seed}").sample(list(events), len(events))
     for index in range(points):
-        kind = list(events)[index % len(events)]
+        kind = kinds[index % len(kinds)]
         count = counts[kind][index // len(events) % events[kind]]
         place = folder / f"{index}-{kind}-{count}"
         place.mkdir()

@@ -4,6 +4,7 @@ A process leaves by ``os._exit`` once all have their results: at an ordinary exi
 with the interpreter, and now and then that aborts a process that had done all its work.
 """
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -11,11 +12,23 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+ON_THE_WAY = (
+    "fsspec.implementations.local",
+    "omegaconf",
+    "torch.distributed.algorithms",
+    "torch.distributed.checkpoint",
+    "torch.distributed.elastic.multiprocessing",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+)
+"""What a fit imports on its way."""
 
 DEADLINE = 300.0
 """Seconds after which a process that has not ended counts as hanging, also on a busy machine."""
@@ -35,7 +48,24 @@ def returned(processes: list[Any], root: Path, seconds: float = DEADLINE) -> lis
     return [torch.load(root / f"rank{rank}.pt", weights_only=False) for rank in range(len(processes))]
 
 
+@cache
+def warm_up() -> None:
+    """Once, and not in each process: imports, and what Python and torch find out at the first fit."""
+    for name in ON_THE_WAY:
+        importlib.import_module(name)
+    if "lightning" not in sys.modules:
+        return
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    state = torch.get_rng_state()
+    Trainer(accelerator="cpu", devices=1, fast_dev_run=1, **quiet).fit(BoringModel())
+    torch.set_rng_state(state)
+
+
 def start(world: int, work: Callable[..., Any], root: Path, *arguments: Any) -> list[Any]:
+    warm_up()
     root.mkdir(exist_ok=True, parents=True)
     context = multiprocessing.get_context("fork")
     # The first process's store listens on this socket: no other program can take its port in between.

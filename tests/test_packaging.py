@@ -83,15 +83,19 @@ def test_wheel_holds_every_module_recipe_and_the_typing_marker_once(checkout, tm
     assert set(names) == sources(checkout)
 
 
+FOUND = """
+import importlib.util, lightning_merge
+print(lightning_merge.__file__)
+print(importlib.util.find_spec("lightning_merge.callbacks").origin)
+"""
+"""Where the callbacks would be imported from; to import them takes seconds, since Lightning is imported too."""
+
+
 @pytest.mark.slow
-def test_installed_package_is_imported_from_where_it_was_installed(installed, tmp_path):
-    script = (
-        "import lightning_merge, lightning_merge.callbacks as c; print(lightning_merge.__file__, c.__file__, c.EMA)"
-    )
-    printed = succeed(python("-P", "-c", script, cwd=tmp_path, PYTHONPATH=str(installed)))
+def test_installed_package_is_found_where_it_was_installed(installed, tmp_path):
+    printed = succeed(python("-P", "-c", FOUND, cwd=tmp_path, PYTHONPATH=str(installed)))
     package = installed / "lightning_merge"
-    assert printed.split()[:2] == [str(package / "__init__.py"), str(package / "callbacks" / "__init__.py")]
-    assert "lightning_merge.callbacks" in printed
+    assert printed.splitlines() == [str(package / "__init__.py"), str(package / "callbacks" / "__init__.py")]
 
 
 @pytest.mark.slow
@@ -104,17 +108,23 @@ def test_installed_command_lists_the_recipes(installed, tmp_path):
     assert recipes <= set(re.findall(r"[\w-]+/[\w-]+", printed))
 
 
+IMPORTED = """
+import lightning_merge.callbacks
+print(lightning_merge.__file__)
+print(lightning_merge.callbacks.__file__)
+"""
+
+
 @pytest.mark.slow
 def test_editable_install_is_imported_from_the_checkout(checkout, tmp_path):
+    links = (checkout / "lightning_merge" / "callbacks").is_symlink()  # the other way is imported in full
     succeed(python("-m", "pip", "install", *BUILD, "--target", str(tmp_path), "-e", str(checkout), cwd=tmp_path))
     # Without the site module, since it would find the editable install of this environment first.
     script = f"""
 import site, sys
 site.addsitedir({str(tmp_path)!r})
 sys.path.append({sysconfig.get_path("purelib")!r})
-import lightning_merge.callbacks
-print(lightning_merge.__file__)
-print(lightning_merge.callbacks.__file__)
+{FOUND if links else IMPORTED}
 """
     package, callbacks = succeed(python("-P", "-S", "-c", script, cwd=tmp_path)).splitlines()
     assert package == str(checkout / "lightning_merge" / "__init__.py")

@@ -230,6 +230,10 @@ PAIRS.remove(("shuffle", "unfreezing in mid-run"))
 PAIRS.remove(("streaming, two steps later", "unfreezing in mid-run"))
 
 
+_PLAIN: dict[Any, dict[str, Tensor]] = {}
+"""What comes of a plain module, once for all that are compared with it."""
+
+
 def branching(policy: str, **settings: Any) -> Branching:
     made = POLICIES[policy]()
     return Branching(
@@ -263,7 +267,9 @@ def pair(policy: str, situation: str, root: Path, **settings: Any) -> tuple[dict
     if situation.startswith("second fit"):
         outcome(Loaded(), callback, root, DATA[5:8], **settings)
     found = outcome(awkward(), callback, root, **settings)
-    return found, outcome(plain(), branching(policy), root, **settings)
+    if (key := (policy, plain, "make" in settings)) not in _PLAIN:
+        _PLAIN[key] = outcome(plain(), branching(policy), root, **settings)
+    return found, _PLAIN[key]
 
 
 def differences(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> list[str]:

@@ -37,6 +37,10 @@ def one_run(root: Path, settings: dict[str, Any], norm: bool, ckpt_path: Path | 
     }
 
 
+def alone(root: Path) -> dict[str, Any]:
+    return {form: one_run(root / form, settings, norm=False) for form, settings in SETTINGS.items()}
+
+
 def work(root: Path) -> dict[str, Any]:
     found = {}
     for form, settings in SETTINGS.items():
@@ -50,10 +54,10 @@ def work(root: Path) -> dict[str, Any]:
 
 
 def test_two_processes_are_one_and_go_on_from_both_stages(tmp_path: Path) -> None:
-    (alone,) = launch(1, work, tmp_path / "one")
+    (expected,) = launch(1, alone, tmp_path / "one")
     first, second = launch(2, work, tmp_path / "two")
     for form in SETTINGS:
-        one, left, right = (found[form, False] for found in (alone, first, second))
+        one, left, right = expected[form], first[form, False], second[form, False]
         assert one["counts"] == left["counts"] == right["counts"] == (16, 6, 5)
         for name, tensor in one["end"].items():
             assert (tensor - left["end"][name]).abs().max() <= 1e-6, f"{form} {name}"

@@ -1,6 +1,7 @@
 """``lightning-merge replay``: a configured run, shortened, and what it answers."""
 
 import json
+import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,18 @@ def test_a_mistake_is_named(arguments: list[Any], part: str, run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_both_halves_run_in_new_processes(run: Run) -> None:
+def test_a_run_is_recorded_in_a_new_process(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    short = f"max_epochs: 1, limit_train_batches: 2, default_root_dir: {tmp_path}"
+    config.write_text(MINE.replace("max_epochs: 30", short).replace("ckpt_path: null", ""))
+    found = _replay._in_a_new_process(config, tmp_path / "log.json", {}, None)
+    assert len(found) == 4  # before and after each batch
+
+
+@pytest.mark.slow
+def test_both_halves_run_in_new_processes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = multiprocessing.get_context("fork")  # has imported what it needs
+    monkeypatch.setattr(_replay.multiprocessing, "get_context", lambda method: fork)
     Path("mine.yaml").write_text(MINE.replace("recipes.RunReport", "callbacks.RandomState"))
     code, out, err = run("replay", "mine.yaml", *SHORT)
     assert code == 0, err

@@ -81,7 +81,7 @@ def test_tensors_are_those_that_torch_loads(tmp_path):
 @pytest.mark.parametrize("coefficients", [(0.5, -0.25, 0.75), (0.3, 0.3, 0.3)], ids=["any", "mean"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_combination_is_the_weighted_sum(tmp_path, dtype, coefficients, monkeypatch):
-    monkeypatch.setattr(trajectories, "_CHUNK", 5)
+    monkeypatch.setattr(trajectories, "_CHUNK", 61)
     trajectory = Trajectory.of_run(write(tmp_path, [1, 2, 3], dtype))
     merged = trajectory.combine(coefficients)
     models = [model(seed, dtype) for seed in (1, 2, 3)]
