@@ -1,6 +1,7 @@
 """Streaming DiLoCo: fragments in turn, results that arrive later and are mixed, few bits; in turn and in processes."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from processes import launch
+from processes import launch, start, wait
 from tiny import Net, NetParts, batches, differing, of, trainer, validation, values
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -462,3 +463,37 @@ def test_an_exchange_runs_beside_the_steps_of_its_delay(in_processes: list[dict[
         # From step 5 on: sent after 6, 9, 12 and 15 steps, taken in five steps later.
         assert counts == [0, 1, 1, 1, 2, 2, 1, 2, 2, 1, 2, 2][: len(counts)]
         assert set(each["whole"]["on the way"]) == {0}
+
+
+class Breaks(NetParts):
+    """The second process fails in its eighth step, with two fragments on their way."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx == 7 and dist.get_rank() == 1:
+            raise ArithmeticError("as planned")
+        return super().training_step(batch, batch_idx)
+
+
+def interrupted_in_mid_delay(root: Path) -> None:
+    diloco, module = DiLoCo(2, 6, fragments=2, delay=5, mix=0.5, bits=8), of(Breaks)(norm=True)
+    strategy = BranchStrategy(process_group_backend="gloo")
+    run = trainer(root, [diloco], max_epochs=1, use_distributed_sampler=False, strategy=strategy, devices=2)
+    data = DataLoader([next(iter(batches(1)))] * 16, batch_size=None)
+    try:
+        run.fit(module, data)
+    except Exception as error:
+        state = diloco._policy_state or {}
+        told = {"error": repr(error), "merges": diloco.merges, "arrived": state["arrived"], "module": values(module)}
+        torch.save(told, root / f"told{dist.get_rank()}.pt")
+    os._exit(0)  # as after an error: without a word to the others
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_fails_in_mid_delay_leaves_nobody_waiting(tmp_path: Path) -> None:
+    wait(start(2, interrupted_in_mid_delay, tmp_path), 120)
+    first, second = (torch.load(tmp_path / f"told{rank}.pt") for rank in (0, 1))
+    assert "as planned" in second["error"]
+    assert first["merges"] >= second["merges"] == 2
+    for told in (first, second):
+        assert not told["arrived"]  # the other process is not waited for
+        assert all(tensor.isfinite().all() for tensor in told["module"].values())
