@@ -114,6 +114,8 @@ def figures() -> dict[str, str]:
     for names, difference in read("anneal-quality").items():
         if " - " in names:
             found.setdefault(as_difference(*difference, 3), f"anneal-quality: held-out loss, {names}")
+    for one, difference in read("streaming-diloco")["more than diloco"].items():
+        found.setdefault(as_difference(*difference, 3), f"streaming-diloco: held-out loss, {one} beside diloco")
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from measured import comparisons, read
 
-RESUMED = ("resume", "resume-branches", "resume-policies", "resume-search", "resume-trajectory")
+RESUMED = ("resume", "resume-branches", "resume-policies", "resume-search", "resume-streaming", "resume-trajectory")
 
 
 def stated() -> dict[str, list[str]]:
@@ -19,10 +19,16 @@ def stated() -> dict[str, list[str]]:
         "methods/onties.md": [_seconds("OnTIES, density 0.5", 1), _seconds("OnTIES, published order, density 0.5", 0)],
         "methods/twa.md": [f"{read('twa')['products_over_limit']:.2f} x the time of two plain reads"],
         "methods/continual-merging.md": [f"{_resumed('continual-resume')} killed streams resume bit for bit"],
+        "methods/diloco.md": _streaming(),
         "resume.md": [f"`{name}.json` {_resumed(name)}" for name in RESUMED],
         "strategies.md": _scaling(),
         **{f"methods/{name}.md": _averages(name) for name in ("ema", "swa", "lawa", "swad")},
     }
+
+
+def _streaming() -> list[str]:
+    found = [row["formula"] for row in read("streaming-diloco")["sent"]]
+    return [f"| {each['per step']:,.0f} | {each['most']:,.0f} |" for each in found]
 
 
 def _averages(name: str) -> list[str]:
