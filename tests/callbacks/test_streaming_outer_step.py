@@ -229,6 +229,18 @@ def test_each_merge_sends_one_fragment_and_rounds_go_on(tmp_path: Path) -> None:
     assert state["waiting"] == {1: 2}  # what was sent after step 8; that of step 6 has arrived at the last step
 
 
+def test_a_fragment_that_is_merged_again_takes_in_first_what_it_sent() -> None:
+    branches = InTurn(nn.Linear(1, 1, bias=False), [], 1)
+    branches.weights(0)["weight"].fill_(1.0)
+    policy = StreamingOuterStep(1, 5, 1.0, 32, lr=1.0, momentum=0.0)
+    state = policy.init(branches)
+    for own in (0.5, 9.0):  # what the second merge finds is given up for what the first one sent
+        branches.weights(0)["weight"].fill_(own)
+        policy.merge(state, branches)
+    assert branches.weights(0)["weight"].item() == 0.5
+    assert state["waiting"] == {0: 5}
+
+
 # ---- resuming
 
 
@@ -346,14 +358,17 @@ class Sent(TorchDispatchMode):
 
 
 class OnTheWay(pl.Callback):
-    """How many exchanges are on their way after each step."""
+    """How many exchanges are on their way after each step, and how many of them on their way back."""
 
     def __init__(self) -> None:
         self.counts: list[int] = []
+        self.back: list[int] = []
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         (diloco,) = (each for each in trainer.callbacks if isinstance(each, Branching))
-        self.counts.append(len(diloco._running.branches.on_the_way))
+        on_the_way = diloco._running.branches.on_the_way.values()
+        self.counts.append(len(on_the_way))
+        self.back.append(sum(getattr(each, "_is_back", False) for each in on_the_way))
 
 
 IN_PROCESSES: dict[str, dict[str, Any]] = {
@@ -390,6 +405,7 @@ def one_fit(root: Path, name: str, count: int, ckpt_path: Path | None = None, **
         "waiting": state.get("waiting", {}),
         "arrived": state.get("arrived", {}),
         "on the way": watch.counts,
+        "back": watch.back,
         "sent": sent.bytes,
     }
 
@@ -461,7 +477,8 @@ def test_an_exchange_runs_beside_the_steps_of_its_delay(in_processes: list[dict[
     for each in in_processes:
         counts = each["again"][4]["on the way"]
         # From step 5 on: sent after 6, 9, 12 and 15 steps, taken in five steps later.
-        assert counts == [0, 1, 1, 1, 2, 2, 1, 2, 2, 1, 2, 2][: len(counts)]
+        assert counts == [0, 1, 1, 1, 2, 2, 1, 2, 2, 1, 2, 2]
+        assert each["again"][4]["back"] == [0, 0, 0, 0, 1, 1, 0, 1, 1, 0, 1, 1]  # three steps after they were sent
         assert set(each["whole"]["on the way"]) == {0}
 
 
