@@ -16,13 +16,16 @@ _UPDATES = 20
 _SHARE = 0.02
 """Of a step, above which it is said."""
 
+_LEAST = 0.5e-3
+"""Seconds per step, below which it is not: of the short steps of a toy any hook is a share."""
+
 
 @final
 class Toll:
     """Time of the hook that hands weights to averages, beside that of the whole steps of the same optimizer.
 
     It is time of the host: no device is waited for. After ``_UPDATES`` updates it says once what they take if that is
-    more than ``_SHARE`` of a step and there is a cure.
+    more than ``_SHARE`` of a step, at least ``_LEAST`` seconds, and there is a cure.
     """
 
     def __init__(self) -> None:
@@ -63,7 +66,7 @@ class Toll:
         cadence = self._steps / len(self._hooks)
         hook, others = statistics.median(self._hooks), statistics.median(self._others)
         share = hook / (hook + cadence * others)
-        if share <= _SHARE:
+        if share <= _SHARE or hook / cadence < _LEAST:
             return
         rarer = math.ceil(hook * (1 - _SHARE) / (_SHARE * max(others, 1e-9)))
         cures = {average.title: cure for average in served if (cure := average.cheaper(rarer)) is not None}

@@ -4,6 +4,7 @@ import logging
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from tiny import Net, batches, trainer
 
 from lightning_merge.callbacks import EMA, SWAD, Lookaround, WeightMerging
+from lightning_merge.callbacks._publication import _toll
+from lightning_merge.callbacks._publication._toll import Toll
 from lightning_merge.rules import Interpolation, Mean, Rule
 from lightning_merge.schedules import EveryNSteps
 from lightning_merge.weights import State, Weights
@@ -86,6 +89,20 @@ def test_little_is_not_said_nor_what_has_no_cure_nor_of_a_short_fit(
     assert not said(caplog, WeightMerging(Slow(0.01)), tmp_path, steps=20)
     assert said(caplog, WeightMerging(Slow(0.01)), tmp_path, steps=21)
     assert not said(caplog, Lookaround(branches=2, every_n_steps=1), tmp_path)
+
+
+@pytest.mark.parametrize(("hook", "is_said"), [(0.4e-3, False), (0.6e-3, True)])
+def test_what_takes_less_than_half_a_millisecond_of_a_short_step_is_not_said(
+    hook: float, is_said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    average: Any = SimpleNamespace(title="EMA", cheaper=lambda n: f"`every_n_steps={n}`", tensors={})
+    optimizer, toll, now = torch.optim.SGD([torch.zeros(1)], 0.1), Toll(), 0.0
+    monkeypatch.setattr(_toll.time, "perf_counter", lambda: now)
+    with caplog.at_level(logging.INFO):
+        for _ in range(21):
+            now += 3e-3
+            toll.note(optimizer, now - hook, [average])
+    assert any("MB per step" in each.message for each in caplog.records) is is_said
 
 
 def test_cures_are_arguments_that_the_callback_has(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
