@@ -34,8 +34,7 @@ class Taken:
     def to_host(cls, averaged: Mapping[str, Tensor], copied: Mapping[str, Tensor]) -> "Taken":
         """Copies of the weights as they are now, on their way into host memory."""
         way = ToHost()
-        first, second = ({name: way.copy(t) for name, t in each.items()} for each in (averaged, copied))
-        sent = cls(first, second, way)
+        sent = cls(way.copies(averaged), way.copies(copied), way)
         way.sent()
         return sent
 

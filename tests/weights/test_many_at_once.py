@@ -1,14 +1,16 @@
 """Operations on many tensors at once: the same numbers as tensor by tensor, in few operations and without waiting."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from device_counts import fake_cuda
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from lightning_merge import weights
+from lightning_merge import Averager, weights
 from lightning_merge.rules import ExponentialMean, Mean, PowerMeans, SelectedMean, WindowMean
 from lightning_merge.weights import _one_pass
 from lightning_merge.weights._pairs import pairs, runs
@@ -185,3 +187,34 @@ def test_an_update_with_its_check_is_a_handful_of_launches_and_no_read(dtype: to
             rule.update(state, source)
         assert len(counts.launches) == 3 + converts, counts.launches
         assert counts.reads == ["_to_copy"]
+
+
+def layers(norms: int) -> nn.Module:
+    linear = [nn.Linear(8, 8, device="cuda") for _ in range(53)]
+    return nn.Sequential(*linear, *[nn.BatchNorm1d(8, device="cuda") for _ in range(norms)])
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize(("norms", "most"), [(0, 4), (53, 5)])
+def test_a_step_of_an_average_launches_no_more_than_one_of_timm_and_the_look_for_nan(
+    norms: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**40))
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device=None: generator())  # there is no device to have one
+    monkeypatch.setattr("timm.utils.model_ema.deepcopy", lambda module: layers(norms))
+    with fake_cuda() as counts:
+        module = layers(norms)
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        average, theirs = Averager(module, optimizer, ExponentialMean(0.99)), ModelEmaV3(module, 0.99)
+        for _ in range(2):  # without gradients it steps nothing
+            counts.restart()
+            optimizer.step()
+        ours, reads = len(counts.launches), counts.reads[:]
+        counts.restart()
+        theirs.update(module)
+        timm = len(counts.launches)
+        assert average.updates == 2
+    assert ours <= most
+    assert ours <= timm + 3
+    assert reads == ["tolist", "_to_copy"]  # the answer of the look before, which is there, and this one on its way
