@@ -13,7 +13,10 @@ _PART = 2**20
 """Numbers that a thread takes at a time: to hand out few takes as long as to merge them."""
 
 _PIECE = 2**15
-"""Numbers at a time: what stays in the cache, and what torch works on in the thread that calls it."""
+"""Numbers at a time: what torch works on in the thread that calls it."""
+
+_PIECE_OF_ONE = 2**17
+"""The same where there is one thread: with fewer, calls take longer than what they do; more would leave the cache."""
 
 
 class Elementwise(Kept):
@@ -35,12 +38,14 @@ class Elementwise(Kept):
         return out
 
     def _fold_in_pieces(self, kept: Weights, vector: Weights) -> None:
+        size = _PIECE_OF_ONE if torch.get_num_threads() == 1 else _PIECE
+
         def fold(share: dict[str, slice]) -> None:
             news = part(vector, share)
             for name, tensor in part(kept, share).items():
                 own = tensor.detach().contiguous()
                 pair = own.view(-1), news[name].detach().to(tensor).reshape(-1)
-                for old, new in zip(*(torch.split(each, _PIECE) for each in pair), strict=True):
+                for old, new in zip(*(torch.split(each, size) for each in pair), strict=True):
                     self._step(old, old, new)
                 if own.data_ptr() != tensor.data_ptr():
                     tensor.copy_(own)
