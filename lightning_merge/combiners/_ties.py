@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_merge._checks import flag, number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
-from lightning_merge.combiners._election import EXTREMES, Divisor, ZeroSign, additions, elected, signs
+from lightning_merge.combiners._election import EXTREMES, Divisor, ZeroSign, additions, elected, majorities, signs
 from lightning_merge.combiners._kept import as_in
 from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, checked_weights, scale_of
@@ -203,7 +203,13 @@ class TIES(Combiner):
         like: Weights = dict(state["positive"])
         for names, positive in rows(like):
             kept = {"positive": positive, **{key: joined(state[key], names) for key in state if key in _REST}}
-            merged = elected(kept, self.zero_sign, self.divisor, majority).mul_(factor)
+            if self.zero_sign == "official" and self.scope == "tensor":
+                majority = majorities(kept)
+            merged = torch.empty_like(positive)
+            # On a CPU a piece at a time, which stays in the cache.
+            for where in slices(positive.shape[1]) if on_host(like) else [slice(None)]:
+                piece = {key: sums[:, where] for key, sums in kept.items()}
+                torch.mul(elected(piece, self.zero_sign, self.divisor, majority), factor, out=merged[:, where])
             yield from unstacked(merged, names, like).items()
 
 

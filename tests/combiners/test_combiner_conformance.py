@@ -186,13 +186,14 @@ def test_list_merged_part_by_part_equals_the_stream_bit_for_bit(combiner):
 @every_combiner
 def test_a_tensor_cut_into_parts_gives_what_it_gives_whole(combiner, monkeypatch):
     from lightning_merge import weights
-    from lightning_merge.combiners import _base, _dare, _pieces
+    from lightning_merge.combiners import _base, _dare, _elementwise, _pieces
 
     stream = vectors(4)
     expected = bits(combiner.combine(iter(stream)))
     monkeypatch.setattr(weights.parts, "__defaults__", ("element", 5))
-    for module in (_base, _dare, _pieces):
+    for module in (_base, _dare, _pieces, _elementwise):
         monkeypatch.setattr(module, "_PIECE", 5)
+    monkeypatch.setattr(_elementwise, "_PIECE_OF_ONE", 5)
     assert bits(combiner.combine(stream)) == expected
     assert bits(combiner.combine(iter(stream))) == expected
 
