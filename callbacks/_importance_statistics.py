@@ -94,7 +94,8 @@ class ImportanceStatistics(Callback):
         if stage != "fit":
             return
         refuse_sharding(trainer.strategy, "ImportanceStatistics")
-        names = [each.name for each in trainer.callbacks if isinstance(each, ImportanceStatistics)]
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        names = [each.name for each in callbacks if isinstance(each, ImportanceStatistics)]
         if names.count(self.name) > 1:
             raise ValueError(f"`name` must be another for each ImportanceStatistics of a Trainer, got {names}.")
         self.statistics, self.path = None, None

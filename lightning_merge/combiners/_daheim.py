@@ -1,5 +1,6 @@
 """Uncertainty-based gradient matching."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, final
@@ -10,6 +11,7 @@ from torch import Tensor
 from lightning_merge._checks import number, settle
 from lightning_merge.combiners._scale import Scale, checked_scale, checked_weights, scale_of
 from lightning_merge.combiners._squares import WithSquares
+from lightning_merge.combiners._with_statistics import Known
 from lightning_merge.importance import Statistics
 from lightning_merge.importance._statistics import one
 from lightning_merge.weights import State, Weights, zeros
@@ -53,8 +55,8 @@ class Daheim(WithSquares):
 
     otherwise: ClassVar[str] = "their scaled sum"
 
-    statistics: Mapping[int | str, Statistics | str]  # type: ignore[assignment]
-    base_statistics: Statistics | str | None = None
+    statistics: Known  # type: ignore[assignment]
+    base_statistics: Statistics | str | os.PathLike[str] | None = None
     scale: Scale = 1.0
     prior: float = 1.0
     damping: float = 0.0

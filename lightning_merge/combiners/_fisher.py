@@ -11,7 +11,7 @@ from lightning_merge._checks import number, one_of, settle
 from lightning_merge.combiners._overflow import refuse_overflow
 from lightning_merge.combiners._scale import checked_weights
 from lightning_merge.combiners._squares import WithSquares
-from lightning_merge.importance import Statistics
+from lightning_merge.combiners._with_statistics import Known
 from lightning_merge.weights import State, Weights, zeros
 
 
@@ -56,7 +56,7 @@ class Fisher(WithSquares):
         "Fisher mask nodes for language model merging", LREC-COLING 2024.
     """
 
-    statistics: Mapping[int | str, Statistics | str]  # type: ignore[assignment]
+    statistics: Known  # type: ignore[assignment]
     normalise: Literal["model", "tensor"] | None = "model"
     per: Literal["parameter", "node"] = "parameter"
     floor: float = 0.0

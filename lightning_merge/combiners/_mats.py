@@ -1,6 +1,5 @@
 """Matching models in their task subspaces."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from lightning_merge._checks import number, one_of, settle, whole
 from lightning_merge.combiners._grams import Normalise, WithGrams
-from lightning_merge.importance import Statistics
+from lightning_merge.combiners._with_statistics import Known
 from lightning_merge.weights import State, Weights, zeros
 
 
@@ -51,7 +50,7 @@ class MaTS(WithGrams):
         Tam et al., "Merging by matching models in task parameter subspaces", TMLR 2024, section 4.
     """
 
-    statistics: Mapping[int | str, Statistics | str]  # type: ignore[assignment]
+    statistics: Known  # type: ignore[assignment]
     start: Literal["mean", "base"] = "mean"
     iterations: int = 100
     tolerance: float = 1e-5

@@ -1,6 +1,5 @@
 """Regression mean."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from lightning_merge._checks import number, settle
 from lightning_merge.combiners._grams import Normalise, WithGrams
+from lightning_merge.combiners._with_statistics import Known
 from lightning_merge.importance import Statistics
 from lightning_merge.weights import State
 
@@ -53,7 +53,7 @@ class RegMean(WithGrams):
         Jin et al., "Dataless knowledge fusion by merging weights of language models", ICLR 2023, equation 3.
     """
 
-    statistics: Mapping[int | str, Statistics | str]  # type: ignore[assignment]
+    statistics: Known  # type: ignore[assignment]
     off_diagonal: float = 0.9
     ridge: float = 1e-6
     normalise: Normalise = None

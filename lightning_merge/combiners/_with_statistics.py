@@ -1,8 +1,9 @@
 """Combiners that weigh by statistics of each model."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -10,6 +11,9 @@ from lightning_merge._checks import settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.importance import Statistics
 from lightning_merge.importance._statistics import checked
+
+Known: TypeAlias = Mapping[Any, Statistics | str | os.PathLike[str]]
+"""Statistics, or the path of their file, by the label of the task: a number or a text."""
 
 
 class WithStatistics(Combiner):

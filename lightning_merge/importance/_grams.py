@@ -106,17 +106,17 @@ def _inputs(layer: nn.Linear | _Convolution, given: Tensor) -> Iterator[Tensor]:
         return
     images = given if given.ndim == layer.weight.ndim else given[None]
     size = math.prod(layer.weight.shape[1:]) * math.prod(images.shape[2:])
-    for piece in images.split(max(1, _PIECE // max(1, size))):
-        yield _patches(layer, piece)
+    for piece in torch.split(images, max(1, _PIECE // max(1, size))):
+        for patches in _patches(layer, piece):
+            yield patches.T  # a view: to copy them takes as long as to find them
 
 
 def _patches(layer: _Convolution, images: Tensor) -> Tensor:
-    """Of shape (patches, in * kernel)."""
+    """Of shape (images, in * kernel, patches)."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     images = nn.functional.pad(images, layer._reversed_padding_repeated_twice, mode)
     settings = [layer.kernel_size, layer.dilation, layer.stride]
     if isinstance(layer, nn.Conv1d):
         images, settings = images[:, :, None], [(1, *each) for each in settings]
     kernel, dilation, stride = settings
-    found = nn.functional.unfold(images, kernel, dilation=dilation, stride=stride)
-    return found.transpose(1, 2).reshape(-1, found.shape[1])
+    return nn.functional.unfold(images, kernel, dilation=dilation, stride=stride)

@@ -91,7 +91,7 @@ def refuse_not_finite(gradients: Iterable[Tensor | None]) -> None:
     Raises:
         ValueError: If so.
     """
-    if not all(bool(each.isfinite().all()) for each in gradients if each is not None):
+    if weights.nonfinite({str(at): each for at, each in enumerate(gradients) if each is not None}):
         raise ValueError(
             "the gradient of a sample's loss holds a NaN or an infinity: the loss may need several samples"
         )

@@ -7,9 +7,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from networks import batches
 from stream_modules import Base, rows
-from tiny import Net, batches, differing, trainer, values
+from tiny import Net, differing, trainer, values
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -33,7 +35,7 @@ class Small(Base):
         self.unused = nn.Linear(2, 2)
         self.head = nn.Linear(3, 4)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         features = self.norm(self.conv(images)).mean((2, 3))
         logits = self.head(self.frozen(self.twice(self.twice(features).relu())))
         return self.grouped(logits[:, :, None])[:, :, 0]
@@ -120,7 +122,7 @@ def test_a_weight_of_several_layers_has_one_matrix_over_what_all_are_called_on(t
                 self.b.weight = self.a.weight
             self.net = nn.Sequential(self.a, self.b)
 
-        def forward(self, inputs: Tensor) -> Tensor:
+        def forward(self, inputs: Tensor) -> Any:
             return self.head(self.b(self.a(inputs)))
 
     statistics = ImportanceStatistics("gram", samples=4)
@@ -156,15 +158,16 @@ class TwoOptimizers(Small):
         self.automatic_optimization = False
         self.squares: dict[str, Tensor] = {}
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers():
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
             optimizer.zero_grad()
         self.manual_backward(self.loss(batch))
         for name, parameter in self.named_parameters():
             if parameter.grad is not None and parameter.requires_grad:
                 old = self.squares.get(name, torch.zeros_like(parameter))
                 self.squares[name] = 0.9 * old + 0.1 * parameter.grad.detach().square()
-        for optimizer in self.optimizers():
+        for optimizer in optimizers:
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
@@ -187,7 +190,7 @@ def test_adams_moments_are_taken_with_their_bias_corrected(tmp_path: Path) -> No
 @Kinds
 def test_training_is_the_same_bit_for_bit(tmp_path: Path, kind: Any) -> None:
     class Drops(Small):
-        def forward(self, images: Tensor) -> Tensor:
+        def forward(self, images: Tensor) -> Any:
             return super().forward(functional.dropout(images, training=self.training))
 
     torch.manual_seed(3)
@@ -256,8 +259,9 @@ class Manual(Small):
         super().__init__()
         self.automatic_optimization = False
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        self.optimizers().step()
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -309,23 +313,41 @@ def test_bf16_measures_what_float32_does_nearly(tmp_path: Path) -> None:
     assert norms[1:] == pytest.approx(norms[:1] * 2, rel=0.1)
 
 
+def test_gradients_of_single_samples_do_not_vanish_in_float16(tmp_path: Path) -> None:
+    class Faint(Small):
+        def loss(self, batch: Any) -> Tensor:
+            return super().loss(batch) * 1e-7
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.conv.parameters(), lr=0.0)
+
+    found = []
+    for plugins in ([], [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]):
+        statistics = ImportanceStatistics("fisher")
+        fit(tmp_path / str(len(found)), [statistics], Faint(), plugins=plugins)
+        assert statistics.statistics is not None
+        found.append(statistics.statistics.norm)
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=0)
+
+
 class Doubled(pl.LightningDataModule):
     """Twelve samples: each step takes the same four, in one process or in two."""
 
     def __init__(self) -> None:
         super().__init__()
-        images, labels = pictures().dataset.tensors
+        data: Any = pictures().dataset
+        images, labels = data.tensors
         self.data = TensorDataset(images.double(), labels)
 
     def train_dataloader(self) -> DataLoader[Any]:
         assert self.trainer is not None
         world = self.trainer.world_size
-        sampler = DistributedSampler(self.data, world, self.trainer.global_rank, shuffle=False)
+        sampler: Any = DistributedSampler(self.data, world, self.trainer.global_rank, shuffle=False)
         return DataLoader(self.data, batch_size=4 // world, sampler=sampler)
 
 
 def shared(root: Path, kind: Any, world: int) -> Statistics:
-    module = Small()
+    module: Any = Small()
     module.norm = nn.Identity()  # statistics of a batch would differ
     del module.unused  # DDP waits for its gradient
     settings: dict[str, Any] = {"use_distributed_sampler": False, "devices": world}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
+from scipy.sparse.linalg import LinearOperator, cg  # type: ignore[import-untyped]
 from torch import Tensor
 
 from lightning_merge.combiners import Combiner, Daheim, Fisher, MaTS, RegMean, add_vector, combine_files, task_vector
@@ -104,7 +104,9 @@ FISHERS: list[tuple[dict[str, Any], Weights]] = [
 
 @FORMS
 @pytest.mark.parametrize(("settings", "expected"), FISHERS, ids=str)
-def test_fisher_has_the_values_of_the_official_functions(settings: Any, expected: Weights, form: str, tmp_path) -> None:
+def test_fisher_has_the_values_of_the_official_functions(
+    settings: Any, expected: Weights, form: str, tmp_path: Path
+) -> None:
     assert_equal(merged(Fisher(FISHER, **settings), form, tmp_path), expected)
 
 
@@ -155,7 +157,9 @@ DAHEIMS: list[tuple[dict[str, Any], Weights]] = [
 
 @FORMS
 @pytest.mark.parametrize(("settings", "expected"), DAHEIMS, ids=str)
-def test_daheim_has_the_values_of_the_official_loop(settings: Any, expected: Weights, form: str, tmp_path) -> None:
+def test_daheim_has_the_values_of_the_official_loop(
+    settings: Any, expected: Weights, form: str, tmp_path: Path
+) -> None:
     base = Statistics("fisher", double(a=[[0.4] * 3] * 2, b=[0.2, 0.2]))
     assert_equal(merged(Daheim(FISHER, base, **settings), form, tmp_path), expected)
 
@@ -178,7 +182,9 @@ REGMEANS = {
 
 @FORMS
 @pytest.mark.parametrize(("off_diagonal", "expected"), REGMEANS.items())
-def test_regmean_has_the_values_of_the_official_function(off_diagonal, expected, form: str, tmp_path) -> None:
+def test_regmean_has_the_values_of_the_official_function(
+    off_diagonal: float, expected: Any, form: str, tmp_path: Path
+) -> None:
     found = merged(RegMean(GRAM, off_diagonal, ridge=0.0), form, tmp_path)
     assert_equal(found, double(a=expected, b=[0.2, 0.05]))
 
@@ -231,10 +237,11 @@ def test_mats_takes_the_steps_of_the_official_code(start: Any, iterations: int) 
     vectors, known = convolutions()
     grams = [known[i].tensors["w"].numpy() for i in range(3)]
     rows = [vector["w"].flatten(1).numpy() for vector in vectors]
-    total, target = sum(grams), sum(w @ g for w, g in zip(rows, grams, strict=True))
+    total: Any = sum(grams)
+    target: Any = sum(w @ g for w, g in zip(rows, grams, strict=True))
     shape = rows[0].shape
     operator = LinearOperator((rows[0].size,) * 2, matvec=lambda v: (v.reshape(shape) @ total).ravel())
-    begin = sum(rows) / 3 if start == "mean" else np.zeros(shape)
+    begin: Any = sum(rows) / 3 if start == "mean" else np.zeros(shape)
     expected, _ = cg(operator, target.ravel(), x0=begin.ravel(), maxiter=iterations, rtol=1e-5)
     found = MaTS(known, start, iterations).combine(vectors)["w"]
     np.testing.assert_allclose(found.numpy().ravel(), expected, rtol=0, atol=1e-9)
@@ -355,7 +362,8 @@ def test_what_does_not_fit_is_an_error_that_says_why(make: Any, message: str) ->
 @pytest.mark.parametrize("kind", [Fisher, Daheim, RegMean, MaTS])
 def test_statistics_of_another_model_leave_the_state_as_it_was(kind: Any) -> None:
     squares = kind in (Fisher, Daheim)
-    shape, name = (2, 3), "fisher" if squares else "gram"
+    shape = (2, 3)
+    name: Any = "fisher" if squares else "gram"
     good = {"a": torch.eye(3, dtype=torch.float64) if not squares else torch.ones(shape, dtype=torch.float64)}
     combiner = kind({0: Statistics(name, good | ({"b": torch.ones(1)} if squares else {})), 1: Statistics(name, good)})
     like = double(a=[[1.0, 2.0, 3.0]] * 2, b=[1.0] if squares else [[1.0]])

@@ -1,12 +1,13 @@
 """What statistics are measured by, and the files that hold them."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_merge.importance import Statistics
@@ -19,13 +20,15 @@ def test_squared_gradients_are_a_mean_over_samples_and_what_fails_is_left_out() 
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
     unused = torch.zeros(1, requires_grad=True)
 
-    def loss(batch: torch.Tensor) -> torch.Tensor:
+    def loss(batch: Tensor) -> Tensor:
         if batch[0, 0] == 3:
             raise RuntimeError("a sample without a box")
         return (batch * weight).sum()
 
     batches = [torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[2.0, 4.0], [5.0, 5.0]])]
-    found = squared_gradients({"w": weight, "u": unused}, [lambda each=each: each for each in batches], loss, samples=2)
+    found = squared_gradients(
+        {"w": weight, "u": unused}, [partial(Tensor.clone, each) for each in batches], loss, samples=2
+    )
     assert found.means["w"].tolist() == [2.5, 8.0]
     assert found.means["u"].tolist() == [0.0]
     assert (found.samples, found.left_out, str(found.first)) == (2, 1, "a sample without a box")
@@ -37,7 +40,7 @@ def test_a_convolution_is_the_product_of_its_weight_with_the_patches(kind: Any, 
     layer = kind(3, 5, 3, bias=False, **settings).double()
     images = torch.randn(2, 3, *[9, 8][: 1 if kind is nn.Conv1d else 2], dtype=torch.float64)
     expected = layer(images)
-    found = (_patches(layer, images) @ layer.weight.flatten(1).T).view(2, -1, 5).transpose(1, 2)
+    found = layer.weight.flatten(1) @ _patches(layer, images)
     torch.testing.assert_close(found.reshape(expected.shape), expected)
 
 
@@ -58,7 +61,7 @@ def test_drawn_labels_keep_what_is_ignored_and_have_the_shares_of_the_softmax() 
 
 
 def test_a_file_holds_what_was_written_and_is_read_a_tensor_at_a_time(tmp_path: Path) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    module: Any = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
     module[1].weight = module[0].weight
     tensors = {"0.weight": torch.rand(3, 3), "0.bias": torch.rand(3)}
     written = Statistics.of(module, "fisher", tensors, samples=5, labels="true", left_out={"x": "why"})
