@@ -108,6 +108,13 @@ def floors(
     return {"passes": passes, "draws": draws}
 
 
+def renew_gradients(parameters: dict[str, Tensor], noise: Tensor, generator: torch.Generator) -> None:
+    """Others at each step: under equal ones Adam moves all numbers alike, and many magnitudes are the same."""
+    for parameter in parameters.values():
+        start = int(torch.randint(len(noise) - parameter.numel(), (), generator=generator))
+        parameter.grad = noise[start : start + parameter.numel()].view(parameter.shape).clone()
+
+
 def live_bytes() -> int:
     """Bytes of the memory of all tensors that are alive."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in gc.get_objects() if _is_plain(t)}
@@ -125,8 +132,8 @@ def steps(
     parameters = {
         name: torch.nn.Parameter(torch.randn(shape, generator=generator) / 50) for name, shape in shapes(*size).items()
     }
-    for parameter in parameters.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator) * 1e-3
+    noise = torch.randn(max(p.numel() for p in parameters.values()) + 2**20, generator=generator) * 1e-3
+    renew_gradients(parameters, noise, generator)
     model_bytes = sum(p.nbytes for p in parameters.values())
     fused = torch.optim.AdamW(list(parameters.items()), lr=1e-6, weight_decay=0.0, fused=True)
     foreach = torch.optim.AdamW(list(parameters.items()), lr=1e-6, weight_decay=0.0, foreach=True)
@@ -164,6 +171,7 @@ def steps(
     clock = clock_of(torch.get_num_threads())
     for i in range(rounds + 1):
         for name, step in taking_turns.items():
+            renew_gradients(parameters, noise, generator)
             slow = name.startswith("OnTIES, published")
             if not slow or i == rounds:  # half a minute a step
                 lowest[name] = min(seconds(step, clock), lowest.get(name, float("inf")))
