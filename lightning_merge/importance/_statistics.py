@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_merge._checks import instance, one_of, path, settle, whole
 from lightning_merge._mergeable import named
 from lightning_merge.importance import _file
-from lightning_merge.weights import Inventory, Weights, is_averaged
+from lightning_merge.weights import Inventory, Weights, canonical, is_averaged
 
 Kind: TypeAlias = Literal["fisher", "gram", "adam"]
 Labels: TypeAlias = Literal["true", "model"]
@@ -39,7 +39,7 @@ class Statistics:
         left_out: Why a parameter has none, by its name.
         weights: A few numbers of each parameter, which tell weights apart; empty if it may be those of any model.
         aliases: Further names of tied tensors, with the name that the statistics have.
-        names: All floating-point tensors of the model; empty if nobody knows.
+        names: All tensors of the model and of its files; empty if nobody knows.
 
     Raises:
         TypeError: If ``tensors`` are not named tensors.
@@ -136,7 +136,9 @@ class Statistics:
         held = {name: tensor for name, tensor in found.tensors.items() if is_averaged(tensor)}
         few = {name: few_of(tensor) for name, tensor in found.parameters.items() if name in held}
         aliases = {alias: name for alias, name in found.aliases.items() if name in held}
-        return cls(kind, tensors, weights=few, aliases=aliases, names=frozenset([*held, *aliases]), **facts)
+        # What else a file holds, as metrics and hooks of the module add.
+        saved = [canonical(key) for key, value in module.state_dict().items() if isinstance(value, Tensor)]
+        return cls(kind, tensors, weights=few, aliases=aliases, names=frozenset([*held, *aliases, *saved]), **facts)
 
     @classmethod
     def open(cls, file: str | os.PathLike[str]) -> "Statistics":

@@ -82,6 +82,15 @@ def test_a_file_holds_what_was_written_and_is_read_a_tensor_at_a_time(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
+def test_what_a_module_adds_to_its_files_is_no_other_model() -> None:
+    module = nn.Linear(2, 2)
+    module.register_state_dict_post_hook(lambda *given: given[1].update({"measured": torch.ones(1)}))
+    found = Statistics.of(module, "fisher", {"weight": torch.ones(2, 2)})
+    assert found.find("measured") is None
+    with pytest.raises(ValueError, match="are of another model: it has no `head`"):
+        found.find("head")
+
+
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match=r"weights.safetensors holds no statistics: `ImportanceStatistics` writes"):
