@@ -103,12 +103,18 @@ def interval(values: list[float]) -> dict[str, float | None]:
 
 
 def revision() -> str:
-    """The commit that is checked out, with ``-dirty`` if tracked files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+    """The commit that is checked out, with ``-dirty`` if tracked files differ from it, other than results."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    changed = [*git, "diff", "HEAD", "--name-only", "--", ".", ":!benchmarks/results"]
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        commit, dirty = (_printed(command) for command in ([*git, "rev-parse", "--short", "HEAD"], changed))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}-dirty" if dirty else commit
+
+
+def _printed(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 class OutOfTime(BaseException):
