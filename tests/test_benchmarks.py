@@ -3,6 +3,8 @@
 import ast
 import importlib.util
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,19 @@ def test_contestants_take_turns_and_rounds_that_warm_up_are_left_out(shared: Any
     assert calls == ["a", "b"] * 3
     assert found.keys() == {"a", "b"}
     assert shared.spread([3.0, 1.0, 2.0]) == [2.0, 1.0, 3.0]
+
+
+def test_results_name_the_commit_and_whether_code_differs_from_it(shared: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "benchmarks"
+    (folder / "results").mkdir(parents=True)
+    for path in (folder / "_shared.py", folder / "results" / "found.json"):
+        path.write_text("{}")
+    shared.revision.__globals__["__file__"] = str(folder / "_shared.py")
+    assert shared.revision() == "unknown"
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command], cwd=tmp_path, check=True)
+    assert re.fullmatch(r"[0-9a-f]{4,}", commit := shared.revision())
+    (folder / "results" / "found.json").write_text("[]")
+    assert shared.revision() == commit
+    (folder / "_shared.py").write_text("[]")
+    assert shared.revision() == f"{commit}-dirty"

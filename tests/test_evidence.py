@@ -129,6 +129,18 @@ def test_results_of_another_setting_are_left_alone(bench: Any, make: Any, change
     assert results(output) == before
 
 
+def test_a_search_without_runs_is_done_again_for_another_setting(bench: Any, make: Any, tmp_path: Path) -> None:
+    output = tmp_path / "noise.json"
+    bench.main({"noise": lambda size: make()}, ["--seeds", "0", "--output", str(output)])
+    assert not output.exists()
+    first = make(wait=30)
+    bench.main({"noise": lambda size: first}, ["--seconds", "0.3", "--output", str(output)])
+    assert results(output)["runs"] == []
+    second = make(gain=4.0)
+    assert bench.main({"noise": lambda size: second}, ["--seeds", "1", "--output", str(output)]) == 0
+    assert second.asked == ["prepare", "choose", 0]
+
+
 def test_time_ends_a_protocol_between_two_seeds(bench: Any, make: Any, tmp_path: Path) -> None:
     output, noise = tmp_path / "noise.json", make(wait=0.4)
     bench.main({"noise": lambda size: noise}, ["--seeds", "9", "--seconds", "1", "--output", str(output)])

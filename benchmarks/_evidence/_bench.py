@@ -61,7 +61,7 @@ def fill(name: str, protocol: Protocol, place: Place, output: Path, seeds: int, 
 
 
 def opened(name: str, protocol: Protocol, place: Place, output: Path) -> dict[str, Any]:
-    """The results so far; those of another setting are refused."""
+    """The results so far; runs of another setting are refused, a search without runs is begun anew."""
     setting = json.loads(json.dumps(protocol.setting()))  # as it comes back from the file
     top: dict[str, Any] = {
         **header("lightning", "timm"),
@@ -77,12 +77,13 @@ def opened(name: str, protocol: Protocol, place: Place, output: Path) -> dict[st
     if not output.exists():
         return top
     found: dict[str, Any] = json.loads(output.read_text())
-    for key in SAME:
-        if found.get(key) != top[key]:
-            raise FileExistsError(
-                f"{output} has another {key}, {found.get(key)} and not {top[key]}: name another file with --output."
-            )
-    return found
+    other = [key for key in SAME if found.get(key) != top[key]]
+    if other and found["runs"]:
+        key = other[0]
+        raise FileExistsError(
+            f"{output} has another {key}, {found.get(key)} and not {top[key]}: name another file with --output."
+        )
+    return top if other else found
 
 
 def one_run(protocol: Protocol, seed: int, chosen: Mapping[str, Any]) -> dict[str, Any]:
