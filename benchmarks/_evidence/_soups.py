@@ -43,9 +43,9 @@ class Soups(Protocol):
     validated_on: float = 0.3
     size: int = 96
     frozen: int = 9
-    runs: int = 8
-    probe_steps: int = 200
-    steps: tuple[int, ...] = (200, 400)
+    runs: int = 6
+    probe_steps: int = 100
+    steps: tuple[int, ...] = (100, 200)
     batch: int = 24
     rates: tuple[float, float] = (5e-5, 1e-3)
 
