@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _shared import progress
 from torch import Tensor
 
 from _evidence._fit import Part, accuracy, every_set, fit, loader
@@ -59,6 +60,7 @@ class Domains(Protocol):
         scores: dict[str, dict[float, float]] = {one: dict.fromkeys(self.rates, 0.0) for one in CONTESTANTS}
         for target in self.domains:
             for rate in self.rates:
+                progress(f"{target} left out, rate {rate:g}")
                 module, sets = self._train(target, rate, 1000)
                 for one, weights in sets.items():
                     found = accuracy(module, weights, self._of_others(target, "val"), self._device)

@@ -7,6 +7,7 @@ from typing import Any
 import continual
 import lightning.pytorch as pl
 import torch
+from _shared import progress
 from torch.utils.data import DataLoader
 
 from _evidence._fit import Part, loader
@@ -71,6 +72,7 @@ class Tasks(Protocol):
             best = -1.0
             for rate in self.rates:
                 for method in grid(name):
+                    progress(f"{method}, rate {rate:g}")
                     record = self._record(method, rate, 1000, self._val, stores[rate])
                     score = record["metrics"]["accuracy_in_task"]["final_average"]
                     if score > best:
