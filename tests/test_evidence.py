@@ -49,6 +49,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 def make(bench: Any) -> Callable[..., Any]:
     """A protocol of random numbers, which knows what was asked of it."""
     from _evidence._protocol import Place, Protocol
+    from _shared import alarm
 
     @dataclass
     class Noise(Protocol):
@@ -56,7 +57,7 @@ def make(bench: Any) -> Callable[..., Any]:
         beside = "plain"
 
         gain: float = 3.0
-        wait: float = 0.0
+        endless: bool = False
 
         def __post_init__(self) -> None:
             self.asked: list[Any] = []
@@ -71,7 +72,9 @@ def make(bench: Any) -> Callable[..., Any]:
         def run(self, seed: int, chosen: Mapping[str, Any]) -> Any:
             assert chosen == {"rate": 0.5}
             self.asked.append(seed)
-            time.sleep(self.wait)
+            if self.endless:
+                with alarm(0.1):
+                    time.sleep(30)
             level = random.Random(seed).gauss(50, 1)
             return {"10 steps": {"plain": level, "better": level + self.gain + 0.1 * seed}}
 
@@ -96,7 +99,7 @@ def test_seeds_that_are_there_are_not_run_again(bench: Any, make: Any, tmp_path:
     assert [run["seed"] for run in found["runs"]] == [0, 1, 2]
     assert {"torch", "lightning", "timm", "python"} == set(found["versions"])
     assert found["device"] == "cpu, 1 thread"
-    assert found["setting"] == {"gain": 3.0, "wait": 0.0}
+    assert found["setting"] == {"gain": 3.0, "endless": False}
     assert all(run["revision"] and run["seconds"] >= 0 for run in found["runs"])
 
 
@@ -133,8 +136,7 @@ def test_a_search_without_runs_is_done_again_for_another_setting(bench: Any, mak
     output = tmp_path / "noise.json"
     bench.main({"noise": lambda size: make()}, ["--seeds", "0", "--output", str(output)])
     assert not output.exists()
-    first = make(wait=30)
-    bench.main({"noise": lambda size: first}, ["--seconds", "0.3", "--output", str(output)])
+    bench.main({"noise": lambda size: make(endless=True)}, ["--output", str(output)])
     assert results(output)["runs"] == []
     second = make(gain=4.0)
     assert bench.main({"noise": lambda size: second}, ["--seeds", "1", "--output", str(output)]) == 0
@@ -142,19 +144,31 @@ def test_a_search_without_runs_is_done_again_for_another_setting(bench: Any, mak
 
 
 def test_time_ends_a_protocol_between_two_seeds(bench: Any, make: Any, tmp_path: Path) -> None:
-    output, noise = tmp_path / "noise.json", make(wait=0.4)
-    bench.main({"noise": lambda size: noise}, ["--seeds", "9", "--seconds", "1", "--output", str(output)])
+    from _evidence._protocol import Place
+
+    noise = make()
+    left = lambda: -1.0 if 1 in noise.asked else 9.0  # noqa: E731
+    assert not bench.fill("noise", noise, Place(), tmp_path / "noise.json", 9, left)
     assert noise.asked == ["prepare", "choose", 0, 1], "a third seed would have ended too late"
 
 
 def test_a_seed_that_is_cut_off_is_not_counted(bench: Any, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
-    first, second = make(wait=30), make()
+    first, second = make(endless=True), make()
     start = time.perf_counter()
-    assert bench.main({"long": lambda size: first, "next": lambda size: second}, ["--seconds", "0.3"]) == 0
-    assert time.perf_counter() - start < 5
-    assert first.asked == ["prepare", "choose", 0]
+    assert bench.main({"long": lambda size: first, "next": lambda size: second}, ["--seeds", "1"]) == 0
+    assert time.perf_counter() - start < 20
+    assert (first.asked, second.asked) == (["prepare", "choose", 0], ["prepare", "choose", 0])
     assert results(tmp_path / "evidence-long.json")["runs"] == []
+
+
+def test_no_protocol_is_begun_when_the_time_is_over(bench: Any, make: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(bench, "RESULTS", tmp_path)
+    noise = make(endless=True)
+    start = time.perf_counter()
+    assert bench.main({"noise": lambda size: noise, "next": lambda size: noise}, ["--seconds", "0"]) == 0
+    assert time.perf_counter() - start < 20
+    assert 1 not in noise.asked
 
 
 def test_a_protocol_whose_data_are_missing_is_left_out_and_the_others_run(
