@@ -32,6 +32,7 @@ from lightning_merge.callbacks._post_hoc_ema import PostHocEMA
 from lightning_merge.callbacks._publication._callback import Published
 from lightning_merge.callbacks._random_state import RandomState
 from lightning_merge.callbacks._replay import Replayed, replay
+from lightning_merge.callbacks._report import Report
 from lightning_merge.callbacks._sma import SMA
 from lightning_merge.callbacks._swa import SWA
 from lightning_merge.callbacks._swad import SWAD
@@ -76,6 +77,7 @@ __all__ = [
     "Published",
     "RandomState",
     "Replayed",
+    "Report",
     "Standing",
     "WeightMerging",
     "replay",

@@ -31,6 +31,7 @@ COMMANDS = (
     "statistics",
     "unlearn",
     "replay",
+    "report",
     "completion",
 )
 """All others. The module of a command has its name, ``DESCRIPTION``, ``add_arguments`` and ``run``."""
@@ -68,6 +69,7 @@ commands:
   statistics FILE --config FILE [--kind gram]
                                how much each weight of a checkpoint matters, for `soup --statistics`
   replay RUN|RECIPE            does it resume bit for bit? If not, which tensor or random state differs first
+  report RUN... [--out FILE]   the reports of runs (`callbacks.Report()`) over each other, on one page
   completion bash|zsh|tcsh     what completes commands, recipes and options in a shell
 """
 

@@ -125,6 +125,7 @@ def test_engine_loads_no_lightning(loaded):
 BESIDE = {
     "_averaging": "averaging",
     "_commands": "commands",
+    "_report": "report",
     "compat": "callbacks",  # it is Lightning's callbacks by name
 }
 """Where packages are tested that have no folder of their own name."""

@@ -43,8 +43,8 @@ def logged_step(trainer: Any) -> int:
 
 
 def logged_of_loop(trainer: Any) -> dict[str, Any]:
-    """What the loop that is going on has logged by ``self.log``, as ``callback_metrics`` get it."""
-    found: dict[str, Any] = trainer._logger_connector.metrics["callback"]
+    """What the loop that is going on has logged by ``self.log``, as loggers get it."""
+    found: dict[str, Any] = trainer._logger_connector.metrics["log"]
     return found
 
 

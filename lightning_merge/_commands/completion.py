@@ -10,7 +10,7 @@ DESCRIPTION = (
     'Print what completes commands, recipes and options in a shell; for bash: eval "$(lightning-merge completion bash)"'
 )
 
-_FILES = ("file", "files", "out", "config", "base", "statistics", "base_statistics", "run", "ckpt_path")
+_FILES = ("file", "files", "out", "config", "base", "statistics", "base_statistics", "run", "runs", "ckpt_path")
 """Arguments that take a path."""
 
 

@@ -1,0 +1,1 @@
+"""The machinery of a report on a fit."""
