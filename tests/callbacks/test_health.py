@@ -203,6 +203,7 @@ def test_they_come_when_the_module_logs(settings: dict[str, Any], expected: list
     rows = logged(tmp_path, [EMA(0.5)], **settings)
     assert list(rows.of("ema")) == expected
     assert [step for step, row in rows.rows.items() if "train/loss" in row] == expected
+    assert rows.twice == []
 
 
 def test_without_a_logger_nothing_takes_the_place_of_lightnings_own(tmp_path: Path) -> None:
@@ -211,9 +212,10 @@ def test_without_a_logger_nothing_takes_the_place_of_lightnings_own(tmp_path: Pa
             seen.append("update_train_step_metrics" in vars(trainer._logger_connector))
 
     seen: list[bool] = []
-    for logger, log_health in ((False, True), (Rows(), False), (Rows(), True)):
-        trainer(tmp_path, [EMA(0.5, log_health=log_health), Looks()], max_steps=1, logger=logger).fit(Net(), batches())
-    assert seen == [False, False, True]
+    for logger, log_health, quick in ((False, True, 0), (Rows(), False, 0), (Rows(), True, 1), (Rows(), True, 0)):
+        callbacks = [EMA(0.5, log_health=log_health), Looks()]
+        trainer(tmp_path, callbacks, max_steps=1, logger=logger, fast_dev_run=quick).fit(Net(), batches())
+    assert seen == [False, False, False, True]
 
 
 def test_an_average_that_has_not_begun_logs_nothing(tmp_path: Path) -> None:
