@@ -35,9 +35,14 @@ def from_base(trajectory: "Trajectory", options: argparse.Namespace) -> "tuple[W
             names.append(name)
         else:
             merged[name] = carried(name, (checkpoint.tensor(name) for checkpoint in trajectory), trajectory.differing)
-    for together in [names] if combiner.locality == "model" else [[name] for name in names]:
+    measured = [name for name in names if name.endswith(("running_mean", "running_var"))]
+    added = [name for name in names if name not in measured]
+    parts = [(combiner, added)] if combiner.locality == "model" else [(combiner, [name]) for name in added]
+    # Statistics of BatchNorm are a mean whatever the rule: a sum of differences may make a variance negative.
+    for how, together in [*parts, (combiners.Average(), measured)]:
         base = {name: merged[name] for name in together}
-        merged |= combiners.add_vector(base, combiner.combine(_vectors(trajectory, options, combiner, base)))
+        if base:
+            merged |= combiners.add_vector(base, how.combine(_vectors(trajectory, options, combiner, base)))
     return {**{name: merged[first[name]] for name in start.places}, **trajectory[-1].extra}, _remarks(combiner, names)
 
 
@@ -100,5 +105,5 @@ def _remarks(combiner: "Combiner", names: list[str]) -> list[str]:
     lines = [f"weighed by {each.summary}" for each in combiner.statistics.values()]
     if without := combiner.without(names):
         some = ", ".join(without[:8]) + (", ..." if len(without) > 8 else "")
-        lines.append(f"without statistics, so {combiner.otherwise}: {some} ({len(without)} in all)")
+        lines.append(f"without statistics, so the plain mean: {some} ({len(without)} in all)")
     return lines

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Daheim(WithSquares):
     curvatures of their losses, by which the gradients match that are left at the merged model. With ``h`` large it is
     the scaled sum, with ``h = 0`` and ``s = 1`` it is ``Fisher`` without normalisation. One task at scale 1 is that
     task. Where all statistics are zero, and ``h`` too, nothing moves: the base is kept. Tensors that no task has
-    statistics of are the scaled sum (``without`` lists them).
+    statistics of are the plain mean (``without`` lists them).
 
     A stream is exact with three copies of the weights, whatever the number of tasks.
 
@@ -52,8 +52,6 @@ class Daheim(WithSquares):
     References:
         Daheim et al., "Model merging by uncertainty-based gradient matching", ICLR 2024, equation 12.
     """
-
-    otherwise: ClassVar[str] = "their scaled sum"
 
     statistics: Known  # type: ignore[assignment]
     base_statistics: Statistics | str | os.PathLike[str] | None = None
@@ -96,7 +94,7 @@ class Daheim(WithSquares):
         factor, merged = scale_of(self.scale, state["updates"]), {}
         for name, total in state["sum"].items():
             if not self._have(name):
-                merged[name] = total * factor
+                merged[name] = total / state["updates"]
                 continue
             rest = self._rest(name, total)
             below = state["total"][name] * factor + rest

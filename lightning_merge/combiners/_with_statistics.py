@@ -21,8 +21,6 @@ class WithStatistics(Combiner):
 
     statistics: Mapping[int | str, Statistics]
     kinds: ClassVar[tuple[str, ...]]
-    otherwise: ClassVar[str] = "the plain mean"
-    """What becomes of tensors that no task has statistics of."""
 
     def __post_init__(self) -> None:
         settle(self, statistics=checked("statistics", self.statistics, self.kinds, type(self).__name__))

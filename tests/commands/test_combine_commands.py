@@ -150,6 +150,19 @@ def test_rules_from_a_base_merge_ties_once_and_name_what_is_damaged(run: Run, tm
         assert f"`v` of {damaged}-damaged.pt holds a NaN or an infinity" in err
 
 
+@pytest.mark.parametrize("rule", ["model-stock", "iso-c", "tsv-m", "tall", "metagpt"])
+def test_statistics_of_batch_norm_are_their_mean_whatever_the_rule(run: Run, tmp_path: Path, rule: str) -> None:
+    for name, variance in (("base", 2.0), ("a", 0.5), ("b", 0.25)):
+        norm = {"n.running_var": torch.tensor([variance]), "n.running_mean": torch.tensor([variance * 3])}
+        torch.save({"w": torch.randn(3, 2), **norm, "n.num_batches_tracked": torch.tensor(7)}, tmp_path / f"{name}.pt")
+    scale = ["--scale", 1] if rule == "tall" else []
+    code, _, err = run("soup", "a.pt", "b.pt", "--base", "base.pt", "--rule", rule, "--out", "out.pt", *scale)
+    assert code == 0, err
+    merged = load(Path("out.pt"))["state_dict"]
+    assert (float(merged["n.running_var"]), float(merged["n.running_mean"])) == (0.375, 1.125)
+    assert list(merged) == ["w", "n.running_var", "n.running_mean", "n.num_batches_tracked"]
+
+
 WEIGHED: dict[str, Callable[[Any], Combiner]] = {
     "fisher": Fisher,
     "fisher-nodes": lambda known: Fisher(known, per="node"),
