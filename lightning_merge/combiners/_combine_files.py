@@ -104,12 +104,12 @@ def _vector(file: str | Path, base: str | Path, names: list[str], combiner: Comb
     for group in _groups({name: layout[name] for name in names}):
         try:
             own, start = _read(file, group), _read(base, group)
-            if isinstance(combiner, WithStatistics):
-                combiner.refuse_other_base(start, str(base))
-                combiner.refuse_other_weights(task, own, str(file))
             for name in [name for name in group if not own[name].is_floating_point() and not own[name].is_complex()]:
                 carried(name, (start[name], own[name]))
             vector |= task_vector(own, start)
+            if isinstance(combiner, WithStatistics):
+                combiner.refuse_other_base(start, str(base))
+                combiner.refuse_other_weights(task, own, str(file))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
     return vector

@@ -243,6 +243,16 @@ def test_statistics_that_do_not_belong_are_refused(run: Run, arguments: list[str
     assert not Path("out.pt").exists()
 
 
+@pytest.mark.usefixtures("linear")
+def test_a_nan_is_named_before_statistics_are_compared(run: Run) -> None:
+    state = load(Path("b.pt"))["state_dict"]
+    state["weight"][0, 0] = torch.nan
+    torch.save({"state_dict": state}, "b.pt")
+    code, _, err = run(*MERGED, "fisher", "--statistics", "a.fisher", "b.fisher")
+    assert code == 2
+    assert "`weight` of b.pt holds a NaN or an infinity" in err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["greedy", "lcsc", "bayes"])
 def test_searched_average_scores_best_and_continues_from_its_log(run: Run, folder: Path, rule: str) -> None:
