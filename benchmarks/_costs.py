@@ -40,7 +40,7 @@ def mean(sizes: Iterable[int], bits: int, processes: int) -> float:
     return all_to_all(sent, processes) + all_gather(sent / processes, processes)
 
 
-class Sent(TorchDispatchMode):
+class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what this process sends while it is on.
 
     Attributes:
@@ -48,7 +48,7 @@ class Sent(TorchDispatchMode):
     """
 
     def __init__(self, processes: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: list[float] = []
         self._processes = processes
 

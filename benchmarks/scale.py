@@ -9,7 +9,7 @@ linear layers with AdamW. A figure is of all processes together where a formula 
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -87,7 +87,7 @@ def sharded(world: int, folder: Path) -> list[dict[str, Any]]:
 
 def whole(world: int, folder: Path) -> list[dict[str, Any]]:
     """A branch in each process; with one process, branches in turn."""
-    from rules.live_memory import LiveMemory
+    from rules.live_memory import LiveMemory  # type: ignore[import-not-found]
 
     from lightning_merge.branches import Average, InTurn, OnePerRank, OuterStep, StreamingOuterStep
 
@@ -111,7 +111,7 @@ def whole(world: int, folder: Path) -> list[dict[str, Any]]:
     branches = OnePerRank(module, [optimizer], world)
     step()
     rows = []
-    bits_of = {f"streaming diloco, {bits} bits": bits for bits in (32, 8, 4)}
+    bits_of: dict[str, Literal[32, 8, 4]] = {f"streaming diloco, {bits} bits": bits for bits in (32, 8, 4)}
     merges = {
         "a mean of processes": (Average(), per_process(n, world), met),
         "diloco": (OuterStep(), diloco(n, world), met),
@@ -177,7 +177,7 @@ def main() -> int:
     options.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS), help="numbers of processes")
     arguments = options.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from processes import returned, start
+    from processes import returned, start  # type: ignore[import-not-found]
 
     rows: list[dict[str, Any]] = []
     for world in arguments.worlds:

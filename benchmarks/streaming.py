@@ -166,7 +166,7 @@ def by_formula(setting: Setting, vocabulary: int, name: str, processes: int = 2)
 def sent_by_all(setting: Setting, vocabulary: int) -> list[dict[str, Any]]:
     """A row for each contestant: the formula, and what two processes counted."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from processes import returned, start
+    from processes import returned, start  # type: ignore[import-not-found]
 
     with tempfile.TemporaryDirectory() as folder:
         started = start(2, counted, Path(folder), setting, vocabulary)

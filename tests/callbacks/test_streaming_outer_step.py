@@ -162,6 +162,8 @@ def test_a_number_is_off_by_half_a_scale_at_most_and_blocks_keep_to_their_tensor
         assert again[name].shape == tensor.shape
     assert quantised(rows, bits).nbytes == len(rows) * (256 * bits // 8 + 4)
     assert (again["zero"] == 0).all()
+    scale = quantised(torch.zeros(1, 256), bits)[:, -4:].contiguous().view(torch.float32)
+    assert scale > 0  # so that no zero is divided by it
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
