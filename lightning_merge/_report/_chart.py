@@ -11,7 +11,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 8, 36
 COLOURS = 6
 """How many colours there are: the classes ``c0`` to ``c5`` of the page's style; ``raw`` is grey."""
 
-_DASHES = ("", "7 3", "2 3", "9 3 2 3")
+_PATTERNS = ("", "7 3", "9 3 2 3", "14 3", "6 2 1 2 1 2", "2 3")
+DASHES = len(_PATTERNS)
+"""How many ways there are to dash a line."""
 
 
 @final
@@ -23,7 +25,7 @@ class Line:
         label: For the legend.
         points: In the order of ``x``; what is not finite makes a gap.
         colour: Which colour, or ``None`` for grey.
-        dash: How it is dashed; 0 is a full line.
+        dash: How it is dashed, from 0, a full line, to ``DASHES - 1``.
     """
 
     label: str
@@ -35,7 +37,7 @@ class Line:
     def style(self) -> str:
         """Attributes of a line."""
         name = "raw" if self.colour is None else f"c{self.colour % COLOURS}"
-        dash = _DASHES[self.dash % len(_DASHES)]
+        dash = _PATTERNS[self.dash]
         return f'class="{name}"' + (f' stroke-dasharray="{dash}"' if dash else "")
 
 

@@ -5,7 +5,7 @@ from html import escape
 from typing import Literal
 
 from lightning_merge._choice import mode_by_name
-from lightning_merge._report._chart import Line, chart, written
+from lightning_merge._report._chart import COLOURS, DASHES, Line, chart, written
 from lightning_merge._report._record import Curve, Record
 
 _RAW = "raw"
@@ -115,5 +115,5 @@ def _style(records: Sequence[Record], number: int, of: str) -> tuple[int | None,
     sets = list(dict.fromkeys(name for record in records for name in record.about))
     place = sets.index(of) if of in sets else len(sets)
     if len(records) == 1:
-        return (None, 0) if of == _RAW else (place, place // 6)
-    return number, 2 if of == _RAW else (place if place < 2 else 3)
+        return (None, 0) if of == _RAW else (place, place // COLOURS % DASHES)
+    return number, DASHES - 1 if of == _RAW else place % (DASHES - 1)

@@ -34,7 +34,7 @@ def squared_distance(
     for name, tensor in left.items():
         one, other = _flat(tensor), _flat(right[name].detach())
         key = one.dtype, one.device, 1.0 / _holders(placed[name]) if placed else 1.0
-        most = _ON_HOST if one.is_cpu else _ON_DEVICE
+        most = _ON_HOST if _is_host(one) else _ON_DEVICE
         for piece in slices(one.numel(), most):
             group = waiting.setdefault(key, _Group([], []))
             group.left.append(one[piece])
@@ -53,11 +53,15 @@ class _Group(NamedTuple):
 
     def squares(self) -> Tensor:
         """In the widest precision: what a piece cannot resolve in its own, a sum of thousands should not lose too."""
-        if self.left[0].is_cpu:
+        if _is_host(self.left[0]):
             difference = _joined(self.left) - _joined(self.right)  # small enough to stay in the cache
             return torch.dot(difference, difference).double()
         norms = torch._foreach_norm(torch._foreach_sub(self.left, self.right))
         return torch.stack(norms).to(torch.float32 if norms[0].device.type == "mps" else torch.float64).square().sum()
+
+
+def _is_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from device_counts import fake_cuda
 from golden.runs import METHODS, averages, loaders, module
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -20,7 +21,7 @@ from torch import Tensor
 from lightning_merge import callbacks as merging
 from lightning_merge.callbacks import EMA, LAWA, SWA, EvaluationWeights
 from lightning_merge.diagnostics import distance
-from lightning_merge.weights import squared_distance
+from lightning_merge.weights import _distances, squared_distance
 
 ALL = {"updates", "distance", "start_share", "decay"}
 
@@ -163,6 +164,7 @@ def test_the_weights_that_an_optimizer_gives_for_evaluation_are_not_asked_for(tm
     assert rows.of("evaluation") == {1: {"evaluation/updates": 2}, 3: {"evaluation/updates": 4}}
 
 
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "shapes"),
     [
@@ -173,10 +175,23 @@ def test_the_weights_that_an_optimizer_gives_for_evaluation_are_not_asked_for(tm
         (torch.float32, []),
     ],
 )
-def test_a_squared_distance_is_what_it_says(dtype: torch.dtype, shapes: list[tuple[int, ...]]) -> None:
+def test_a_squared_distance_is_what_it_says(
+    dtype: torch.dtype, shapes: list[tuple[int, ...]], on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_distances, "_is_host", lambda tensor: on_host)
+    monkeypatch.setattr(_distances, "_ON_DEVICE", 1 << 18)
     left, right = ({f"{i}": torch.randn(shape, dtype=dtype) for i, shape in enumerate(shapes)} for _ in range(2))
     expected = sum(float((left[name] - right[name]).abs().double().square().sum()) for name in left)
     assert float(squared_distance(left, right)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_squared_distance_on_a_device_takes_few_launches_and_waits_for_nothing() -> None:
+    with fake_cuda() as counts:
+        left, right = ({f"{i}": torch.empty(64, 64, device="cuda") for i in range(160)} for _ in range(2))
+        counts.restart()
+        squared_distance(left, right)
+        assert counts.reads == []
+        assert len(counts.launches) <= 10
 
 
 def test_a_squared_distance_from_weights_in_half_precision_is_taken_in_float32() -> None:
