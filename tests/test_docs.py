@@ -206,6 +206,19 @@ def test_the_table_of_results_is_made_from_claims_and_files() -> None:
     assert maker.sign([(1.0, 0.5), (1.0, 2.0)]) == "conditional: 1 of 2"
 
 
+def test_evidence_of_less_than_three_seeds_is_no_figure_in_the_table(
+    measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    for name, seeds in (("evidence-two", 2), ("evidence-three", 3)):
+        runs = [{"seed": seed, "scores": {"view": {"plain": 1.0, "better": 2.0 + seed}}} for seed in range(seeds)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"beside": "plain", "runs": runs[::-1]}))
+    found = measured.of_evidence()
+    assert list(found) == ["evidence-three: view"]
+    assert found["evidence-three: view"].scores["better"] == [2.0, 3.0, 4.0]
+    assert found["evidence-three: view"].difference("better")[0] == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("card", CARDS, ids=name)
 def test_a_card_shows_its_import_and_what_was_measured(maker: Any, measured: Any, card: Path) -> None:
     facts, text = maker.parts(card)
