@@ -46,7 +46,7 @@ class ToHost:
 
     def _together(self, tensors: list[Tensor]) -> list[Tensor]:
         copied = self._sent(torch.cat([tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]))
-        pieces = copied.split([tensor.numel() for tensor in tensors])
+        pieces = copied.split_with_sizes([tensor.numel() for tensor in tensors])
         return [
             piece.as_strided(tensor.shape, tensor.stride(), piece.storage_offset())
             for piece, tensor in zip(pieces, tensors, strict=True)

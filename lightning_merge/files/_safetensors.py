@@ -102,7 +102,7 @@ def read_entry(path: str | os.PathLike[str], entry: Entry) -> Tensor:
     tensor = torch.empty(math.prod(entry.shape), dtype=entry.dtype)
     with opened(path) as file:
         file.seek(entry.start)
-        if file.readinto(memory_of(tensor)) != entry.bytes:
+        if file.readinto(memory_of(tensor)) != entry.bytes:  # type: ignore[attr-defined]  # as all binary files have
             raise ValueError(f"{os.fspath(path)} was cut short after it was opened.")
     return tensor.view(entry.shape)
 
