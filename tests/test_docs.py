@@ -259,6 +259,15 @@ def test_what_plus_minus_means_is_said_once() -> None:
     assert saying == ["docs/glossary.md", "docs/methods/README.md"]
 
 
+def test_every_callback_that_publishes_has_a_card(maker: Any) -> None:
+    from lightning_merge import callbacks
+
+    shown = {name for card in CARDS for name in maker.parts(card)[0]["import"].partition(" import ")[2].split(", ")}
+    classes = {name: value for name in callbacks.__all__ if isinstance(value := getattr(callbacks, name), type)}
+    publishing = {name for name, value in classes.items() if issubclass(value, callbacks.Published)}
+    assert publishing - shown == {"Published", "WeightMerging"}  # what others are made of
+
+
 @pytest.mark.parametrize("card", CARDS, ids=name)
 def test_references_of_a_card_have_links(card: Path) -> None:
     reference = card.read_text().partition("**Reference.**")[2]

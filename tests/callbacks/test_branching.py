@@ -246,7 +246,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_from_every_file(
         checkpoint = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         lookaround = Lookaround(3, 2, BENDS, feeding, **settings)
         module = of(TwoGroupsParts)(norm=True)
-        run = trainer(tmp_path, [lookaround, checkpoint], max_epochs=1)
+        run = trainer(tmp_path, [lookaround] if ckpt_path else [lookaround, checkpoint], max_epochs=1)
         run.fit(module, repeated(11), ckpt_path=ckpt_path)
         return module, lookaround
 

@@ -17,7 +17,7 @@ _ONE_IS_ENOUGH = {
         *(f"--trainer.callbacks.{k}=1" for k in ("every", "stage")),
         "--trainer.callbacks.start=0",
     ],
-    "forkmerge": ["--trainer.callbacks.every_n_steps=1"],
+    "forkmerge": ["--trainer.callbacks.every_n_steps=2"],
     "diloco": ["--trainer.callbacks.every_n_steps=1"],
 }
 _CIFAR = ["--data.batch_size=4", f"--data.val_images={CLASSES}", f"--model.num_classes={CLASSES}"]
