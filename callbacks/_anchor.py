@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_merge import weights
 from lightning_merge._checks import names, number, one_of, path, whole
-from lightning_merge._whole_steps import hook_whole_steps
+from lightning_merge._whole_steps import hook_whole_steps, is_around
 from lightning_merge.callbacks._importance_run._fisher import FisherPass
 from lightning_merge.callbacks._lightning._on_one_process import on_one_process
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
@@ -92,6 +92,7 @@ class Anchor(Callback):
         self._recent: RecentBatches | None = None
         self._pulled: dict[torch.nn.Parameter, str] = {}
         self._hooks: list[RemovableHandle] = []
+        self._followed: list[Optimizer] = []  # after whose steps it pulls
         self._search: HeadSearch | None = None  # until the head is known
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -119,14 +120,23 @@ class Anchor(Callback):
             _PASS.prepare(trainer, pl_module, self._held, self._recent)
         self._pulled = {parameter: name for name, parameter in held.items()}
         for optimizer in trainer.optimizers:
-            handles = hook_whole_steps(optimizer, None, self._pull)
-            post_hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks)
-            post_hooks.move_to_end(handles[1].id, last=False)
-            self._hooks += handles
+            self._follow(optimizer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Pulls after the steps of optimizers too that came in the place of others, or beside them, since the start."""
+        if not any(is_around(optimizer, other) for other in self._followed):
+            self._follow(optimizer)
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        self._followed.append(optimizer)
+        handles = hook_whole_steps(optimizer, None, self._pull)
+        post_hooks = cast(OrderedDict[int, Any], optimizer._optimizer_step_post_hooks)
+        post_hooks.move_to_end(handles[1].id, last=False)
+        self._hooks += handles
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leaves the optimizers, also after an exception."""
-        self._pulled = {}
+        self._pulled, self._followed = {}, []
         while self._hooks:
             self._hooks.pop().remove()
 

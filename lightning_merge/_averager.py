@@ -2,15 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_merge._averaging._elsewhere import Device, checked_device
 from lightning_merge._averaging._loop import Loop
 from lightning_merge._averaging._unwrapped import plain_module, plain_optimizer
-from lightning_merge._checks import function, instance, one_of, real
+from lightning_merge._checks import function, instance, real
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, RunLength, Schedule
 from lightning_merge.selections import Selection, chosen
@@ -72,7 +73,7 @@ class Averager:
         selection: Selection | None = None,
         *,
         run: RunLength | None = None,
-        device: Literal["cpu"] | None = None,
+        device: Device = None,
     ) -> None:
         unknown = RunLength(unknown_since="give `run=RunLength(steps=..., epochs=..., steps_per_epoch=...)`")
         self._loop = Loop(
@@ -82,7 +83,7 @@ class Averager:
             EveryNSteps() if schedule is None else instance("schedule", schedule, Schedule),
             chosen(selection, Selection()),
             unknown if run is None else instance("run", run, RunLength),
-            one_of("device", device, (None, "cpu"), "None (where the weights are) or 'cpu' (host memory)") is not None,
+            checked_device(device) is not None,
         )
 
     @property

@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._averaging._elsewhere import checked_device
 from lightning_merge._averaging._remarks import adopted
 from lightning_merge._averaging._state import AveragingState
 from lightning_merge._averaging._taking_in import TakingIn
@@ -51,10 +52,8 @@ class AverageByRule(TakingIn, Published):
         device, others = options.get("device"), dict(known(options, RuleOptions, self))
         others.pop("device", None)
         Published.__init__(self, validate, name, optimizer, **others)  # type: ignore[arg-type]
-        if device not in (None, "cpu"):
-            raise ValueError(f"`device` must be None (where the weights are) or 'cpu' (host memory), got {device!r}.")
-        self.device: Literal["cpu"] | None = device
-        TakingIn.__init__(self, self.title, rule, schedule, selection, on_host=device is not None)
+        self.device: Literal["cpu"] | None = checked_device(device)
+        TakingIn.__init__(self, self.title, rule, schedule, selection, on_host=self.device is not None)
         self.decides_by = monitor
         self.monitor = monitor if rule.wants_score == "raw" else None
         self.mode: Mode = mode

@@ -1,6 +1,8 @@
 """The options that every callback that publishes an average takes."""
 
-from typing import Literal, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
+
+from lightning_merge._averaging._elsewhere import Device
 
 
 class AverageOptions(TypedDict, total=False):
@@ -32,7 +34,7 @@ class RuleOptions(AverageOptions, total=False):
             are then copied beside what it computes, and taken in while it goes on.
     """
 
-    device: Literal["cpu"] | None
+    device: Device
 
 
 Options = TypeVar("Options", bound=AverageOptions)

@@ -5,14 +5,29 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from lightning_merge import weights
+from lightning_merge._checks import one_of
 from lightning_merge._to_host import ToHost
 from lightning_merge.weights import Weights
+
+Device: TypeAlias = Literal["cpu"] | torch.device | None
+"""Where an average is: ``None`` for where the weights are; the word and torch's object are the same."""
+
+
+def checked_device(device: Device) -> Literal["cpu"] | None:
+    """The word for host memory, or nothing.
+
+    Raises:
+        ValueError: If it is another device.
+    """
+    word = "cpu" if isinstance(device, torch.device) and device.type == "cpu" else device
+    one_of("device", word, (None, "cpu"), "None (where the weights are) or 'cpu' (host memory)")
+    return word  # type: ignore[return-value]
 
 
 @final

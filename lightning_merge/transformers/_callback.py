@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
 from lightning_merge import Averager
+from lightning_merge._averaging._elsewhere import Device, checked_device
 from lightning_merge._averaging._second_sets import has_second_set
 from lightning_merge._averaging._unwrapped import plain_optimizer
-from lightning_merge._checks import instance, one_of
+from lightning_merge._checks import instance
 from lightning_merge._ranks import is_first
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import Schedule
@@ -59,7 +60,7 @@ class MergeCallback(TrainerCallback):
         schedule: Schedule | None = None,
         selection: Selection | None = None,
         *,
-        device: Literal["cpu"] | None = None,
+        device: Device = None,
     ) -> None:
         self.rule = instance("rule", rule, Rule)
         if rule.wants_score is not None:
@@ -74,7 +75,7 @@ class MergeCallback(TrainerCallback):
                 "`selection` must have buffers='average' or 'copy', got 'recompute': there are no batches at hand to"
                 " measure BatchNorm statistics on."
             )
-        self.device = one_of("device", device, (None, "cpu"), "None (where the weights are) or 'cpu' (host memory)")
+        self.device = checked_device(device)
         self.averager: Averager | None = None
         self._ended_at = 0  # step at which the last epoch that was counted ended
         self._raw: Weights = {}

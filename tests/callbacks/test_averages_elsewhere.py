@@ -165,10 +165,14 @@ def test_on_the_host_it_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptur
     assert differing(given.merged_weights(), plain.merged_weights()) == []
 
 
+def test_torch_s_object_for_host_memory_is_as_good_as_the_word() -> None:
+    assert EMA(device=torch.device("cpu")).device == EMA(device="cpu").device == "cpu"
+
+
 # ---- what is refused
 
 
-@pytest.mark.parametrize("device", ["cuda:9", "CPU", torch.device("cpu"), 3])
+@pytest.mark.parametrize("device", ["cuda:9", "CPU", torch.device("cuda", 9), 3])
 def test_other_devices_are_refused(device: Any) -> None:
     with pytest.raises(ValueError, match=r"`device` must be None .* or 'cpu' \(host memory\), got "):
         EMA(device=device)

@@ -78,12 +78,41 @@ class Counts(Plain):
         return CountingSGD(self.parameters(), lr=0.05)
 
 
-SITUATIONS = {each.__name__: each for each in (Counts, Unfreezes, Loads, TiedByStorage, Reassigns)}
+class TwoOptimizers(Plain):
+    """Each of a part; the second steps half as often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        first, second = self.optimizers()
+        first.zero_grad()
+        self.manual_backward(self.loss(batch))
+        first.step()
+        if batch_idx % 2:
+            second.step()
+            second.zero_grad()
+
+    def calibration_step(self, batch: list[Tensor]) -> None:
+        self(batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[number].parameters(), self.lr, momentum=0.9) for number in (0, 2)]
+
+
+SITUATIONS = {each.__name__: each for each in (Counts, Unfreezes, Loads, TiedByStorage, Reassigns, TwoOptimizers)}
+AUTOMATIC = ("forkmerge", "greedy")
+"""Policies that weight the losses which a step returns, and take no manual optimization."""
 CHOSEN = {
-    policy: [name for i, name in enumerate([*SITUATIONS, "second"]) if i % 3 == number % 3]
+    policy: [
+        name
+        for i, name in enumerate([*SITUATIONS, "second"])
+        if i % 3 == number % 3 and (name != "TwoOptimizers" or policy not in AUTOMATIC)
+    ]
     for number, policy in enumerate(CALLBACKS)
 }
-"""Two for each policy in turn; ``test_branch_conformance_per_rank.py`` has every policy in every situation."""
+"""Two or three for each policy in turn; ``test_branch_conformance_per_rank.py`` has every policy in every situation."""
 
 
 def one_fit(root: Path, kind: type, callback: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import Walk, steps, trainer
 
-from lightning_merge.callbacks import EMA, LAWA, SWA, Lookaround
+from lightning_merge.callbacks import EMA, LAWA, SWA, Anchor, Lookaround
 
 
 class SetsUpAgain(Walk):
@@ -35,6 +35,15 @@ def test_an_average_counts_the_steps_of_the_new_ones(make: Any, module: type[Wal
         return module.w.item(), average.steps
 
     assert run(module()) == run(Walk())
+
+
+@pytest.mark.parametrize("module", [SetsUpAgain, Assigns])
+def test_an_anchor_pulls_after_the_steps_of_the_new_ones(module: type[Walk], tmp_path: Path) -> None:
+    def run(module: Any) -> float:
+        trainer(tmp_path, [Anchor(0.25)], max_epochs=1).fit(module, steps(5))
+        return float(module.w)
+
+    assert run(module()) == pytest.approx(run(Walk()))
 
 
 @pytest.mark.parametrize("module", [SetsUpAgain, Assigns])
