@@ -139,6 +139,14 @@ def _own_attributes(value: Any) -> dict[str, Any] | None:
     return None if any(_package(type(each)) in _WITH_THREADS for each in own.values()) else own
 
 
+def live_attributes(value: Any) -> dict[str, Any] | None:
+    """The attributes of an object of the module's own, as they are kept; ``None`` if it is none or has no such dict."""
+    others = (*_STATELESS, *_STEPPED, Tensor, nn.Module)
+    if value is None or isinstance(value, others) or not hasattr(value, "__dict__"):
+        return None
+    return None if _own_attributes(value) is None or _is_of_a_library(type(value)) else vars(value)
+
+
 @cache
 def _slots(kind: Any) -> dict[str, Any]:
     """What reads and writes each attribute for which a class has a slot, by name."""

@@ -231,6 +231,7 @@ class Fit:
 
     def _merge(self) -> None:
         branches, settings = self.branches, self._settings
+        self.publisher.look()  # the last turn may have assigned a buffer anew
         self.mean = None
         diverged = branches.diverged()
         if len(diverged) == branches.count:

@@ -25,7 +25,7 @@ class Outside:
     def __init__(self, title: str, count: int) -> None:
         self._title = title
         self._count = count
-        self._marked: dict[str, Tensor] = {}
+        self._marked: Mapping[str, Tensor] = {}
         self._versions: list[int] = []
         self._sums: dict[str, str] = {}
         self._looked = 0
@@ -33,7 +33,7 @@ class Outside:
 
     def mark(self, live: Mapping[str, Tensor]) -> None:
         """Remembers the weights that the active branch has after its turn."""
-        self._marked = dict(live)
+        self._marked = live  # found anew, and not written to, when the module's tensors change
         self._versions = list(map(_VERSION, live.values()))
         self._sums = sums(live) if self._looked < _CLOSELY else {}
         self._looked += 1

@@ -1,42 +1,46 @@
 """What of a module belongs to a branch while it has its turn, beside weights, buffers and optimizer state."""
 
 import inspect
-from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain
-from operator import call, is_, itemgetter
-from typing import Any, TypeAlias, final
+from typing import Any, final
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_merge.branches import Branches
+from lightning_merge.branches._watched import Place, Watched, are_the_same
+from lightning_merge.callbacks._branch_run._written import Written, is_shared, storage_of
 from lightning_merge.weights import is_metric
 
 _ABSENT = object()
 _NO_ATTRIBUTES = frozenset(vars(nn.Module())) | frozenset(vars(LightningModule()))
-Place: TypeAlias = tuple[int, str]
-"""Which submodule and which attribute."""
 
 
 @final
 class OwnAttributes:
-    """Plain attributes that a training step assigns on the module, as a hidden state: each branch has its own.
+    """Plain attributes that a training step assigns on the module or writes into, as a hidden state: each branch's own.
 
-    Shared are what a step writes into (lists, dicts, metrics), plain numbers, which count the steps of all, and what
-    torch declares as settings of its layers, as a stride. What is assigned between the turns is for all.
+    Buffers that are not saved are such attributes too. Shared are metrics, plain numbers, which count the steps of all,
+    what steps make longer, which records them, and what torch declares as settings of its layers, as a stride. What is
+    assigned or written between the turns is for all.
 
     Args:
         branches: The branches; their inventory knows when submodules come and go.
+        title: What messages call them.
     """
 
-    def __init__(self, branches: Branches) -> None:
+    def __init__(self, branches: Branches, title: str) -> None:
         self._branches = branches
         self._version = -1
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._with_buffers: list[int] = []  # that are not saved, as attributes are not: numbers of such modules
         self._holders: list[dict[str, Any]] = []
-        self._settings: list[frozenset[str]] = []  # by submodule
-        self._watched = _Watched([], [])
+        self._settings: list[frozenset[str]] = []  # by holder
+        self._watched = Watched([], [])
+        self._written = Written(title)
+        self._known = set[int]()  # storages and submodules that are the branches' anyway
+        self._known_at = -1
         self._before: list[Any] = []
         self._start: dict[Place, Any] = {}  # as it was before the first turn that assigned it
         self._left: dict[Place, Any] = {}  # as the last turn left it
@@ -49,8 +53,14 @@ class OwnAttributes:
             branch: Its number.
             again: Whether nothing but the exchange of weights has happened since ``leave``.
         """
-        if not self._find() and again and not self._left:
-            return  # `leave` has just read them
+        if self._find() or not again or self._left:
+            self._assign(branch)
+        self._written.enter(branch, again=again)
+        if self._written.is_stale or not self._written.knows(self._before):
+            self._look_through()
+
+    def _assign(self, branch: int) -> None:
+        """Puts the values of a branch in place, and notes what there is."""
         own = self._kept.get(branch, {})
         for place, left in self._left.items():
             holder, key = self._holders[place[0]], place[1]
@@ -59,83 +69,70 @@ class OwnAttributes:
                 self._start[place] = now
                 for kept in self._kept.values():
                     kept.pop(place, None)
-            _assign(holder, key, own.get(place, self._start[place]))
+            _put(holder, key, own.get(place, self._start[place]))
+        self._before = self._read()
+
+    def _read(self) -> list[Any]:
         values = self._watched.values()
         if values is None:
-            self._watched = _Watched(self._holders, self._settings)
+            self._watched = Watched(self._holders, self._settings)
             values = self._watched.values()
-        self._before = values or []
+        return values or []
 
     def leave(self, branch: int) -> None:
         """Keeps what the turn has assigned."""
-        now, was = self._watched.values(), self._watched
-        if now is None or not all(map(is_, self._before, now)):
-            before = dict(zip(was.places, self._before, strict=True))
-            if now is None:
-                self._watched = _Watched(self._holders, self._settings)
-                now = self._watched.values() or []
+        self._written.leave(branch)
+        places = self._watched.places
+        now = self._read()
+        if places is not self._watched.places or not are_the_same(self._before, now):
+            before = dict(zip(places, self._before, strict=True))
             after = dict(zip(self._watched.places, now, strict=True))
             for place in {**before, **after}:
                 value = before.get(place, _ABSENT)
-                is_assigned = value is not after.get(place, _ABSENT) and not _is_shared(after.get(place))
+                is_assigned = value is not after.get(place, _ABSENT) and not is_shared(after.get(place))
                 if is_assigned and place not in self._start:
                     self._start[place] = value
         self._before = now
-        self._left = {(number, key): self._holders[number].get(key, _ABSENT) for number, key in self._start}
-        self._kept[branch] = dict(self._left)
+        if self._start:
+            self._left = {(number, key): self._holders[number].get(key, _ABSENT) for number, key in self._start}
+            self._kept[branch] = dict(self._left)
+
+    def _look_through(self) -> None:
+        """Looks what there is through for what a step may write into, of the module's own."""
+        owners = [*range(len(self._modules)), *self._with_buffers]
+        prefixes = [self._modules[number][0] for number in owners]
+        names = [f"{prefixes[number]}.{key}".lstrip(".") for number, key in self._watched.places]
+        if self._known_at != self._version:
+            branches, self._known_at = self._branches, self._version
+            sets = [branches.inventory.tensors, *(branches.weights(branch) for branch in branches.own)]
+            self._known = {storage_of(tensor) for each in sets for tensor in each.values()}
+            self._known |= {id(module) for _, module in self._modules}
+        self._written.look(names, self._before, self._known)
 
     def _find(self) -> bool:
         """Finds the submodules; whether they are others than before."""
         found = False
         if self._version != self._branches.inventory.version:
             self._version = self._branches.inventory.version
-            modules = [
-                each
-                for each in self._branches.module.modules()
+            self._modules = [
+                (name, each)
+                for name, each in self._branches.module.named_modules()
                 if not is_metric(each) and not isinstance(each, torch.jit.ScriptModule)
             ]
-            holders = list(map(vars, modules))
-            found = [id(each) for each in holders] != [id(each) for each in self._holders]
+            self._with_buffers = [n for n, (_, each) in enumerate(self._modules) if each._non_persistent_buffers_set]
+            holders: list[dict[str, Any]] = [vars(each) for _, each in self._modules]
+            holders += [self._modules[number][1]._buffers for number in self._with_buffers]
+            found = not are_the_same(holders, self._holders)
             if found:
                 self._holders = holders
-                kinds: list[Any] = list(map(type, modules))
+                kinds: list[Any] = [type(each) for _, each in self._modules]
                 self._settings = [_settings_of(kind) for kind in kinds]
-                self._watched = _Watched(holders, self._settings)
+                for number in self._with_buffers:
+                    each = self._modules[number][1]
+                    self._settings.append(frozenset(each._buffers.keys() - each._non_persistent_buffers_set))
+                self._watched = Watched(holders, self._settings)
                 self._start, self._left, self._kept = {}, {}, {}
         return found
-
-
-@final
-class _Watched:
-    """The plain attributes of many objects, read at every turn.
-
-    A step has driven them out of the caches, so each object that is touched costs a tenth of a microsecond. Of a
-    submodule, therefore, the number of attributes is read, and the values of those that are no settings. None is left
-    out for what its class is, since a training step may give any of them a new attribute.
-    """
-
-    def __init__(self, holders: Sequence[dict[str, Any]], settings: Sequence[frozenset[str]]) -> None:
-        self._holders = holders
-        self._sizes = list(map(len, holders))
-        self.places: list[Place] = []
-        self._readers: list[Callable[[dict[str, Any]], tuple[Any, ...]]] = []
-        self._read: list[dict[str, Any]] = []
-        for number, (holder, known) in enumerate(zip(holders, settings, strict=True)):
-            keys = [key for key in holder if key not in known]
-            if keys:
-                keys = keys * 2 if len(keys) == 1 else keys  # of one key there would be no tuple
-                self.places += [(number, key) for key in keys]
-                self._readers.append(itemgetter(*keys))
-                self._read.append(holder)
-
-    def values(self) -> list[Any] | None:
-        """What there is at each place, or nothing if attributes have come or gone."""
-        if list(map(len, self._holders)) != self._sizes:
-            return None
-        try:
-            return list(chain.from_iterable(map(call, self._readers, self._read)))
-        except KeyError:
-            return None
 
 
 @cache
@@ -146,12 +143,7 @@ def _settings_of(cls: type) -> frozenset[str]:
     return _NO_ATTRIBUTES | constants | {name for base in own for name in inspect.get_annotations(base)}
 
 
-def _is_shared(value: Any) -> bool:
-    """A number, or what is computed anew in every forward pass, as the weight of a parametrisation."""
-    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.grad_fn is not None)
-
-
-def _assign(holder: dict[str, Any], key: str, value: Any) -> None:
+def _put(holder: dict[str, Any], key: str, value: Any) -> None:
     if value is _ABSENT:
         holder.pop(key, None)
     elif holder.get(key, _ABSENT) is not value:

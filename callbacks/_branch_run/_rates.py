@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_merge.branches import Branches
+from lightning_merge.branches._watched import Contents, Watched, are_the_same
 
 _ABSENT = object()
 
@@ -33,6 +34,12 @@ class Rates:
         self._start: list[dict[str, Any]] = []
         self._after: list[dict[str, Any]] = []
         self._moved = False  # whether the turns so far have moved them
+        self._found: list[dict[str, Any]] = []  # copies of what there was at the last look
+        self._seen: list[dict[str, Any]] = []
+        self._watched: Watched | None = None
+        self._values: list[Any] = []
+        self._contents = Contents(())
+        self._reading = self._contents.read()
 
     def enter(self, *, first: bool, again: bool) -> None:
         """Puts rates where they were when the group began, unless they were changed since by no turn.
@@ -66,6 +73,25 @@ class Rates:
         return [*groups, *(vars(each) for each in self._schedulers)]
 
     def _taken(self) -> list[dict[str, Any]]:
+        """What there is, copied if anything has changed since the last look."""
+        holders, watched = self._holders(), self._watched
+        values = watched.values() if watched is not None and are_the_same(self._seen, holders) else None
+        is_known = values is not None and are_the_same(values, self._values)
+        if is_known and self._contents.read().is_as(self._reading):
+            return self._found  # as nearly always
+        self._seen, self._watched = holders, Watched(holders, [self._others(each) for each in holders])
+        self._values = self._watched.values() or []
+        self._contents = Contents(self._values)
+        self._reading = self._contents.read()
+        self._found = self._copied()
+        return self._found
+
+    def _others(self, holder: dict[str, Any]) -> set[str]:
+        """What is no rate of a group, and no state of a schedule."""
+        is_group = "params" in holder
+        return {k for k, v in holder.items() if isinstance(v, Optimizer) or (is_group and k not in self._KEYS)}
+
+    def _copied(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         for number, optimizer in enumerate(self._branches.optimizers):
             owned = self._branches.owned_settings(number)
@@ -93,6 +119,8 @@ def _copy(value: Any) -> Any:
 
 
 def _same(left: list[dict[str, Any]], right: list[dict[str, Any]]) -> bool:
+    if left is right:
+        return True
     if len(left) != len(right):
         return False
     for one, other in zip(left, right, strict=True):

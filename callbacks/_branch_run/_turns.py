@@ -55,7 +55,7 @@ class Turns:
         self._apart = isinstance(branches, OnePerRank)  # the others train in other processes
         self._everyone = settings.batches == "same" and not self._apart
         self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
-        self._attributes = OwnAttributes(branches)
+        self._attributes = OwnAttributes(branches, settings.title)
         self._rates: Rates | None = None
         self._counted: bool | None = None  # whether steps of the optimizer have been seen, once a turn was taken
 
@@ -128,7 +128,8 @@ class Turns:
         for number, branch in enumerate(self._turns()):
             if self._everyone:
                 progress.load_state_dict(counted)
-            self._fit.publisher.look()  # the turn before may have assigned a buffer anew
+            if number == 0 or branches.buffers == "average":
+                self._fit.publisher.look()  # the turn before may have assigned anew what is exchanged
             branches.activate(branch)
             with (
                 self._own_state(branch, again=number > 0),
@@ -143,7 +144,6 @@ class Turns:
                 ours.turn = branches.count if self._apart else branch + 1
             if ends() or not self._trainer.lightning_module.automatic_optimization:
                 ours.trained += 1  # whichever optimizer has stepped, of Lightning's or of the module's own
-        self._fit.publisher.look()
         if ours.turn == branches.count:
             ours.turn = 0
             if ends():

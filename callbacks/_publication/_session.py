@@ -76,6 +76,7 @@ class Publisher(Exchange):
         self.patches.replace(trainer.strategy, "teardown", self._teardown)
         self._health = Health(self)
         self._toll = Toll()
+        self._is_in_step = False
         self._parts: list[weights.Weights] = []  # what several averages look at
         self._whole = weights.Fixed()  # all of it
         self._went_on: str | None = None  # how this fit goes on from an earlier one of the same callbacks
@@ -132,19 +133,37 @@ class Publisher(Exchange):
             fields |= settings_of(callback)
         check_agreement(fields, "Give every process the same callbacks and model.")
 
-    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Counts the steps of optimizers that came in the place of others, as those that a hook sets up again."""
+    def _step(self, original: Callable[..., Any], optimizer: Any, closure: Any, *args: Any, **kwargs: Any) -> Any:
+        """Counts the steps of optimizers that came in the place of others, as those that a hook sets up again.
+
+        An average of what was unfrozen starts where that does, so the weights are looked at between `training_step` and
+        the step of the optimizer.
+        """
         for number, (counted, average) in enumerate(self._counted):
             now = self.trainer.optimizers[average.optimizer]
             if not is_around(now, counted):
                 if not any(other is now for other, _ in self._counted):
                     self._hooks += hook_whole_steps(now, self._before_step, self._after_step)
                 self._counted[number] = now, average
-        return original(*args, **kwargs)
+
+        def looking() -> Any:
+            result = closure()
+            self._look_before_step()
+            return result
+
+        within, self._is_in_step = self._is_in_step, True
+        try:
+            return original(optimizer, looking, *args, **kwargs)
+        finally:
+            self._is_in_step = within
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_in_step:
+            self._look_before_step()  # it is one that Lightning knows nothing of
+
+    def _look_before_step(self) -> None:
         if self.watches_training and not self.busy:
-            self.look()  # an average of what was unfrozen starts where it does
+            self.look()
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self.busy or is_restoring(self.trainer) or was_skipped(optimizer):

@@ -262,6 +262,8 @@ class Branches(ABC):
         """
         for optimizer in self._stateful:
             optimizer_states.refuse_without_mean(optimizer)
+        for each in self._counters:
+            each.refuse_without_mean()
 
     def owned_settings(self, number: int) -> set[tuple[int, str]]:
         """What the steps of an optimizer change in its groups, by the number of the group and the name.

@@ -114,10 +114,10 @@ class InTurn(Branches):
         return range(self.count)
 
     def activate(self, branch: int) -> None:
-        if not 0 <= whole("branch", branch) < self.count:
-            raise ValueError(f"`branch` must be in 0 to {self.count - 1}, got {branch}.")
         if branch == self._active:
             return
+        if not 0 <= whole("branch", branch) < self.count:
+            raise ValueError(f"`branch` must be in 0 to {self.count - 1}, got {branch}.")
         live, incoming = self.live, self._waiting[branch]
         if self.inactive == "cpu":
             weights.copy_(self._waiting[self._active], live)
@@ -211,9 +211,9 @@ class InTurn(Branches):
             # What a waiting branch has nothing of is as it was before its first step.
             found = [own.take() if j == self._active else self._counts[j][number] for j in self.own]
             new = counters.largest(found)
-            own.exchange(counters.copied(new))
+            own.exchange(own.copied(new))
             for j in self.own:
-                self._counts[j][number] = counters.copied(new)
+                self._counts[j][number] = own.copied(new)
 
     # ---- a run that goes on
 

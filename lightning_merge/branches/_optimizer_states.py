@@ -3,7 +3,7 @@
 ``optimizer.state`` stays the same dict, since wrappers and schedulers may hold it; only its entries come and go.
 """
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,21 @@ def copied(state: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 def stateful(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
-    """The optimizers, and those inside of them that keep a state of their own, as that of SAM around SGD."""
+    """The optimizers, and those inside of them, also in lists, that keep a state of their own, as SAM around SGD."""
     found: list[Optimizer] = []
     waiting = list(optimizers)
     while waiting:
         each = waiting.pop(0)
         if not any(each is other or each.state is other.state for other in found):
             found.append(each)
-            waiting += [inner for inner in vars(each).values() if isinstance(inner, Optimizer)]
+            waiting += [inner for value in vars(each).values() for inner in _optimizers_of(value)]
     return found
+
+
+def _optimizers_of(value: Any) -> Iterator[Optimizer]:
+    """The optimizer that it is, or those in a container."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+    yield from (each for each in inner if isinstance(each, Optimizer))
 
 
 def _tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

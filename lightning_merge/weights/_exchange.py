@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_merge.weights._memory import laid_out_as, view
 from lightning_merge.weights._names import Weights
@@ -34,16 +34,16 @@ def exchange(
     before = {} if before is None else before
     for name, tensor in weights.items():
         parameter = parameters[name]
-        if is_sharded(parameter):
+        if type(parameter) is not nn.Parameter and is_sharded(parameter):
             part = part_here(parameter)
             before[name] = part.clone()
             part.copy_(tensor)
+            continue
+        before[name] = parameter.data
+        if ties and name in ties:
+            _move(parameter, tensor, ties[name])
         else:
-            before[name] = parameter.data
-            if name in ties:
-                _move(parameter, tensor, ties[name])
-            else:
-                parameter.data = tensor
+            parameter.data = tensor
     return before
 
 

@@ -41,7 +41,7 @@ def test_an_average_counts_the_steps_of_the_new_ones(make: Any, module: type[Wal
 def test_an_anchor_pulls_after_the_steps_of_the_new_ones(module: type[Walk], tmp_path: Path) -> None:
     def run(module: Any) -> float:
         trainer(tmp_path, [Anchor(0.25)], max_epochs=1).fit(module, steps(5))
-        return float(module.w)
+        return module.w.item()
 
     assert run(module()) == pytest.approx(run(Walk()))
 

@@ -1,0 +1,249 @@
+"""What training steps write into: tensors, containers and objects that a module keeps as plain attributes."""
+
+from collections.abc import Container, Sequence
+from typing import Any, final
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_merge._attributes import live_attributes
+from lightning_merge._undo import undo_of
+from lightning_merge.branches._watched import Contents, are_the_same, items_of
+from lightning_merge.weights import is_metric
+
+_CLOSELY = 8
+"""Turns after which all numbers are looked at. Later a write is seen where torch counts it."""
+_PLAIN = (int, float, str, type(None))
+_LARGE = 256 * 2**20
+"""Bytes of all tensors of which copies are made, so that branches may have their own."""
+
+
+@final
+class Written:
+    """Gives each branch its own of what steps write into, once one has.
+
+    That holds for tensors, and for containers and objects in which a step replaces something. What a step makes longer
+    is a record of all branches, which share it, as they share numbers and what is computed anew in every forward pass.
+
+    Args:
+        title: What messages call the branches.
+
+    Attributes:
+        is_stale: Whether there may be other things in what was looked through.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.is_stale = False
+        self._title = title
+        self._values: list[Any] = []  # what was looked through last
+        self._names: Sequence[str] = ()
+        self._shared: dict[int, Any] = {}  # what is a record of all, or too large, by identity
+        self._found: dict[int, _Found] = {}  # all else
+        self._objects = set[int]()  # of it, the attributes of objects
+        self._own: list[_Found] = []  # of it, what branches have their own of
+        self._contents = Contents(())  # the rest
+        self._reading = self._contents.read()
+        self._turns = 0
+        self._last = 0
+
+    def knows(self, values: list[Any]) -> bool:
+        """Whether these were looked through, apart from what cannot be written into."""
+        if are_the_same(self._values, values):
+            return True
+        known, now = ([v for v in each if not isinstance(v, _PLAIN)] for each in (self._values, values))
+        return are_the_same(known, now)
+
+    def look(self, names: Sequence[str], values: list[Any], of_the_module: Container[int]) -> None:
+        """Looks through values for what can be written into.
+
+        Args:
+            names: Of attributes.
+            values: What the module has there.
+            of_the_module: Storages, and submodules, that are seen to elsewhere, by their addresses.
+        """
+        self._names, self._values, self.is_stale = names, values, False
+        self._objects = set[int]()
+
+        def is_left_out(tensor: Tensor) -> bool:
+            return tensor.grad_fn is not None or storage_of(tensor) in of_the_module
+
+        def opened(value: Any) -> Any:
+            if not isinstance(value, nn.Module):
+                attributes = live_attributes(value)
+                self._objects.add(id(attributes))
+                return attributes
+            return None if id(value) in of_the_module or is_metric(value) else [*value.parameters(), *value.buffers()]
+
+        contents = Contents(values, is_left_out, opened)
+        before, self._found, size = self._found, {}, 0
+        for each in [*contents.containers, *contents.tensors]:
+            size += each.nbytes if isinstance(each, Tensor) else 0
+            if id(each) not in self._shared:
+                known = before.get(id(each))
+                self._found[id(each)] = known if known is not None else _Found(each, size <= _LARGE)
+        self._settle()
+
+    def enter(self, branch: int, *, again: bool) -> None:
+        """Puts what a branch has of its own in place.
+
+        Args:
+            branch: Its number.
+            again: Whether nothing but the exchange of weights has happened since ``leave``.
+        """
+        if not again:
+            self._take_in_what_is_for_all()
+        for each in self._own:
+            each.of(branch).put()
+
+    def leave(self, branch: int) -> None:
+        """Keeps what the turn has written."""
+        self._turns += 1
+        is_close = self._turns <= _CLOSELY and self._contents.tensors
+        if is_close or not self._contents.read().is_as(self._reading):
+            self._sort()
+        for each in self._own:
+            each.own[branch] = _Kept(each.value)
+        self._last = branch
+
+    def _take_in_what_is_for_all(self) -> None:
+        """What was written between the turns is where all branches go on from."""
+        if not self._contents.read().is_as(self._reading):
+            for each in self._found.values():
+                if not each.is_own and not each.is_as_it_was:
+                    each.begin()
+            self.is_stale = True  # there may be other things in it
+        for each in self._own:
+            if not each.of(self._last).is_now():
+                each.begin()
+
+    def _sort(self) -> None:
+        """Finds what the turn has written, and whose it is."""
+        for each in [each for each in self._found.values() if not each.is_own and not each.is_as_it_was]:
+            if (why := each.why_shared(is_object=id(each.value) in self._objects)) is not None:
+                self._say(each.value, why)
+                self._shared[id(each.value)] = self._found.pop(id(each.value)).value
+            elif each.has_new_things():
+                each.is_own = True
+            else:
+                each.begin()
+        self._settle()
+
+    def _settle(self) -> None:
+        self._own = [each for each in self._found.values() if each.is_own]
+        rest = [each.value for each in self._found.values() if not each.is_own]
+        self._contents.containers = [each for each in rest if not isinstance(each, Tensor)]
+        self._contents.tensors = [each for each in rest if isinstance(each, Tensor)]
+        self._reading = self._contents.read()
+
+    def _say(self, value: Any, why: str) -> None:
+        places = zip(self._names, self._values, strict=True)
+        within = [name for name, each in places if any(inner is value for inner in _within(each))]
+        rank_zero_info(
+            f"{self._title}: `{within[0] if within else type(value).__name__}` of the module {why}, and all branches"
+            " share it. If steps depend on it, let `training_step` assign a new one to the attribute instead of writing"
+            " into it: then each branch has its own."
+        )
+
+
+@final
+class _Found:
+    """A tensor or a container, as all branches go on from it, and as each has it once steps have changed it.
+
+    Args:
+        value: The tensor or the container.
+        is_copied: Whether a copy of a tensor is made.
+    """
+
+    def __init__(self, value: Any, is_copied: bool) -> None:
+        self.value = value
+        self.own: dict[int, _Kept] = {}
+        self.is_own = False
+        self._is_copied = is_copied
+        self.begin()
+
+    def begin(self) -> None:
+        """All branches go on from what there is now."""
+        self._start = _Kept(self.value, self._is_copied)
+        self.own = {}
+
+    def of(self, branch: int) -> "_Kept":
+        return self.own.get(branch, self._start)
+
+    @property
+    def is_as_it_was(self) -> bool:
+        return self._start.is_now()
+
+    def why_shared(self, *, is_object: bool) -> str | None:
+        """Why all branches share what a turn has changed, if they do.
+
+        Args:
+            is_object: Whether it is the attributes of an object.
+        """
+        if isinstance(self.value, Tensor):
+            return None if self._is_copied else "is written by steps and too large for a copy of each branch"
+        is_record = getattr(self.value, "maxlen", None) is None and not is_object
+        return "grows with each step" if is_record and len(self.value) > len(self._start.items) else None
+
+    def has_new_things(self) -> bool:
+        """Whether something else has changed than numbers, and than what is computed anew in every forward pass."""
+        if isinstance(self.value, Tensor):
+            return True
+        now, was = items_of(self.value), self._start.items
+        replaced = [new for new, old in zip(now, was, strict=False) if new is not old]
+        return len(now) != len(was) or not all(map(is_shared, replaced))
+
+
+@final
+class _Kept:
+    """What a tensor or a container holds at the moment.
+
+    Args:
+        value: The tensor or the container.
+        is_copied: Whether a copy of a tensor is made.
+    """
+
+    def __init__(self, value: Any, is_copied: bool = True) -> None:
+        self._value = value
+        self._version = -1
+        self._copy: Tensor | None = None
+        self.items: list[Any] = []
+        if isinstance(value, Tensor):
+            self._version = value._version
+            self._copy = value.detach().clone() if is_copied else None
+        else:
+            self.items = items_of(value)
+            self._undo = undo_of(value)
+
+    def is_now(self) -> bool:
+        """Whether it holds the same still."""
+        if not isinstance(self._value, Tensor):
+            return are_the_same(items_of(self._value), self.items)
+        now, copy = self._value.detach(), self._copy
+        if copy is None or self._version != self._value._version:
+            return self._version == self._value._version
+        return now.shape == copy.shape and bool(((now == copy) | (now != now)).all())  # a NaN is itself
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Makes it hold that again."""
+        if self._copy is None:
+            self._undo()
+        elif self._value.shape == self._copy.shape:
+            self._value.data.copy_(self._copy)
+        else:
+            self._value.data = self._copy.clone()
+
+
+def is_shared(value: Any) -> bool:
+    """A number, or what is computed anew in every forward pass, as the weight of a parametrisation."""
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.grad_fn is not None)
+
+
+def _within(value: Any) -> list[Any]:
+    contents = Contents([value], opened=lambda each: None if isinstance(each, nn.Module) else live_attributes(each))
+    return [*contents.containers, *contents.tensors]
+
+
+def storage_of(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else 0
