@@ -205,15 +205,11 @@ class _Kept:
 
     def __init__(self, value: Any, is_copied: bool = True) -> None:
         self._value = value
-        self._version = -1
-        self._copy: Tensor | None = None
-        self.items: list[Any] = []
-        if isinstance(value, Tensor):
-            self._version = value._version
-            self._copy = value.detach().clone() if is_copied else None
-        else:
-            self.items = items_of(value)
-            self._undo = undo_of(value)
+        is_tensor = isinstance(value, Tensor)
+        self._version = value._version if is_tensor else -1
+        self._copy = value.detach().clone() if is_tensor and is_copied else None
+        self._undo = None if is_tensor else undo_of(value)
+        self.items: list[Any] = [] if is_tensor else items_of(value)
 
     def is_now(self) -> bool:
         """Whether it holds the same still."""
@@ -228,7 +224,8 @@ class _Kept:
     def put(self) -> None:
         """Makes it hold that again."""
         if self._copy is None:
-            self._undo()
+            if self._undo is not None:
+                self._undo()
         elif self._value.shape == self._copy.shape:
             self._value.data.copy_(self._copy)
         else:
