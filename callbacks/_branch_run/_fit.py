@@ -7,11 +7,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge._ranks import gathered
 from lightning_merge.branches import Branches, OnePerRank
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._divergence import Divergence
-from lightning_merge.callbacks._branch_run._outside import Outside, sums
+from lightning_merge.callbacks._branch_run._frozen import Frozen
+from lightning_merge.callbacks._branch_run._outside import Outside, changed_since, sums
+from lightning_merge.callbacks._branch_run._own import OwnAttributes
 from lightning_merge.callbacks._branch_run._placement import check_saved
 from lightning_merge.callbacks._branch_run._progress import Progress
 from lightning_merge.callbacks._branch_run._saved import BranchesSaved, Earlier
@@ -41,6 +42,8 @@ class Fit:
         begun: Whether the branches are forked.
         earlier: What the branches go on from, until they are.
         outside: Notices what is changed between turns.
+        attributes: What branches that take turns have of their own on the module beside weights.
+        frozen: Notices parameters that turns write to without training them.
     """
 
     def __init__(
@@ -58,6 +61,8 @@ class Fit:
         self.mean: Weights | None = None
         self.begun = False
         self.outside = Outside(settings.title, branches.count)
+        self.attributes = OwnAttributes(branches, settings.title)
+        self.frozen = Frozen(branches, settings.title)
         self._state: State = {}
         self._settings = settings
         self._average = average
@@ -103,7 +108,7 @@ class Fit:
             if "constant" in saved:  # not in files of earlier versions
                 self.branches.leave_alone(saved["constant"])
             check_saved(self._settings.title, self.branches, saved)
-            changed = self._changed_since_it_was_read()
+            changed, self._found = changed_since(self._found, self.publisher.inventory.tensors), {}
             self.branches.load(saved)
             self.branches.steps = list(saved.get("steps", self.branches.steps))
             if saved["optimizers"]:
@@ -120,14 +125,6 @@ class Fit:
         if self._anchors is not None:
             take_up = self._anchors.restart if self._progress.equal else self._anchors.complete
             take_up(self.branches)
-
-    def _changed_since_it_was_read(self) -> list[str]:
-        """Names of tensors that a hook has changed since the file was read, in whichever process."""
-        now = sums(self.publisher.inventory.tensors)
-        changed = [name for name in now if name in self._found and now[name] != self._found[name]]
-        self._found = {}
-        everywhere: list[list[str]] = gathered(changed)
-        return list(dict.fromkeys(name for each in everywhere for name in each))
 
     def _take_in(self, changed: list[str]) -> None:
         """Weights that a hook has changed are all branches' and all references'."""
@@ -187,6 +184,19 @@ class Fit:
         if not self.begun:
             return  # it looks then
         self.branches.refresh()
+        self._take_up()
+
+    def adopt(self, before: Weights) -> None:
+        """Branches what a turn has written to without training it.
+
+        Args:
+            before: What it was before that turn.
+        """
+        self.branches.adopt(before)
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """What is branched from here on gets what the others have."""
         self._settings.policy.look_again(self._state, self.branches)
         if self._anchors is not None and self._anchors.held:
             self._anchors.complete(self.branches)
@@ -240,6 +250,7 @@ class Fit:
             return
         if diverged:
             self._divergence.revive(branches, diverged, self._trained_tensors)
+            self.attributes.forget(diverged)
         settings.policy.merge(self._state, branches)
         if settings.optimizer_state == "average":
             branches.average_optimizers()
@@ -320,14 +331,8 @@ class Fit:
             branches["weights"] = {}  # all are the live one, which the file has
         if branches is not None:
             branches["steps"] = self.branches.work()
-        return BranchesSaved(
-            progress=self._progress,
-            branches=branches,
-            good={} if equal else self.good,
-            policy=self._state,
-            recent=recent,
-            anchors=None if self._anchors is None else {} if equal else self._anchors.held,
-        )
+        anchors = None if self._anchors is None else {} if equal else self._anchors.held
+        return BranchesSaved(self._progress, branches, {} if equal else self.good, self._state, recent, anchors)
 
     def to_host(self, lost: bool) -> None:
         """Follows the module to host memory."""

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_merge._ranks import gathered
+
 _CLOSELY = 4
 """Turns after which all numbers are looked at. Later a change is seen where torch counts it."""
 _VERSION = attrgetter("_version")
@@ -62,6 +64,18 @@ class Outside:
                 f" {self._count} has the change, and the others train on without it. Do it where every branch passes:"
                 " in `optimizer_step` after `super().optimizer_step(...)`, or at the start of `training_step`."
             )
+
+
+def changed_since(found: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that have changed, in whichever process.
+
+    Args:
+        found: What ``sums`` gave.
+        tensors: As they are now.
+    """
+    now = sums(tensors)
+    everywhere: list[list[str]] = gathered([name for name in now if name in found and now[name] != found[name]])
+    return list(dict.fromkeys(name for each in everywhere for name in each))
 
 
 @torch.no_grad()

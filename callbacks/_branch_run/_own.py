@@ -6,7 +6,7 @@ from typing import Any, final
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_merge.branches import Branches
 from lightning_merge.branches._watched import Place, Watched, are_the_same
@@ -21,9 +21,10 @@ _NO_ATTRIBUTES = frozenset(vars(nn.Module())) | frozenset(vars(LightningModule()
 class OwnAttributes:
     """Plain attributes that a training step assigns on the module or writes into, as a hidden state: each branch's own.
 
-    Buffers that are not saved are such attributes too. Shared are metrics, plain numbers, which count the steps of all,
-    what steps make longer, which records them, and what torch declares as settings of its layers, as a stride. What is
-    assigned or written between the turns is for all.
+    Buffers that are not saved are such attributes too. Shared are metrics, plain numbers, which count the steps of all
+    (but where steps write into tensors or containers of the same submodule), what steps make longer, which records
+    them, and what torch declares as settings of its layers, as a stride. What is assigned or written between the turns
+    is for all.
 
     Args:
         branches: The branches; their inventory knows when submodules come and go.
@@ -41,10 +42,12 @@ class OwnAttributes:
         self._written = Written(title)
         self._known = set[int]()  # storages and submodules that are the branches' anyway
         self._known_at = -1
+        self._looked_through: list[Place] = []
         self._before: list[Any] = []
         self._start: dict[Place, Any] = {}  # as it was before the first turn that assigned it
         self._left: dict[Place, Any] = {}  # as the last turn left it
         self._kept: dict[int, dict[Place, Any]] = {}
+        self._last = -1  # branch whose are in place
 
     def enter(self, branch: int, *, again: bool) -> None:
         """Puts those of a branch in place.
@@ -55,9 +58,11 @@ class OwnAttributes:
         """
         if self._find() or not again or self._left:
             self._assign(branch)
-        self._written.enter(branch, again=again)
+        if not again:
+            self._written.take_in()
         if self._written.is_stale or not self._written.knows(self._before):
             self._look_through()
+        self._written.put(branch)
 
     def _assign(self, branch: int) -> None:
         """Puts the values of a branch in place, and notes what there is."""
@@ -87,20 +92,39 @@ class OwnAttributes:
         if places is not self._watched.places or not are_the_same(self._before, now):
             before = dict(zip(places, self._before, strict=True))
             after = dict(zip(self._watched.places, now, strict=True))
+            with_state = {self._looked_through[each][0] for each in self._written.places}
             for place in {**before, **after}:
                 value = before.get(place, _ABSENT)
-                is_assigned = value is not after.get(place, _ABSENT) and not is_shared(after.get(place))
-                if is_assigned and place not in self._start:
+                # A number beside what a step writes into is its position, or its count.
+                now_there = after.get(place)
+                is_own = not is_shared(now_there) or (place[0] in with_state and not isinstance(now_there, Tensor))
+                if is_own and value is not after.get(place, _ABSENT) and place not in self._start:
                     self._start[place] = value
         self._before = now
         if self._start:
             self._left = {(number, key): self._holders[number].get(key, _ABSENT) for number, key in self._start}
             self._kept[branch] = dict(self._left)
+        self._last = branch
+
+    def forget(self, branches: set[int]) -> None:
+        """Branches go on from what there was before their first turn: theirs is the trace of what made them diverge.
+
+        Args:
+            branches: Their numbers.
+        """
+        for branch in branches:
+            self._kept.pop(branch, None)
+            if branch == self._last:
+                for place, start in self._start.items():
+                    _put(self._holders[place[0]], place[1], start)
+                    self._left[place] = start
+            self._written.forget(branch)
 
     def _look_through(self) -> None:
         """Looks what there is through for what a step may write into, of the module's own."""
         owners = [*range(len(self._modules)), *self._with_buffers]
         prefixes = [self._modules[number][0] for number in owners]
+        self._looked_through = self._watched.places
         names = [f"{prefixes[number]}.{key}".lstrip(".") for number, key in self._watched.places]
         if self._known_at != self._version:
             branches, self._known_at = self._branches, self._version

@@ -2,8 +2,7 @@
 
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from lightning_merge._whole_steps import is_around
 from lightning_merge.branches import OnePerRank
 from lightning_merge.callbacks._branch_run._fit import Fit
-from lightning_merge.callbacks._branch_run._own import OwnAttributes
 from lightning_merge.callbacks._branch_run._progress import Progress
 from lightning_merge.callbacks._branch_run._rates import Rates
 from lightning_merge.callbacks._branch_run._settings import Augmentation as Augmentation
@@ -55,7 +53,6 @@ class Turns:
         self._apart = isinstance(branches, OnePerRank)  # the others train in other processes
         self._everyone = settings.batches == "same" and not self._apart
         self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
-        self._attributes = OwnAttributes(branches, settings.title)
         self._rates: Rates | None = None
         self._counted: bool | None = None  # whether steps of the optimizer have been seen, once a turn was taken
 
@@ -123,21 +120,21 @@ class Turns:
         ours, branches = self._progress, self._branches
         self._refuse_other_optimizers()
         self._fit.look_before_turns()
-        counted = progress.state_dict()
+        counts = [vars(each) for each in (progress.total, progress.current)]
+        counted = [dict(each) for each in counts]
         output = None
         for number, branch in enumerate(self._turns()):
-            if self._everyone:
-                progress.load_state_dict(counted)
+            if self._everyone and number:
+                for own, before in zip(counts, counted, strict=True):
+                    own |= before
             if number == 0 or branches.buffers == "average":
                 self._fit.publisher.look()  # the turn before may have assigned anew what is exchanged
             branches.activate(branch)
-            with (
-                self._own_state(branch, again=number > 0),
-                self._own_gradients(branch, self._everyone and keep_gradients),
-            ):
-                before = self._steps()
-                output = original(self._own_batch(branch, kwargs, again=number > 0))
-                branches.steps[branch] += max(self._steps() - before, int(ends() and self._counted is None))
+            self._enter(branch, again=number > 0, keep_gradients=keep_gradients)
+            steps = self._steps()
+            output = original(self._own_batch(branch, kwargs, again=number > 0))
+            branches.steps[branch] += max(self._steps() - steps, int(ends() and self._counted is None))
+            self._leave(branch, keep_gradients=keep_gradients)
             if self._recent is not None:
                 self._recent.keep()
             if self._everyone or ends():
@@ -167,22 +164,32 @@ class Turns:
             return range(self._progress.turn, self._branches.count)
         return [self._branches.active if self._apart else self._progress.turn]
 
-    @contextmanager
-    def _own_state(self, branch: int, *, again: bool) -> Iterator[None]:
-        """What the module keeps of its steps is the branch's, and rates are those of the group."""
-        if self._apart or self._branches.count == 1:
-            yield
-            return
-        if self._rates is None:
-            self._rates = Rates(self._branches, [each.scheduler for each in self._trainer.lr_scheduler_configs])
-        shared = self._everyone or self._in_groups
-        self._attributes.enter(branch, again=again)
-        if shared:
-            self._rates.enter(first=self._progress.turn == 0 and branch == 0, again=again)
-        yield
-        self._attributes.leave(branch)
-        if shared:
-            self._rates.leave()
+    def _enter(self, branch: int, *, again: bool, keep_gradients: bool) -> None:
+        """What the module keeps of its steps is the branch's, with the gradients that it has accumulated.
+
+        Rates are those of the group.
+        """
+        if not self._apart and self._branches.count > 1:
+            if self._rates is None:
+                self._rates = Rates(self._branches, [each.scheduler for each in self._trainer.lr_scheduler_configs])
+            if not again:
+                self._fit.frozen.look()
+            self._fit.attributes.enter(branch, again=again)
+            if self._everyone or self._in_groups:
+                self._rates.enter(first=self._progress.turn == 0 and branch == 0, again=again)
+        if self._everyone and keep_gradients:
+            for parameter in self._branches.module.parameters():
+                parameter.grad = self._gradients.get((branch, parameter))
+
+    def _leave(self, branch: int, *, keep_gradients: bool) -> None:
+        if self._rates is not None:
+            self._fit.attributes.leave(branch)
+            if written := self._fit.frozen.written():
+                self._fit.adopt(written)
+            if self._everyone or self._in_groups:
+                self._rates.leave()
+        if self._everyone and keep_gradients:
+            self._gradients |= {(branch, parameter): parameter.grad for parameter in self._branches.module.parameters()}
 
     def _own_batch(self, branch: int, kwargs: dict[str, Any], *, again: bool) -> dict[str, Any]:
         """The arguments of the training step with the batch as this branch sees it."""
@@ -201,18 +208,6 @@ class Turns:
         if self._recent is not None:
             self._recent.hold(batch, again=again and self._settings.augmentations is None)
         return OrderedDict(kwargs, batch=batch)
-
-    @contextmanager
-    def _own_gradients(self, branch: int, active: bool) -> Iterator[None]:
-        """Gradients that a branch has accumulated are in place for its turn."""
-        if not active:
-            yield
-            return
-        parameters = list(self._branches.module.parameters())
-        for parameter in parameters:
-            parameter.grad = self._gradients.get((branch, parameter))
-        yield
-        self._gradients |= {(branch, parameter): parameter.grad for parameter in parameters}
 
     def _update_schedules(self, original: Callable[..., Any], interval: str, *args: Any, **kwargs: Any) -> None:
         """Schedules that count steps move when every branch of the group has trained at this rate."""

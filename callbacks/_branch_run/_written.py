@@ -23,7 +23,7 @@ _LARGE = 256 * 2**20
 class Written:
     """Gives each branch its own of what steps write into, once one has.
 
-    That holds for tensors, and for containers and objects in which a step replaces something. What a step makes longer
+    That holds for tensors, for objects, and for containers in which a step replaces something. What a step makes longer
     is a record of all branches, which share it, as they share numbers and what is computed anew in every forward pass.
 
     Args:
@@ -31,10 +31,12 @@ class Written:
 
     Attributes:
         is_stale: Whether there may be other things in what was looked through.
+        places: Which of the values that were looked through have parts that are the branches' own.
     """
 
     def __init__(self, title: str) -> None:
         self.is_stale = False
+        self.places: set[int] = set()
         self._title = title
         self._values: list[Any] = []  # what was looked through last
         self._names: Sequence[str] = ()
@@ -84,15 +86,8 @@ class Written:
                 self._found[id(each)] = known if known is not None else _Found(each, size <= _LARGE)
         self._settle()
 
-    def enter(self, branch: int, *, again: bool) -> None:
-        """Puts what a branch has of its own in place.
-
-        Args:
-            branch: Its number.
-            again: Whether nothing but the exchange of weights has happened since ``leave``.
-        """
-        if not again:
-            self._take_in_what_is_for_all()
+    def put(self, branch: int) -> None:
+        """Puts what a branch has of its own in place."""
         for each in self._own:
             each.of(branch).put()
 
@@ -106,8 +101,15 @@ class Written:
             each.own[branch] = _Kept(each.value)
         self._last = branch
 
-    def _take_in_what_is_for_all(self) -> None:
-        """What was written between the turns is where all branches go on from."""
+    def forget(self, branch: int) -> None:
+        """The branch goes on from what there was before."""
+        for each in self._own:
+            each.own.pop(branch, None)
+            if branch == self._last:
+                each.of(branch).put()
+
+    def take_in(self) -> None:
+        """What was written since ``leave`` is where all branches go on from."""
         if not self._contents.read().is_as(self._reading):
             for each in self._found.values():
                 if not each.is_own and not each.is_as_it_was:
@@ -120,14 +122,16 @@ class Written:
     def _sort(self) -> None:
         """Finds what the turn has written, and whose it is."""
         for each in [each for each in self._found.values() if not each.is_own and not each.is_as_it_was]:
-            if (why := each.why_shared(is_object=id(each.value) in self._objects)) is not None:
+            is_object = id(each.value) in self._objects
+            if (why := each.why_shared(is_object=is_object)) is not None:
                 self._say(each.value, why)
                 self._shared[id(each.value)] = self._found.pop(id(each.value)).value
-            elif each.has_new_things():
+            elif is_object or each.has_new_things():
                 each.is_own = True
             else:
                 each.begin()
         self._settle()
+        self.places = {n for n, each in enumerate(self._values) if any(inner.is_own for inner in self._things_in(each))}
 
     def _settle(self) -> None:
         self._own = [each for each in self._found.values() if each.is_own]
@@ -135,6 +139,9 @@ class Written:
         self._contents.containers = [each for each in rest if not isinstance(each, Tensor)]
         self._contents.tensors = [each for each in rest if isinstance(each, Tensor)]
         self._reading = self._contents.read()
+
+    def _things_in(self, value: Any) -> list["_Found"]:
+        return [self._found[id(each)] for each in _within(value) if id(each) in self._found]
 
     def _say(self, value: Any, why: str) -> None:
         places = zip(self._names, self._values, strict=True)

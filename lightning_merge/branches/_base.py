@@ -79,7 +79,8 @@ class Branches(ABC):
         self._live_buffers = self._branched_buffers()
         for optimizer in self.optimizers:
             optimizer_states.refuse_divided("branches", optimizer)
-        self._stateful = optimizer_states.stateful(self.optimizers)
+        # A module may step others by itself, which it has made for parts that nobody else trains.
+        self._stateful = optimizer_states.stateful([*self.optimizers, *optimizer_states.kept_by(module)])
         self._counters = counters.each_of(self._stateful)
         self._fresh = [optimizer_states.copied(optimizer.state) for optimizer in self._stateful]
 
@@ -363,6 +364,14 @@ class Branches(ABC):
         """
         chosen = replace(self.selection, trainable=False).chosen(self.inventory)
         return name in self._live_buffers or name in chosen
+
+    def adopt(self, before: Weights) -> None:
+        """Branches parameters that steps write to without training them, as those of a momentum teacher.
+
+        Args:
+            before: What they were before the first such step, which the other branches go on from; by canonical name.
+        """
+        self._branch_also(before)
 
     def _branch_also(self, names: Container[str]) -> None:
         """What was branched in a run that goes on, and is frozen at the moment."""

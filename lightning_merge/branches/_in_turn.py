@@ -97,6 +97,14 @@ class InTurn(Branches):
             if not self._in_module(branch):
                 waiting.update(self._copies({name: live[name] for name in names if name in live}))
 
+    def adopt(self, before: Weights) -> None:
+        super().adopt(before)
+        for branch, waiting in enumerate(self._waiting):
+            if branch != self._active:
+                waiting.update(self._copies({name: t for name, t in before.items() if name in self.live}))
+            elif self.inactive == "cpu":
+                waiting.update(self._copies({name: t for name, t in self.live.items() if name in before}))
+
     def fork_optimizers(self) -> None:
         for branch in self.own:
             if branch != self._active:

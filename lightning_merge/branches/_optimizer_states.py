@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -37,6 +37,11 @@ def stateful(optimizers: Sequence[Optimizer]) -> list[Optimizer]:
             found.append(each)
             waiting += [inner for value in vars(each).values() for inner in _optimizers_of(value)]
     return found
+
+
+def kept_by(module: nn.Module) -> list[Optimizer]:
+    """The optimizers that a module and its submodules have as attributes."""
+    return [found for each in module.modules() for value in vars(each).values() for found in _optimizers_of(value)]
 
 
 def _optimizers_of(value: Any) -> Iterator[Optimizer]:

@@ -101,6 +101,19 @@ class Unfreezes(Plain):
             self.first.requires_grad_(True)
 
 
+class UnfreezesInItsStep(Plain):
+    """Between the hooks and the step of the optimizer, which Lightning calls with the training step in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first.requires_grad_(False)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.global_step == 4:
+            self.first.requires_grad_(True)
+        return super().training_step(batch, batch_idx)
+
+
 def other_weights() -> dict[str, Tensor]:
     return {name: tensor * 2 + 0.1 for name, tensor in Plain().state_dict().items()}
 
@@ -215,6 +228,7 @@ class SlowsByGroup(Plain):
 
 SITUATIONS: dict[str, tuple[type[Plain], type[Plain]]] = {
     "unfreezing in mid-run": (Unfreezes, Late),
+    "unfreezing in a step": (UnfreezesInItsStep, Late),
     "weights loaded in a start hook": (LoadsLate, Loaded),
     "two optimizers": (TwoOptimizers, ByHand),
     "tied storage": (TiedByStorage, Tied),
@@ -226,8 +240,9 @@ SITUATIONS: dict[str, tuple[type[Plain], type[Plain]]] = {
 
 PAIRS = [(policy, situation) for policy in POLICIES for situation in SITUATIONS]
 # Which numbers are shuffled, and which fragments there are, depends on how many layers are branched.
-PAIRS.remove(("shuffle", "unfreezing in mid-run"))
-PAIRS.remove(("streaming, two steps later", "unfreezing in mid-run"))
+for situation in ("unfreezing in mid-run", "unfreezing in a step"):
+    PAIRS.remove(("shuffle", situation))
+    PAIRS.remove(("streaming, two steps later", situation))
 
 
 _PLAIN: dict[Any, dict[str, Tensor]] = {}

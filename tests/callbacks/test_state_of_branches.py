@@ -71,6 +71,16 @@ class OnALayer(InATensor):
         self.first.hidden.mul_(0).add_(value)  # type: ignore[union-attr, operator]
 
 
+class LazilyInATensor(InATensor):
+    """That is there from the first step on, so each branch makes its own."""
+
+    def prepare(self) -> None: ...
+
+    def recall(self) -> Tensor:
+        self.hidden = getattr(self, "hidden", torch.zeros(3))
+        return self.hidden.clone()
+
+
 class InABuffer(InATensor):
     def prepare(self) -> None:
         self.register_buffer("hidden", torch.zeros(3), persistent=False)
@@ -172,8 +182,87 @@ class InAHiddenModule(InATensor):
             self.teachers[0].bias.copy_(value)
 
 
+class Memory:
+    """A ring of rows, and how many there were."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = [None] * 3
+        self.at = 0
+
+    def append(self, row: Tensor) -> None:
+        self.rows[self.at % 3] = row
+        self.at += 1
+
+
+class InARing(Remembers):
+    def prepare(self) -> None:
+        self.memory = Memory()
+
+    def recall(self) -> Any:
+        return sum((row for row in self.memory.rows if row is not None), torch.zeros(3)) / 4
+
+    def keep(self, value: Tensor) -> None:
+        self.memory.append(value)
+
+
+class InARingOfItsOwn(InARing):
+    """Whose position is a number of the module."""
+
+    def prepare(self) -> None:
+        self.rows, self.at = torch.zeros(3, 3), 0
+
+    def recall(self) -> Tensor:
+        return self.rows.mean(0)
+
+    def keep(self, value: Tensor) -> None:
+        self.rows[self.at % 3] = value
+        self.at += 1
+
+
+class InATeacher(InATensor):
+    """A frozen layer that follows the one that trains."""
+
+    def prepare(self) -> None:
+        self.teacher = nn.Linear(3, 3)
+        self.teacher.load_state_dict(self.first.state_dict())
+        self.teacher.requires_grad_(False)
+
+    def recall(self) -> Tensor:
+        return self.teacher.bias.detach().clone()
+
+    @torch.no_grad()
+    def keep(self, value: Tensor) -> None:
+        for own, trained in zip(self.teacher.parameters(), self.first.parameters(), strict=True):
+            own.lerp_(trained, 0.3)
+
+
+class WithAnOptimizerOfItsOwn(InATensor):
+    """That Lightning does not know."""
+
+    def prepare(self) -> None:
+        self.target = nn.Parameter(torch.zeros(3))
+        self.hidden_optimizer = torch.optim.Adam([self.target], 0.1)
+
+    def recall(self) -> Tensor:
+        return self.target.detach().clone()
+
+    def keep(self, value: Tensor) -> None:
+        self.hidden_optimizer.zero_grad()
+        (self.target - value).square().sum().backward()
+        self.hidden_optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        trained = [*self.first.parameters(), *self.last.parameters()]
+        return torch.optim.SGD(trained, 0.01, momentum=0.9)
+
+
 KINDS = [
+    InARing,
+    InARingOfItsOwn,
+    InATeacher,
+    WithAnOptimizerOfItsOwn,
     InATensor,
+    LazilyInATensor,
     ByData,
     OnALayer,
     InABuffer,
@@ -201,6 +290,53 @@ def test_what_a_step_writes_is_the_branch_s_own(kind: type[Remembers], feeding: 
         trainer(tmp_path, max_epochs=2).fit(plain, batches(DATA[:6]))
         trainer(tmp_path, [Lookaround(2, 2, batches="turns")], max_epochs=2).fit(branched, batches(data))
     assert not differences(dict(branched.state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("kind", [InATensor, AssignsABuffer, InADeque, InARing])
+def test_a_branch_that_diverged_begins_its_state_anew(kind: type[Remembers], tmp_path: Path) -> None:
+    class Spoilt(kind):  # type: ignore[misc, valid-type]
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            branch = self.trainer.callbacks[0]._running.branches.active
+            spoils = batch_idx == 1 and self.current_epoch == 0 and branch == 1
+            return super().training_step(batch * float("nan") if spoils else batch, batch_idx)
+
+    callback = Lookaround(2, 2)
+    with pytest.warns(UserWarning, match=r"branches \[1\] hold a NaN"):
+        fit(Spoilt(), callback, tmp_path)
+    assert callback.revived == 1
+
+
+def test_weights_that_are_frozen_and_written_to_are_merged_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Seen(InATeacher):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.seen_last.append(self.teacher.bias.clone())
+            return loss
+
+        def prepare(self) -> None:
+            super().prepare()
+            self.seen_last: list[Tensor] = []
+
+    with caplog.at_level("INFO"):
+        module = fit(Seen(), Lookaround(2, 100, [lambda batch: batch, lambda batch: 2 - batch]), tmp_path)
+    first, second = module.seen_last[-2:]
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(module.teacher.bias, (first + second) / 2)
+    assert "steps write to 2 frozen parameters, `teacher.weight` first, and each branch has its own" in caplog.text
+
+
+def test_frozen_weights_that_hooks_write_to_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class ByHook(InATeacher):
+        def keep(self, value: Tensor) -> None: ...
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().keep(torch.zeros(3))
+
+    with caplog.at_level("INFO"):
+        fit(ByHook(), Lookaround(2, 2), tmp_path)
+    assert "hooks between the turns write to 2 frozen parameters" in caplog.text
 
 
 class Records(Plain):
