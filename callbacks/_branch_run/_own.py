@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_merge.branches import Branches
 from lightning_merge.branches._watched import Place, Watched, are_the_same
-from lightning_merge.callbacks._branch_run._written import Written, is_shared, storage_of
+from lightning_merge.callbacks._branch_run._kept import is_shared
+from lightning_merge.callbacks._branch_run._written import Written, storage_of
 from lightning_merge.weights import is_metric
 
 _ABSENT = object()
