@@ -108,6 +108,12 @@ class Anneal(WeightMerging):
             if state is not None and state["taken"] > passed:
                 rank_zero_info(f"{self.title}: the run ends later than it did, and a window begins anew.")
                 state["taken"] = 0
+            if state is not None and state["taken"] and (began := rule.began_as(state)) != (rule.shape, rule.snapshots):
+                raise ValueError(
+                    f"{self.title}: the window of the file began with `shape` {began[0]!r} and {began[1]} weights, and"
+                    f" now `shape` is {rule.shape!r} and the window has {rule.snapshots}: the weights of one decay are"
+                    " no merge of another. Give what was given then, or go on from a checkpoint before the window."
+                )
             late = passed > (state["taken"] if state else 0) + self.skipped_nonfinite
         if late:
             raise ValueError(

@@ -100,6 +100,15 @@ def test_resumed_in_its_window_it_ends_as_the_uninterrupted_run(memory: int | No
     assert differing(whole.raw_weights(), resumed.raw_weights()) == []
 
 
+@pytest.mark.filterwarnings("ignore:.*goes on from a file that was written with")
+def test_a_window_that_began_goes_on_under_its_own_decay_only(tmp_path: Path) -> None:
+    files = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=6, save_top_k=-1)
+    trainer(tmp_path, [Anneal("linear", 8), files], max_epochs=2).fit(Net(), batches(5))
+    again = trainer(tmp_path, [Anneal("cosine", 8)], max_epochs=2)
+    with pytest.raises(ValueError, match="began with `shape` 'linear' and 8 weights, and now `shape` is"):
+        again.fit(Net(), batches(5), ckpt_path=tmp_path / "step=6.ckpt")
+
+
 def test_a_file_of_the_run_holds_the_merged_weights(tmp_path: Path) -> None:
     files = ModelCheckpoint(tmp_path, filename="{step}", monitor="val/w", save_top_k=-1)
     module = Walk()
