@@ -111,6 +111,10 @@ def figures() -> dict[str, str]:
     for one in ("raw", "raw_measured_again", "swa", "annealed"):
         values = [100 * run[one] for run in read("first-run")["runs"]]
         found.setdefault(as_value(values), f"first-run: val/acc of {one}")
+    for name, sets in digits_recipes().items():
+        for one, values in sets.items():
+            if len(values) > 2:
+                found.setdefault(as_value(values), f"digits-recipes: {one} of {name}")
     for names, difference in read("anneal-quality").items():
         if " - " in names:
             found.setdefault(as_difference(*difference, 3), f"anneal-quality: held-out loss, {names}")
@@ -120,6 +124,18 @@ def figures() -> dict[str, str]:
 
 
 # ---- the files
+
+
+@cache
+def digits_recipes() -> dict[str, dict[str, list[float]]]:
+    """Of each recipe the scores of its sets in percent, one per seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in sorted(read("digits-recipes")["runs"], key=lambda run: int(run["seed"])):
+        sets = found.setdefault(run["recipe"], {})
+        for one in ("merged", "raw", "seen", "told"):
+            if one in run:
+                sets.setdefault(one, []).append(100 * run[one])
+    return found
 
 
 @cache

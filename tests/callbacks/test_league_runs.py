@@ -17,6 +17,7 @@ from test_league import Target, contestants, fit
 from torch import Tensor
 
 from lightning_merge.callbacks import EMA, LAWA, SWA, TWA, AcceptIfBetter, Doctor, League, Lookaround, PostHocEMA
+from lightning_merge.callbacks._league_run import _standing
 from lightning_merge.cli import main
 
 
@@ -304,15 +305,24 @@ def loader(n: int, kind: str) -> Any:
         "a list of one": lambda: [DataLoader(data, batch_size=3)],
         "a part of the data": lambda: DataLoader(data + data, batch_size=3, sampler=SubsetRandomSampler(range(n))),
         "two loaders": lambda: [DataLoader(data, batch_size=3), DataLoader(data, batch_size=3)],
-        "batches as they are": lambda: [torch.zeros(3, 1)] * n,
+        "several processes": lambda: DataLoader(data, batch_size=3),
     }[kind]()
 
 
 @pytest.mark.parametrize(
     ("kind", "n"),
-    [("a loader", 12), ("a list of one", 12), ("a part of the data", 12), ("two loaders", None)],
+    [
+        ("a loader", 12),
+        ("a list of one", 12),
+        ("a part of the data", 12),
+        ("two loaders", None),
+        ("several processes", None),
+    ],
 )
-def test_the_standard_error_is_of_as_many_samples_as_are_known(kind: str, n: int | None, tmp_path: Path) -> None:
+def test_the_standard_error_is_of_as_many_samples_as_are_known(
+    kind: str, n: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_standing, "several", lambda: kind == "several processes")  # of which each may log its own
     monitor = "val/acc/dataloader_idx_0" if kind == "two loaders" else "val/acc"
     league, module = League(contestants(), monitor), Described(4.0)
     tiny.trainer(tmp_path, [league], max_epochs=4).fit(module, tiny.steps(2), loader(12, kind))
