@@ -340,6 +340,8 @@ class Fit:
             self._settings.policy.settle(self._state, self.branches)
         host = torch.device("cpu")
         self.branches.to_host()
+        self.attributes = OwnAttributes(self.branches, self._settings.title)  # lets go of what is the module's
+        self.frozen = Frozen(self.branches, self._settings.title)
         self.mean = weights.to_devices(self.mean, host)
         self._divergence.good = weights.to_devices(self.good, host)
         self._state = weights.to_devices(self._state, host)

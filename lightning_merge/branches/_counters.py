@@ -43,6 +43,7 @@ class Counters:
         self._apart = any(id(group) not in known for group in optimizer.param_groups)
         self._start: Counts = {}  # before the first step that changed it
         self._watched: Watched | None = None
+        self._seen_groups: list[dict[str, Any]] = []
         self._values: list[Any] = []
         self._noted: tuple[list[Any], Reading] | None = None  # when the copies were made
         self._before: Counts = {}  # a step
@@ -104,9 +105,12 @@ class Counters:
                 )
 
     def forget(self) -> None:
-        """The hooks go."""
+        """The hooks go, and what is the optimizer's."""
         for hook in self._hooks:
             hook.remove()
+        self._first, self._before, self._copies = {}, {}, {}
+        self._watched, self._noted, self._seen_groups = None, None, []
+        self._take_in([])
 
     # ---- where
 
