@@ -33,9 +33,8 @@ class Found:
     def of(self, branch: int) -> "Kept":
         return self.own.get(branch, self._start)
 
-    @property
-    def is_as_it_was(self) -> bool:
-        return self._start.is_now()
+    def is_as_it_was(self, *, closely: bool) -> bool:
+        return self._start.is_now(closely=closely)
 
     def why_shared(self, *, is_object: bool) -> str | None:
         """Why all branches share what a turn has changed, if they do.
@@ -74,12 +73,16 @@ class Kept:
         self._undo = None if is_tensor else undo_of(value)
         self.items: list[Any] = [] if is_tensor else items_of(value)
 
-    def is_now(self) -> bool:
-        """Whether it holds the same still."""
+    def is_now(self, *, closely: bool) -> bool:
+        """Whether it holds the same still.
+
+        Args:
+            closely: Whether numbers are looked at where torch has counted no write.
+        """
         if not isinstance(self._value, Tensor):
             return are_the_same(items_of(self._value), self.items)
         now, copy = self._value.detach(), self._copy
-        if copy is None or self._version != self._value._version:
+        if copy is None or not closely or self._version != self._value._version:
             return self._version == self._value._version
         return now.shape == copy.shape and bool(((now == copy) | (now != now)).all())  # a NaN is itself
 

@@ -77,7 +77,7 @@ class Written:
                 return attributes
             return None if id(value) in of_the_module or is_metric(value) else [*value.parameters(), *value.buffers()]
 
-        contents = Contents(values, is_left_out, opened)
+        contents = Contents(values, is_left_out, opened, self._shared)
         before, self._found, size = self._found, {}, 0
         for each in [*contents.containers, *contents.tensors]:
             size += each.nbytes if isinstance(each, Tensor) else 0
@@ -111,17 +111,26 @@ class Written:
     def take_in(self) -> None:
         """What was written since ``leave`` is where all branches go on from."""
         if not self._contents.read().is_as(self._reading):
-            for each in self._found.values():
-                if not each.is_own and not each.is_as_it_was:
+            for each in self._changed(closely=False):
+                if each.why_shared(is_object=id(each.value) in self._objects) is None:
                     each.begin()
+                else:  # what hooks make longer is a record as well
+                    self._shared[id(each.value)] = self._found.pop(id(each.value)).value
             self.is_stale = True  # there may be other things in it
         for each in self._own:
-            if not each.of(self._last).is_now():
+            # On a device that would be waited for at every batch.
+            closely = self._turns <= _CLOSELY or not isinstance(each.value, Tensor) or each.value.is_cpu
+            if not each.of(self._last).is_now(closely=closely):
                 each.begin()
+
+    def _changed(self, *, closely: bool) -> list[Found]:
+        """What is other than all branches have gone on from, of what none has its own of."""
+        found = self._found.values()
+        return [each for each in found if not each.is_own and not each.is_as_it_was(closely=closely)]
 
     def _sort(self) -> None:
         """Finds what the turn has written, and whose it is."""
-        for each in [each for each in self._found.values() if not each.is_own and not each.is_as_it_was]:
+        for each in self._changed(closely=self._turns <= _CLOSELY):
             is_object = id(each.value) in self._objects
             if (why := each.why_shared(is_object=is_object)) is not None:
                 self._say(each.value, why)

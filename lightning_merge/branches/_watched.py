@@ -79,6 +79,7 @@ class Contents:
         values: Any.
         left_out: Tensors that are not looked at.
         opened: What lies in an object of another class, as far as it is looked at: a dict, a list, or nothing.
+        passed_by: Containers that are not looked into, by identity.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Contents:
         values: Iterable[Any],
         left_out: Callable[[Tensor], bool] = lambda tensor: False,
         opened: Callable[[Any], Any] = lambda value: None,
+        passed_by: Container[int] = (),
     ) -> None:
         self.containers: list[Any] = []
         self.tensors: list[Tensor] = []
@@ -100,7 +102,7 @@ class Contents:
             elif isinstance(value, tuple):
                 waiting += value
             elif is_container(value):
-                if id(value) not in seen:
+                if id(value) not in seen and id(value) not in passed_by:
                     seen.add(id(value))
                     self.containers.append(value)
                     waiting += items_of(value)

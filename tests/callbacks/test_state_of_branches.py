@@ -362,6 +362,28 @@ def test_what_steps_make_longer_is_a_record_of_all_branches_and_that_is_said(
     assert caplog.text.count("`by_batch` of the module grows") == 1
 
 
+class RecordsInHooks(Records):
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.kept.append(self.last.weight.detach().clone())
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[Tensor] = []
+
+
+def test_records_are_not_looked_through(tmp_path: Path) -> None:
+    callback = Lookaround(2, 2)
+    looked = []
+
+    class Looks(RecordsInHooks):
+        def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+            looked.append(len(callback._running.attributes._written._found))
+
+    module = fit(Looks(), callback, tmp_path)
+    assert len(module.kept) == 12
+    assert len(set(looked[3:])) == 1
+
+
 # ---- what optimizers keep outside of their `state`
 
 
