@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_merge import weights
@@ -341,9 +341,9 @@ class Branching(Published):
         return (self._loaded or BranchesSaved(self._progress, None, {}, None, recent, anchors)).section()
 
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
-        if label["rule"] != repr(self.policy):
-            rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
-        self._fit, self._loaded = None, BranchesSaved.of(saved)
+        found = BranchesSaved.of(saved)
+        placement.check_policy(self.title, self.policy, label["rule"], found.policy)
+        self._fit, self._loaded = None, found
         self._progress = self._loaded.progress
         self.steps = label["steps"]
         if self._anchors is not None:

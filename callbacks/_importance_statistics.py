@@ -13,6 +13,7 @@ from lightning_merge.callbacks._importance_run._fisher import FisherPass
 from lightning_merge.callbacks._importance_run._grams import GramPass
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
+from lightning_merge.callbacks._publication._callback import Published
 from lightning_merge.files import is_remote, join
 from lightning_merge.importance import Statistics
 from lightning_merge.importance._moments import keeps_moments, second_moments
@@ -98,6 +99,13 @@ class ImportanceStatistics(Callback):
         names = [each.name for each in callbacks if isinstance(each, ImportanceStatistics)]
         if names.count(self.name) > 1:
             raise ValueError(f"`name` must be another for each ImportanceStatistics of a Trainer, got {names}.")
+        later = [each.title for each in callbacks[callbacks.index(self) :] if isinstance(each, Published)]
+        if later:
+            rank_zero_warn(
+                f"ImportanceStatistics {self.name!r} measures before {later[0]} is done, so its file will be of the raw"
+                " weights and not of those that files and the module hold. To measure those, give ImportanceStatistics"
+                f" after {later[0]} in the list of callbacks."
+            )
         self.statistics, self.path = None, None
         self._recent = None if self.kind == "adam" else RecentBatches(batches=self.samples, bytes=_MOST)
 
@@ -135,8 +143,11 @@ class ImportanceStatistics(Callback):
             self._recent = None
             if trainer.is_global_zero:
                 self._write(trainer)
-        except (ValueError, OSError) as error:
-            rank_zero_warn(f"ImportanceStatistics: no {self.name}-statistics were written: {error}")
+        except Exception as error:
+            if trainer.world_size > 1 and not isinstance(error, ValueError | OSError):
+                raise  # other processes may be waiting for this one, and must hear of it
+            why = f"{type(error).__name__}: {error}"
+            rank_zero_warn(f"ImportanceStatistics: no {self.name}-statistics were written: {why}")
             return
         rank_zero_info(self._report(time.perf_counter() - began))
 

@@ -115,7 +115,7 @@ class Fit:
                 self.branches.load_optimizers(saved)
             else:
                 self.branches.fork_optimizers()
-        self._state = self._settings.policy.init(self.branches) if policy is None else policy
+        self._state = policy or self._settings.policy.init(self.branches)  # an empty one is of a policy that keeps none
         if saved is not None:
             self._settings.policy.look_again(self._state, self.branches)
             self._take_in(changed)

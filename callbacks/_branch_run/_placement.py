@@ -1,12 +1,14 @@
 """Where the branches of a Trainer are: in turn in its one module, or one in each process."""
 
+import re
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_merge import weights
-from lightning_merge.branches import Branches, InTurn, OnePerRank
+from lightning_merge.branches import Branches, InTurn, OnePerRank, Policy
 from lightning_merge.callbacks._branch_run._settings import Settings
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
@@ -86,3 +88,25 @@ def check_saved(title: str, branches: Branches, saved: State) -> None:
             f"{title} goes on with {len(saved['optimizers']) + 1} branches, and `branches` is {branches.count}. Keep"
             " the number."
         )
+
+
+def check_policy(title: str, policy: Policy, rule: str, state: State | None) -> None:
+    """Checks that what a policy of a file remembers is of this kind of policy, and says if its settings were others.
+
+    Args:
+        title: What messages call the branches.
+        policy: The policy that goes on.
+        rule: ``repr`` of the one that the file was written with.
+        state: What that remembered.
+
+    Raises:
+        ValueError: If it is of another class, and remembers something.
+    """
+    before, now = (re.match(r"[\w.]+(?=\()", each) for each in (rule, repr(policy)))
+    if state and before and now and before[0] != now[0]:
+        raise ValueError(
+            f"{title} goes on from a file that was written with {rule}, whose state ({', '.join(map(repr, state))}) is"
+            f" nothing to {policy!r}. Keep the settings, or load the weights alone and start anew."
+        )
+    if rule != repr(policy):
+        rank_zero_warn(f"{title} goes on from a file that was written with {rule}.")

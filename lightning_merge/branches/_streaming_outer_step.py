@@ -39,7 +39,8 @@ class StreamingOuterStep(Policy):
         momentum: Outer momentum, in [0, 1).
 
     Raises:
-        ValueError: If an argument is out of range, or at the start if there are more fragments than layers.
+        ValueError: If an argument is out of range; at the start if there are more fragments than layers, or the run
+            goes on from one with other ``fragments``, or, in mid-delay, from 32 bits with fewer or the reverse.
 
     Example:
         >>> from lightning_merge.branches import InTurn
@@ -83,11 +84,28 @@ class StreamingOuterStep(Policy):
             "merges": 0,
             "waiting": {},  # groups until a fragment that was sent arrives
             "arrived": {},  # what has come before it is due, of a run that was saved
+            "bits": self.bits,  # what has arrived are weights at 32, and their way with fewer
         }
 
     def look_again(self, state: State, branches: Branches) -> None:
+        self._refuse_other_settings(state)
         OuterStep(self.lr, self.momentum).look_again(state, branches)
         state["fragments"] = divided(branches.live, len(state["fragments"]), state["fragments"])
+
+    def _refuse_other_settings(self, state: State) -> None:
+        """What was divided, or is on its way, under other settings cannot be gone on with under these."""
+        if (count := len(state["fragments"])) != self.fragments:
+            raise ValueError(
+                f"`fragments` must be {count}, as where the run goes on from, got {self.fragments}: what is on its"
+                " way is of those fragments. Keep it, or load the weights alone and start anew."
+            )
+        if state["arrived"] and (state["bits"] == 32) != (self.bits == 32):
+            raise ValueError(
+                f"`bits` must be {state['bits']}, as where the run goes on from, got {self.bits}: with 32 weights are"
+                f" sent, and with fewer their way, and {len(state['arrived'])} tensors are on their way. Keep it, or go"
+                " on from a file in which nothing is."
+            )
+        state["bits"] = self.bits
 
     @torch.no_grad()
     def merge(self, state: State, branches: Branches) -> None:

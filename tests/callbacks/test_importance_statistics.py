@@ -209,6 +209,7 @@ def test_without_checkpoints_they_are_kept_by_the_callback(tmp_path: Path, kind:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@pytest.mark.filterwarnings("ignore:.* will be of the raw weights")
 def test_after_an_average_they_are_of_the_published_weights_and_before_it_of_the_raw_ones(tmp_path: Path) -> None:
     raw, merged = ImportanceStatistics("fisher", name="raw"), ImportanceStatistics("fisher", name="merged")
     average = EMA(0.5)
@@ -219,6 +220,40 @@ def test_after_an_average_they_are_of_the_published_weights_and_before_it_of_the
     raw.statistics.refuse_other_weights(average.raw_weights(), "the raw ones")
     with pytest.raises(ValueError, match=r"are of other weights than the module: `conv.weight` differs"):
         raw.statistics.refuse_other_weights(dict(module.named_parameters()), "the module")
+
+
+def test_of_raw_weights_beside_an_average_is_said_at_the_start(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def told(callbacks: list[Any]) -> list[str]:
+        recwarn.clear()
+        fit(tmp_path, callbacks, max_steps=1)
+        return [str(each.message) for each in recwarn if "raw weights" in str(each.message)]
+
+    (message,) = told([ImportanceStatistics("adam"), EMA(0.5)])
+    assert "give ImportanceStatistics after EMA 'ema' in the list" in message
+    assert not told([EMA(0.5), ImportanceStatistics("adam")])
+
+
+class FailsLate(Small):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step >= 2:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("as planned"), KeyError("as planned"), torch.OutOfMemoryError("full")])
+def test_a_step_that_fails_when_training_is_over_takes_nothing_with_it(error: Exception, tmp_path: Path) -> None:
+    statistics, after = ImportanceStatistics("gram"), EMA(0.5)
+    with pytest.warns(UserWarning, match=f"no gram-statistics were written: {type(error).__name__}: "):
+        module = fit(tmp_path, [statistics, after], FailsLate(error), max_steps=2)
+    assert statistics.statistics is statistics.path is None
+    assert after.updates == 2
+    assert not differing(after.merged(), {name: values(module)[name] for name in after.merged()})
 
 
 def test_labels_of_the_model_are_drawn_from_what_it_predicts(tmp_path: Path) -> None:
@@ -241,7 +276,7 @@ def test_labels_of_the_model_are_drawn_from_what_it_predicts(tmp_path: Path) -> 
         return 0.0 if statistics.statistics is None else statistics.statistics.norm
 
     assert norm("true") > 0.1
-    with pytest.warns(UserWarning, match=r"no fisher-statistics were written: .* are all zero"):
+    with pytest.warns(UserWarning, match=r"no fisher-statistics were written: ValueError: .* are all zero"):
         assert norm("model") == 0.0
 
 

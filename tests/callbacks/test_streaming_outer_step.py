@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
-from lightning_merge.branches import InTurn, StreamingOuterStep
+from lightning_merge.branches import Average, InTurn, OuterStep, Policy, StreamingOuterStep
 from lightning_merge.branches._arriving import QuantisedMean, mean_here
 from lightning_merge.branches._fragments import divided
 from lightning_merge.branches._quantised import blocks, dequantised, mean_of, quantised, unblocked
@@ -246,8 +247,12 @@ def test_a_fragment_that_is_merged_again_takes_in_first_what_it_sent() -> None:
 # ---- resuming
 
 
+PLAIN = {"fragments": 1, "delay": 0, "mix": 1.0, "bits": 32}
+
+
 def resumable(**settings: Any) -> DiLoCo:
-    return DiLoCo(2, 6, fragments=2, delay=4, mix=0.5, **{"bits": 8, "augmentations": BENDS[:2], **settings})
+    defaults = {"fragments": 2, "delay": 4, "mix": 0.5, "bits": 8, "augmentations": BENDS[:2]}
+    return DiLoCo(2, 6, **defaults | settings)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -270,6 +275,42 @@ def test_a_run_resumes_at_every_step_of_a_delay_bit_for_bit(bits: Any, tmp_path:
         for one, other in zip(held(first), held(second), strict=True):
             assert not differing(one, other)
     assert caught == 13
+
+
+OTHER_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]] = {
+    "fewer fragments": ({}, {"fragments": 1}, "`fragments` must be 2, as where the run goes on from, got 1"),
+    "few bits to many": ({}, {"bits": 32}, "`bits` must be 8, as where the run goes on from, got 32"),
+    "many bits to few": ({"bits": 32}, {"bits": 4}, "`bits` must be 32, as where the run goes on from, got 4"),
+    "to plain": ({}, PLAIN, r"written with StreamingOuterStep\(.*'fragments'.* is nothing to OuterStep"),
+    "from plain": (PLAIN, {}, r"written with OuterStep\(.* is nothing to StreamingOuterStep"),
+    "eight bits to four": ({}, {"bits": 4}, None),
+    "a shorter delay": ({}, {"delay": 1, "mix": 1.0}, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* goes on from a file that was written with")
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_a_resume_in_mid_delay_with_other_settings_goes_on_or_names_them(name: str, tmp_path: Path) -> None:
+    before, after, message = OTHER_SETTINGS[name]
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
+    trainer(tmp_path, [resumable(**before), checkpoint], max_steps=7).fit(Net(), batches(8))
+    again, module = resumable(**after), Net()
+    told = nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    with told:
+        trainer(tmp_path, [again], max_steps=16).fit(module, batches(16), ckpt_path=tmp_path / "step=7.ckpt")
+    assert (again.merges > 1) is (message is None)
+
+
+def test_a_policy_that_remembers_goes_on_from_one_that_does_not(tmp_path: Path) -> None:
+    def local(policy: Policy) -> Branching:
+        return Branching(policy, EveryNSteps(3), 2)
+
+    checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    trainer(tmp_path, [local(Average()), checkpoint], max_steps=4).fit(Net(), batches(8))
+    again = local(OuterStep())
+    with pytest.warns(UserWarning, match=r"written with Average\("):
+        trainer(tmp_path, [again], max_steps=8).fit(Net(), batches(8), ckpt_path=tmp_path / "step=4.ckpt")
+    assert (again._policy_state or {}).keys() == {"anchor", "momentum"}
 
 
 def test_a_second_fit_takes_in_what_the_first_one_sent(tmp_path: Path) -> None:
