@@ -144,7 +144,8 @@ def live_attributes(value: Any) -> dict[str, Any] | None:
     others = (*_STATELESS, *_STEPPED, Tensor, nn.Module)
     if value is None or isinstance(value, others) or not hasattr(value, "__dict__"):
         return None
-    return None if _own_attributes(value) is None or _is_of_a_library(type(value)) else vars(value)
+    kind: Any = type(value)
+    return None if _own_attributes(value) is None or _is_of_a_library(kind) else vars(value)
 
 
 @cache
