@@ -146,7 +146,9 @@ class FisherPass:
                 "`labels='model'` draws the targets of `cross_entropy`, `nll_loss` or"
                 " `binary_cross_entropy_with_logits`, and the step called none of them: take `labels='true'`"
             )
-        loss: Tensor = output["loss"] if isinstance(output, dict) else output
+        loss: Any = output.get("loss") if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            raise ValueError(f"it returned no loss, but {type(output).__name__}")
         return loss
 
 

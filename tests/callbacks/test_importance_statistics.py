@@ -289,6 +289,11 @@ class Detached(Base):
         return self.w.sum()
 
 
+class Skips(Small):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None  # as a step that skips its batch
+
+
 class Manual(Small):
     def __init__(self) -> None:
         super().__init__()
@@ -304,6 +309,7 @@ class Manual(Small):
     [
         ("adam", Net, r"`kind='adam'` takes the second moments .*the run has SGD. Choose `kind='fisher'`"),
         ("fisher", Manual, r"`kind='fisher'` .*`training_step`, which steps optimizers .*Choose `kind='gram'`"),
+        ("fisher", Skips, r"`kind='fisher'` .*does not give it outside training: .*no loss, but NoneType"),
         ("gram", Manual, r"`kind='gram'` .*steps optimizers.* Define `calibration_step\(self, batch\)` on Manual"),
         ("gram", Detached, r"`kind='gram'` measures .* and Detached has none: `w` is no weight of a linear layer"),
     ],
