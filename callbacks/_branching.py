@@ -33,6 +33,7 @@ from lightning_merge.callbacks._branch_run._settings import (
 )
 from lightning_merge.callbacks._branch_run._turns import Turns
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
+from lightning_merge.callbacks._lightning._internals import ends_epoch
 from lightning_merge.callbacks._lightning._measure import Score, refuse_without_score
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 from lightning_merge.callbacks._lightning._run import resolved
@@ -301,7 +302,7 @@ class Branching(Published):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The end of an epoch is its last batch, so that the validation that follows measures the merge."""
-        if trainer.is_last_batch:
+        if ends_epoch(trainer):
             self._running.end_epoch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

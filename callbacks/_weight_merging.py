@@ -10,6 +10,7 @@ from lightning_merge._checks import flag, instance, one_of
 from lightning_merge._checks import monitor as checked_monitor
 from lightning_merge._choice import Mode, refuse_higher_is_better
 from lightning_merge.callbacks._averaging_run._by_rule import MergingByRule
+from lightning_merge.callbacks._lightning._internals import ends_epoch
 from lightning_merge.callbacks._lightning._run import resolved
 from lightning_merge.callbacks._publication._callback import Validate
 from lightning_merge.callbacks._publication._options import RuleOptions, known
@@ -138,7 +139,7 @@ class WeightMerging(MergingByRule):
         """The end of an epoch is its last batch, so that the validation that follows measures the update."""
         if self._recent is not None:
             self._recent.keep()
-        if trainer.is_last_batch:
+        if ends_epoch(trainer):
             self._end_epoch(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,6 +14,14 @@ def accumulates(trainer: Any) -> bool:
     return bool(trainer.fit_loop._should_accumulate())
 
 
+def ends_epoch(trainer: Any) -> bool:
+    """Whether this batch is the last of its epoch, also of one that ``trainer.should_stop`` cuts short.
+
+    Lightning validates after either, and a point of the epoch's end that is taken later would not be measured.
+    """
+    return bool(trainer.is_last_batch or (trainer.should_stop and trainer.fit_loop._can_stop_early))
+
+
 def synchronise_within(strategy: Any, group: Any) -> None:
     """Makes a DDP strategy synchronise gradients within a group of processes, instead of all of them."""
     strategy._ddp_kwargs["process_group"] = group

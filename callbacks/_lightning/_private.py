@@ -1,9 +1,10 @@
 """Every private name of Lightning that this folder uses; a test asserts that there are no others."""
 
 PRIVATE = {
-    "_batches_that_stepped": "of an epoch loop: the step that loggers get",
     "_batch": "of a data fetcher: the batch that was fetched last",
+    "_batches_that_stepped": "of an epoch loop: the step that loggers get",
     "_callback_metrics": "of a logger connector: the entries of `callback_metrics` as they are",
+    "_can_stop_early": "of a fit loop: whether it may stop before its planned end",
     "_checkpoint_connector": "of a Trainer: writes the content of a checkpoint",
     "_combined_loader": "of a loop: its loaders",
     "_combined_loader_states_to_load": "of a fit loop: where its loaders go on after a resume",

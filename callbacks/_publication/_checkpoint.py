@@ -161,6 +161,8 @@ class Checkpoints:
         name = RAW if holds is None else holds.name
         measured = self._validation.is_measured(holds, self._monitor)
         score = publisher.trainer.callback_metrics.get(self._monitor) if measured and self._monitor else None
+        if self._monitor and not measured:
+            self._validation.say_outdated(self._monitor, name)
         section: dict[str, Any] = {
             "format": FORMAT,
             "holds": name,

@@ -185,9 +185,11 @@ class Validation:
         if self._current is not None and self._current.holds == holds:
             return True
         version = self._version(average)
-        entry = None if monitor is None else self._ledger.get(monitor)
-        is_of_today = entry is None or not entry.validated or entry.version == version
-        return self._measured_at.get(holds) == version and is_of_today
+        return self._measured_at.get(holds) == version and not self._ledger.is_outdated(monitor, version)
+
+    def say_outdated(self, monitor: str, holds: str) -> None:
+        """Says, once per fit, that a file gets the score of an earlier validation, and its set is a later one."""
+        self._ledger.say_outdated(monitor, holds)
 
     def metrics_of(self, holds: str) -> dict[str, float]:
         """The metrics last measured on a set, without its prefix."""

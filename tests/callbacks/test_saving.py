@@ -294,3 +294,46 @@ def test_several_checkpoints_of_one_run_each_hold_their_own_set(tmp_path: Path) 
         file = read(checkpoint.best_model_path)
         assert file["lightning_merge"]["holds"] == holds[key]
         assert checkpoint.best_model_score.item() == score(file["state_dict"], norm=True)
+
+
+class Stops(Net):
+    """Asks in its sixth step, in mid-epoch, for the end of the fit."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.trainer.global_step == 5:
+            self.trainer.should_stop = True
+        return super().training_step(batch, batch_idx)
+
+
+# What is filed under a score: the module, arguments of the Trainer and of ModelCheckpoint, whether all was measured.
+ENDS: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any], bool]] = {
+    "as planned": (Net, {}, {}, True),
+    "asked to stop": (Stops, {}, {}, True),
+    "asked to stop, at the epoch's end": (Stops, {}, {"save_on_train_epoch_end": True}, True),
+    "no validation at the end": (Net, {"max_steps": 6}, {}, False),
+    "training went on": (Net, {"val_check_interval": 3}, {"save_on_train_epoch_end": True}, False),
+    "the cure": (Net, {"max_steps": 6}, {"save_on_train_epoch_end": False}, True),
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize(("module", "settings", "arguments", "measured"), ENDS.values(), ids=ENDS)
+def test_a_file_under_an_earlier_score_is_said_and_none_is_after_a_stop(
+    module: type[Net],
+    settings: dict[str, Any],
+    arguments: dict[str, Any],
+    measured: bool,
+    average: Callable[[], WeightMerging],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, "{epoch}-{step}", monitor="val/loss", save_top_k=-1, **arguments)
+    run = trainer(tmp_path, [average(), checkpoint], **{"max_epochs": 3} | settings)
+    with caplog.at_level("INFO"):
+        run.fit(module(), batches(4), validation())
+    files = {path: read(path) for path in checkpoint.best_k_models}
+    assert all(file["lightning_merge"]["measured"] for file in files.values()) is measured
+    assert caplog.text.count("is filed under `val/loss` of an earlier validation") == (not measured)
+    for path, file in files.items():
+        if file["lightning_merge"]["measured"]:
+            assert score(file["state_dict"]) == float(checkpoint.best_k_models[path])
