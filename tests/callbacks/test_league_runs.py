@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.tuner.tuning import Tuner
 from test_league import Target, contestants, fit
 from torch import Tensor
 
@@ -175,7 +175,7 @@ def test_a_resume_with_other_members_says_so_and_ranks_what_there_is(
     kept = {name: score for name, score in scores(usual).items() if name in league.standings and name != "ema"}
     assert kept.items() <= scores(league).items()
     assert set(league.standings) == {"raw", *(each.name for each in league.contestants)}
-    assert tiny.read(league.path)["lightning_merge"]["holds"] == league.winner
+    assert tiny.read(str(league.path))["lightning_merge"]["holds"] == league.winner
 
 
 def test_a_finished_run_that_is_resumed_ranks_nothing_and_says_so(
@@ -240,7 +240,7 @@ def test_a_winner_that_cannot_be_found_or_written_does_not_lose_the_fit(what: st
         trainer.fit(module, tiny.steps(2), tiny.steps(1))
     assert league.path is None
     assert league.winner == (None if what == "measuring" else "swa")
-    assert all(Path(each.final_path).is_file() for each in league.contestants)
+    assert all(Path(str(each.final_path)).is_file() for each in league.contestants)
     assert tiny.differing(module, league.contestants[0].merged_weights()) == []
 
 
@@ -251,8 +251,8 @@ def test_a_file_takes_the_place_of_a_sharded_checkpoint_of_that_name(tmp_path: P
         (tmp_path / name / ".metadata").touch()
     league = League(contestants(), "val/loss")
     fit(league, tmp_path, 5.0, ModelCheckpoint(tmp_path))
-    assert tiny.read(league.path)["state_dict"]["w"].item() == 5.0
-    assert Path(league.contestants[0].final_path).is_file()
+    assert tiny.read(str(league.path))["state_dict"]["w"].item() == 5.0
+    assert Path(str(league.contestants[0].final_path)).is_file()
 
 
 # ---- refused
@@ -299,14 +299,15 @@ def test_without_batches_of_validation_it_is_refused(tmp_path: Path) -> None:
 def loader(n: int, kind: str) -> Any:
     from torch.utils.data import DataLoader, SubsetRandomSampler
 
-    data = list(torch.zeros(n, 1))
-    return {
+    data: Any = list(torch.zeros(n, 1))
+    loaders: dict[str, Callable[[], Any]] = {
         "a loader": lambda: DataLoader(data, batch_size=3),
         "a list of one": lambda: [DataLoader(data, batch_size=3)],
         "a part of the data": lambda: DataLoader(data + data, batch_size=3, sampler=SubsetRandomSampler(range(n))),
         "two loaders": lambda: [DataLoader(data, batch_size=3), DataLoader(data, batch_size=3)],
         "several processes": lambda: DataLoader(data, batch_size=3),
-    }[kind]()
+    }
+    return loaders[kind]()
 
 
 @pytest.mark.parametrize(

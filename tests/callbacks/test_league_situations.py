@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import pytest
+import tiny
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, ModelCheckpoint
 from test_identity import MODULES, Awkward, FrozenBackbone
-from tiny import batches, differing, read, trainer
+from tiny import differing, read, trainer
 from torch import Tensor, nn
 
 from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, BestK, Doctor, League, PostHocEMA
 
 
 def validation() -> Any:
-    return batches(2, size=8, seed=2)
+    return tiny.batches(2, size=8, seed=2)
 
 
 def contestants(**settings: Any) -> list[Any]:
@@ -108,13 +109,15 @@ class Adversarial(WithNorm):
         self.automatic_optimization = False
 
     def loss(self, batch: list[Tensor]) -> Tensor:
-        return super().loss(batch) + self.other(batch[0]).square().mean()
+        penalty: Tensor = self.other(batch[0]).square().mean()
+        return super().loss(batch) + penalty
 
     def calibration_step(self, batch: list[Tensor]) -> None:
         self.loss(batch)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        first, second = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        first, second = optimizers
         loss = self.loss(batch)
         self.manual_backward(loss)
         first.step()
@@ -230,7 +233,7 @@ def run(case: Case, root: Path, league: League | None) -> tuple[Any, Any]:
     saved = ModelCheckpoint(root, filename="last")
     fit = trainer(root, [*callbacks, saved], **{"max_epochs": 3, **case.settings})
     loaders = [validation() for _ in range(case.loaders)]
-    fit.fit(module, batches(4), loaders if case.loaders > 1 else loaders[0])
+    fit.fit(module, tiny.batches(4), loaders if case.loaders > 1 else loaders[0])
     return module, fit
 
 
@@ -244,8 +247,7 @@ def score(case: Case, weights: dict[str, Tensor]) -> float:
         precision=precision, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False
     )
     found = run.validate(fresh, loaders if case.loaders > 1 else loaders[0], verbose=False)
-    found = {key: value for each in found for key, value in each.items()}
-    return float(found[case.monitor])
+    return float(next(each[case.monitor] for each in found if case.monitor in each))
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -268,10 +270,10 @@ def test_what_is_measured_saved_and_held_are_the_same_weights(name: str, mode: A
     assert file["lightning_merge"]["measured"]
     assert score(case, file["state_dict"]) == pytest.approx(best, rel=1e-5)
     for each in league.contestants:
-        saved = read(each.final_path)
+        saved = read(str(each.final_path))
         assert score(case, saved["state_dict"]) == pytest.approx(scores[each.name], rel=1e-5), each.name
     primary = next(each for each in fit.callbacks if hasattr(each, "merged_weights"))
-    assert differing(module.state_dict(), read(primary.final_path)["state_dict"]) == []
+    assert differing(module.state_dict(), read(str(primary.final_path))["state_dict"]) == []
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "stopped" not in name])
