@@ -11,6 +11,7 @@ from lightning_merge._averaging._remarks import mostly_the_start
 from lightning_merge._averaging._second_sets import has_second_set
 from lightning_merge._averaging._state import AveragingState
 from lightning_merge._ranks import agreed
+from lightning_merge._said import is_said
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
@@ -121,7 +122,7 @@ class MergingByRule(AverageByRule):
 
     def load(self, saved: dict[str, Any], label: dict[str, Any]) -> None:
         """Takes over what ``save`` and ``label`` gave."""
-        if label["rule"] != repr(self.rule):
+        if not is_said(label["rule"], self.rule):
             self._refuse_another_rule(label["rule"])
             rank_zero_warn(f"{self.title} goes on from a file that was written with {label['rule']}.")
         found = AveragingState.of(saved)

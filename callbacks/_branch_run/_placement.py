@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_merge import weights
+from lightning_merge._said import is_said
 from lightning_merge.branches import Branches, InTurn, OnePerRank, Policy
 from lightning_merge.callbacks._branch_run._settings import Settings
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
@@ -108,5 +109,5 @@ def check_policy(title: str, policy: Policy, rule: str, state: State | None) -> 
             f"{title} goes on from a file that was written with {rule}, whose state ({', '.join(map(repr, state))}) is"
             f" nothing to {policy!r}. Keep the settings, or load the weights alone and start anew."
         )
-    if rule != repr(policy):
+    if not is_said(rule, policy):
         rank_zero_warn(f"{title} goes on from a file that was written with {rule}.")

@@ -16,6 +16,7 @@ from lightning_merge._averaging._state import AveragingState
 from lightning_merge._averaging._taking_in import TakingIn
 from lightning_merge._averaging._watching import Watching
 from lightning_merge._eval_mode import Derived, extends_train
+from lightning_merge._said import is_said
 from lightning_merge._whole_steps import hook_whole_steps, was_skipped, weakly
 from lightning_merge.calibration import batch_norm_layers, recalibrated_statistics
 from lightning_merge.files._label import as_written
@@ -261,7 +262,7 @@ class Loop(TakingIn):
             )
         if average is not None:
             self._refuse_another(average, buffers, cure)
-        if rule != repr(self.rule):
+        if not is_said(rule, self.rule):
             self._warn(f"{self._tensors.title} goes on from a state of {rule}.")
         self._state, self._buffers, self.steps = state, buffers, steps
         self.evaluations, self.skipped_nonfinite = found.evaluations, found.skipped_nonfinite

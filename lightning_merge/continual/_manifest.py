@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_merge import combiners
+from lightning_merge._said import is_said
 from lightning_merge.combiners import Combiner
 from lightning_merge.continual._bank_files import damage, put
 
@@ -80,7 +81,7 @@ def manifest_in(path: Path) -> dict[str, Any] | None:
 
 def refuse_other(manifest: Mapping[str, Any], combiner: Combiner, keep_vectors: bool, folder: Path) -> None:
     """Raises a ``ValueError`` if a bank was made with another combiner, or keeps vectors where it must not, or not."""
-    if manifest["combiner"] != repr(combiner):
+    if not is_said(manifest["combiner"], combiner):
         raise ValueError(
             f"the bank {folder} was merged by {manifest['combiner']}, and `combiner` is {combiner}: use the same, or a"
             " new folder."
