@@ -87,8 +87,9 @@ class Canary:
             self._sang = same is False
             if not same:
                 return
-            # The live tensors are the merged ones here.
-            distance = _relative_distance(_below(name, average), publisher.raw(average))
+            # The live tensors are the merged ones here. Statistics that were measured again may go unused in eval mode.
+            parameters = {key: t for key, t in _below(name, average).items() if key not in average.buffer_names}
+            distance = _relative_distance(parameters, publisher.raw(average))
             if distance > _CLEARLY_DIFFERENT:
                 self._sightings.append(_Sighting(name, distance))
 

@@ -209,3 +209,16 @@ def test_validation_by_an_iterator_is_not_run_twice(tmp_path: Path) -> None:
     seen: list[int] = []
     trainer(tmp_path, [EMA(0.5)], max_epochs=1).fit(Fetching(SILENT["an input"]), batches(8), validation())
     assert seen == [8, 8]
+
+
+def test_statistics_that_eval_mode_does_not_use_stop_no_run(tmp_path: Path) -> None:
+    class BatchStatistics(nn.BatchNorm1d):
+        def forward(self, x: Any) -> Any:
+            kept = (self.running_mean, self.running_var) if self.training else (None, None)
+            return nn.functional.batch_norm(x, *kept, self.weight, self.bias, training=True)
+
+    module = Net()
+    module.net = nn.Sequential(nn.Linear(4, 8), BatchStatistics(8), nn.Linear(8, 1))
+    swa = SWA(start_epoch=1)  # at its first point parameters are the raw ones, and statistics are not
+    trainer(tmp_path, [swa], max_epochs=2).fit(module, batches(4), validation())
+    assert swa.updates > 0
