@@ -46,6 +46,7 @@ class Fisher(WithSquares):
             are all zero; at an update if they are of another model, or missing for this task.
 
     Example:
+        >>> from lightning_merge.importance import Statistics
         >>> known = {0: Statistics("fisher", {"w": torch.tensor([3.0, 1.0, 0.0])})}
         >>> known[1] = Statistics("fisher", {"w": torch.tensor([1.0, 1.0, 0.0])})
         >>> Fisher(known, normalise=None).combine([{"w": torch.tensor([4.0, 4.0, 4.0])}, {"w": torch.zeros(3)}])

@@ -40,6 +40,7 @@ class MaTS(WithGrams):
             are all zero; at an update if they are of another model, or missing for this task.
 
     Example:
+        >>> from lightning_merge.importance import Statistics
         >>> def gram(*values: float) -> Statistics:
         ...     return Statistics("gram", {"w": torch.diag(torch.tensor(values))})
         >>> mats = MaTS({0: gram(1.0, 1.0), 1: gram(3.0, 1.0)})
