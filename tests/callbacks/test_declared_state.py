@@ -32,6 +32,8 @@ DERIVED = {
     "_average": "the callback itself",
     "outside": "watches the turns of one fit",
     "_checked": "the optimizers of a fit are looked at",
+    "attributes": "what steps write on the module beside its state dict is in no file, without branches too",
+    "frozen": "looked at again before the turns of a batch",
 }
 """Attributes that need not come back, and why."""
 
