@@ -216,7 +216,7 @@ def arguments_of(name: str, function: Callable[..., Any]) -> dict[str, Any]:
         given["combiner"] = good(name, "combiner")
     if name == "OnlineMerging":
         given["pretrained"] = "zero"
-    if name in ("ASWA", "BestK", "SMA"):
+    if name in ("ASWA", "BestK", "Report", "SMA"):
         given["mode"] = "min"  # asked for where the name of the metric does not say it
     return given
 

@@ -48,7 +48,8 @@ def _asked_by_us() -> str | None:
     while frame is not None and any(part in frame.f_code.co_filename for part in passing):
         frame = frame.f_back
     path = Path(frame.f_code.co_filename) if frame is not None else Path()
-    ours = path.is_relative_to(OURS) and "tests" not in path.relative_to(OURS).parts
+    # An environment may lie in the checkout.
+    ours = path.is_relative_to(OURS) and not {"tests", "site-packages"} & set(path.relative_to(OURS).parts)
     return f"{path.name}:{frame.f_lineno}" if ours else None
 
 
