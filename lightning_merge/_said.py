@@ -1,8 +1,12 @@
 """Whether a file was written with the same settings, which it has as a ``repr``."""
 
 import ast
+import re
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+_CLASS = re.compile(r"[\w.<>]+(?=\()")
+"""What is called in a ``repr``, which may be local to a function."""
 
 
 def is_said(text: str, thing: Any) -> bool:
@@ -20,6 +24,19 @@ def is_said(text: str, thing: Any) -> bool:
         return _fits(ast.parse(text, mode="eval").body, thing)
     except (SyntaxError, ValueError, RecursionError):  # the repr of an object that is no dataclass
         return False
+
+
+def is_of_another_class(text: str, thing: Any) -> bool:
+    """Whether a file says that it was written with a thing of another class.
+
+    A ``repr`` that is no call, as that of a class that is no dataclass, says nothing about it.
+
+    Args:
+        text: From a file.
+        thing: A rule, a policy or a combiner.
+    """
+    written, now = (_CLASS.match(each) for each in (text, repr(thing)))
+    return bool(written and now and written[0] != now[0])
 
 
 def _fits(said: ast.expr, thing: Any) -> bool:

@@ -11,7 +11,7 @@ from lightning_merge._averaging._remarks import mostly_the_start
 from lightning_merge._averaging._second_sets import has_second_set
 from lightning_merge._averaging._state import AveragingState
 from lightning_merge._ranks import agreed
-from lightning_merge._said import is_said
+from lightning_merge._said import is_of_another_class, is_said
 from lightning_merge.callbacks._accept_if_better import logged
 from lightning_merge.callbacks._averaging_run._average_by_rule import AverageByRule
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
@@ -140,7 +140,7 @@ class MergingByRule(AverageByRule):
 
     def _refuse_another_rule(self, written: str) -> None:
         """Other settings of a rule go on with its state; another rule keeps something else."""
-        if written.partition("(")[0] != type(self.rule).__name__:
+        if is_of_another_class(written, self.rule):
             raise ValueError(
                 f"{self.title} cannot go on from an average of that name that was written with {written}: resume with"
                 " that, or give this one another `name`, with which it starts empty."

@@ -1,6 +1,5 @@
 """Where the branches of a Trainer are: in turn in its one module, or one in each process."""
 
-import re
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -8,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_merge import weights
-from lightning_merge._said import is_said
+from lightning_merge._said import is_of_another_class, is_said
 from lightning_merge.branches import Branches, InTurn, OnePerRank, Policy
 from lightning_merge.callbacks._branch_run._settings import Settings
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
@@ -103,8 +102,7 @@ def check_policy(title: str, policy: Policy, rule: str, state: State | None) -> 
     Raises:
         ValueError: If it is of another class, and remembers something.
     """
-    before, now = (re.match(r"[\w.]+(?=\()", each) for each in (rule, repr(policy)))
-    if state and before and now and before[0] != now[0]:
+    if state and is_of_another_class(rule, policy):
         raise ValueError(
             f"{title} goes on from a file that was written with {rule}, whose state ({', '.join(map(repr, state))}) is"
             f" nothing to {policy!r}. Keep the settings, or load the weights alone and start anew."

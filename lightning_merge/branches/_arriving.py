@@ -103,6 +103,8 @@ class QuantisedMean(Arriving):
 
 def mean_here(sets: list[Weights], bits: Bits) -> Weights:
     """What ``QuantisedMean`` gives, bit for bit, of sets that are all in this process."""
-    sent = [quantised(blocks(each), bits) for each in sets]
-    dtype = blocks(sets[0]).dtype
-    return unblocked(dequantised(mean_of(sent, bits, dtype), bits, dtype), sets[0])
+    sent = []
+    for each in sets:
+        rows = blocks(each)
+        sent.append(quantised(rows, bits))
+    return unblocked(dequantised(mean_of(sent, bits, rows.dtype), bits, rows.dtype), sets[0])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lightning_merge._said import is_said
+from lightning_merge._said import is_of_another_class, is_said
 
 
 @dataclass
@@ -49,3 +49,17 @@ def test_a_field_that_came_later_is_its_default(text: str, thing: Outer) -> None
 )
 def test_other_settings_are_others(text: str, thing: object) -> None:
     assert not is_said(text, thing)
+
+
+@pytest.mark.parametrize(
+    ("text", "thing", "is_another"),
+    [
+        ("Outer(share=0.5)", Outer(), False),
+        ("Inner(size=1.0)", Outer(), True),
+        ("outer.<locals>.Outer()", Outer(), True),
+        ("<module.Other object at 0x7f>", Other(), False),
+        ("<module.Other object at 0x7f>", Outer(), False),
+    ],
+)
+def test_another_class_is_known_where_a_call_names_it(text: str, thing: object, is_another: bool) -> None:
+    assert is_of_another_class(text, thing) is is_another
