@@ -12,7 +12,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import batches, differing, trainer, validation
 from torch import Tensor, nn
 
-from lightning_merge.callbacks import EMA, LAWA, PAPA, SWA, TWA, Lookaround
+from lightning_merge.callbacks import EMA, LAWA, PAPA, SWA, TWA, Lookaround, WeightMerging
+from lightning_merge.rules import Rule
+from lightning_merge.schedules import EveryNSteps
+from lightning_merge.weights import State, Weights, clone
 
 
 class Plain(pl.LightningModule):
@@ -217,3 +220,32 @@ def test_what_a_file_has_no_average_of_starts_anew_if_loading_is_not_strict(meth
     path = str(tmp_path / "epoch=2.ckpt")
     trainer(tmp_path, [after], max_epochs=4).fit(module, batches(4), ckpt_path=path)
     assert differing(before.merged_weights() | {"gate": torch.zeros(1)}, after.merged_weights()) == []
+
+
+class Last(Rule):
+    """A rule of one's own, whose class is no dataclass: its ``repr`` is another in every process."""
+
+    def init(self, weights: Weights) -> State:
+        return {"last": clone(weights), "updates": 0}
+
+    def update(self, state: State, weights: Weights) -> None:
+        state["last"] = clone(weights)
+        state["updates"] += 1
+
+    def stored(self, state: State) -> Weights | None:
+        last: Weights = state["last"]
+        return last
+
+
+@pytest.mark.filterwarnings("ignore:.*goes on from a file that was written with")
+def test_a_rule_without_a_telling_repr_resumes(tmp_path: Path) -> None:
+    def run(folder: str, start: str | None = None) -> WeightMerging:
+        average = WeightMerging(Last(), EveryNSteps(1))
+        files = ModelCheckpoint(tmp_path / folder, save_top_k=-1, filename="{epoch}")
+        trainer(tmp_path, [average, files], max_epochs=2).fit(Plain(), batches(4), validation(), ckpt_path=start)
+        return average
+
+    whole = run("whole")
+    resumed = run("resumed", str(tmp_path / "whole" / "epoch=0.ckpt"))
+    assert resumed.updates == whole.updates == 8
+    assert differing(whole.merged_weights(), resumed.merged_weights()) == []
