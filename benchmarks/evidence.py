@@ -30,6 +30,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
     """By name and in order of worth, what makes each in a size."""
     from _evidence._budgets import cifar10_budgets, digits_budgets
     from _evidence._domains import domains
+    from _evidence._forkmerge import forkmerge
     from _evidence._soups import soups
     from _evidence._tasks import tasks
 
@@ -37,6 +38,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
         "domains": domains,
         "budgets-digits": digits_budgets,
         "budgets-cifar10": cifar10_budgets,
+        "forkmerge": forkmerge,
         "soups": soups,
         "tasks": tasks,
     }

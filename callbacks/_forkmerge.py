@@ -43,6 +43,7 @@ class ForkMerge(Branching):
             module that files hold has those of the first branch.
         previous: Whether the last merge is a candidate. It is measured again: BatchNorm statistics come from newer
             batches.
+        min_gain: The last merge is kept unless a mixture scores higher by so much; at least 0, in units of the score.
         budget: Most candidates that are measured at a merge; needed for search methods without an end.
         batches: ``"same"`` batch for all branches, or ``"turns"``; see ``Branching``.
         buffers: ``"recompute"``: BatchNorm statistics are measured for every candidate, on the tasks of the first
@@ -61,7 +62,7 @@ class ForkMerge(Branching):
     Example:
         >>> fork = ForkMerge({"target": {"digit": 1.0}, "joint": {"digit": 1.0, "rotation": 1.0}}, every_n_steps=50)
         >>> fork.policy
-        BestMix(method=None, previous=True, budget=None, seed=0)
+        BestMix(method=None, previous=True, budget=None, seed=0, min_gain=0.0)
 
     References:
         Jiang et al., "ForkMerge: Mitigating negative transfer in auxiliary-task learning", NeurIPS 2023, algorithm 1.
@@ -78,6 +79,7 @@ class ForkMerge(Branching):
         *,
         heads: tuple[str, ...] | list[str] = (),
         previous: bool = True,
+        min_gain: float = 0.0,
         budget: int | None = None,
         batches: Batches = "same",
         buffers: Buffers = "recompute",
@@ -90,7 +92,7 @@ class ForkMerge(Branching):
             instance("search", search, Method, "a method of `lightning_merge.search`")
         heads = names("heads", heads)
         super().__init__(
-            BestMix(search, previous, budget),
+            BestMix(search, previous, budget, min_gain=min_gain),
             EveryNSteps(every_n_steps),
             len(branches),
             score=score,

@@ -2,16 +2,16 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge._checks import flag, instance, seed, settle, whole
+from lightning_merge._checks import flag, instance, number, seed, settle, whole
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._policy import Policy, newly_branched
-from lightning_merge.search import Coefficients, Greedy, Grid, Method, search
+from lightning_merge.search import Coefficients, Found, Greedy, Grid, Method, search
 from lightning_merge.weights import State, Weights
 
 
@@ -34,9 +34,12 @@ class BestMix(Policy):
         previous: Whether the last merge is a candidate; the start is, at the first one.
         budget: Most candidates that are measured; needed for methods without an end.
         seed: Of methods that draw random numbers.
+        min_gain: The last merge is kept unless another candidate scores higher by so much; at least 0, in units of the
+            score. The best of a dozen is often better by chance: a margin near the score's standard error says no then.
 
     Raises:
-        ValueError: If ``budget`` is less than 1, or at a merge if every candidate was rejected.
+        ValueError: If ``budget`` is less than 1, ``min_gain`` less than 0 or without ``previous``, or at a merge if
+            every candidate was rejected.
 
     Example:
         >>> import torch
@@ -62,6 +65,7 @@ class BestMix(Policy):
     previous: bool = True
     budget: int | None = None
     seed: int = 0
+    min_gain: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method is not None:
@@ -69,6 +73,9 @@ class BestMix(Policy):
         settle(self, previous=flag("previous", self.previous), seed=seed("seed", self.seed))
         if self.budget is not None:
             settle(self, budget=whole("budget", self.budget, 1))
+        settle(self, min_gain=number("min_gain", self.min_gain, "[0, inf)"))
+        if self.min_gain and not self.previous:
+            raise ValueError("`min_gain` is a margin over the last merge: it must be 0 with `previous=False`.")
 
     def init(self, branches: Branches) -> State:
         return {"merged": weights.clone(branches.mean()), "history": []}
@@ -96,6 +103,8 @@ class BestMix(Policy):
             budget=self.budget,
             seed=self.seed,
         )
+        if self.previous:
+            found = _by_margin(found, self.min_gain)
         state["merged"] = candidate(found.coefficients)
         branches.assign(state["merged"])
         shares = list(found.coefficients[:count])
@@ -116,6 +125,14 @@ class BestMix(Policy):
                 " an infinity.",
                 stacklevel=2,
             )
+
+
+def _by_margin(found: Found, margin: float) -> Found:
+    """What was found, or the last merge, which is measured first, if the gain over it is less than the margin."""
+    last = found.history[0]
+    if last.score is None or not found.score - last.score < margin:
+        return found
+    return replace(found, coefficients=last.coefficients, score=last.score, ties=0)
 
 
 def _usual(count: int) -> Method:

@@ -92,6 +92,24 @@ def test_the_last_merge_is_kept_when_nothing_is_better(tmp_path: Path) -> None:
     assert module.w.tolist() == pytest.approx([0.3, 0.7, 1.3])
 
 
+@pytest.mark.parametrize(("margin", "kept"), [(0.0, False), (0.089, False), (0.091, True)])
+def test_a_gain_below_the_margin_keeps_the_last_merge(margin: float, kept: bool, tmp_path: Path) -> None:
+    class Nearer(Ends):
+        """Both branches end where the score is 0.91 at first, then where it is 1."""
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+            end = torch.tensor(BEST, dtype=torch.float64) - torch.tensor([0.0 if batch_idx else 0.3, 0.0, 0.0])
+            return {"losses": {name: (self.w * (self.w.detach() - end)).sum() for name in ENDS}}
+
+    module = Nearer()
+    fork = ForkMerge({"3": {"3": 1.0}, "0": {"0": 1.0}}, every_n_steps=1, search=Grid(0.5), min_gain=margin)
+    trainer(tmp_path, [fork], max_epochs=1, precision="64-true").fit(module, steps(2), steps(1))
+    first, second = fork.history
+    assert (first["previous"], second["previous"], second["evaluations"]) == (False, kept, 4)
+    assert second["score"] == pytest.approx(0.91 if kept else 1.0)
+    assert module.w.tolist() == pytest.approx([0.25 if kept else 0.55, 0.7, 1.15])
+
+
 # ---- training
 
 
@@ -354,6 +372,8 @@ def test_manual_optimization_is_refused(tmp_path: Path) -> None:
         ({"branches": {"a": {"t": 0.0}}}, "one of them more than 0"),
         ({"every_n_steps": 0}, "`every_n_steps` must be at least 1, got 0"),
         ({"budget": 0}, "`budget` must be at least 1, got 0"),
+        ({"min_gain": -0.1}, "`min_gain` must be at least 0"),
+        ({"min_gain": 0.1, "previous": False}, "`min_gain` is a margin over the last merge"),
     ],
 )
 def test_an_argument_of_forkmerge_out_of_range_is_named(arguments: dict[str, Any], message: str) -> None:
