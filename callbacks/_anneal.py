@@ -1,5 +1,6 @@
 """Anneal: what a learning rate that decays would have given, as a mean of the weights at a constant one."""
 
+from dataclasses import replace
 from typing import Unpack
 
 from lightning.pytorch import LightningModule, Trainer
@@ -10,7 +11,7 @@ from lightning_merge.callbacks._lightning._run import planned_length
 from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import AnnealedMean, Rule, SlidingAnnealedMean
-from lightning_merge.schedules import BeforeEnd, Duration, EveryNSteps, Schedule
+from lightning_merge.schedules import BeforeEnd, Duration, EveryNSteps, RunLength, Schedule
 from lightning_merge.schedules._decay import Decay
 from lightning_merge.selections import Selection, chosen
 
@@ -85,6 +86,20 @@ class Anneal(WeightMerging):
             optimizer=optimizer,
             **known(options, RuleOptions, self),
         )
+
+    def _resolved(self, trainer: Trainer) -> tuple[Rule, Schedule]:
+        """Those of the run; a few steps of ``fast_dev_run`` are the window, if that is longer, so that it is tried."""
+        run = planned_length(trainer) if trainer.fast_dev_run else RunLength()  # type: ignore[attr-defined]  # set outside the class
+        if run.steps:
+            rule = self.rule
+            assert isinstance(rule, AnnealedMean | SlidingAnnealedMean)
+            window = Duration.parse(rule.window)
+            if not rule.steps_per_update <= window.steps(run) <= run.steps:
+                rank_zero_info(
+                    f"{self.title}: its `window` has no room in this `fast_dev_run`, whose {run.steps} steps it takes."
+                )
+                return replace(rule, window=Duration(run.steps), steps_per_update=1), EveryNSteps()
+        return super()._resolved(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts steps from the start of the run, and sees that the window lies before its end."""

@@ -16,7 +16,7 @@ from lightning_merge.callbacks._publication._callback import Published, Validate
 from lightning_merge.callbacks._publication._options import AverageOptions, known
 from lightning_merge.callbacks._publication._session import Publisher
 from lightning_merge.callbacks._twa_run._fit import Fit
-from lightning_merge.callbacks._twa_run._plan import Plan, plan_of_given, plan_of_run
+from lightning_merge.callbacks._twa_run._plan import Plan, plan_of_given, plan_of_run, quick_plan
 from lightning_merge.callbacks._twa_run._saved import Counts, TWASaved
 from lightning_merge.optim import Subspace
 from lightning_merge.optim._subspace import Form, Store, check_settings
@@ -243,8 +243,14 @@ class TWA(Published):
         if trajectory is not None:
             return plan_of_given(self.title, trainer, len(trajectory))
         plan = plan_of_run(self.title, trainer, self.every, self.stage, self.start)
-        if not self.ready and self._saved is None:
-            plan.refuse_too_short(self.title)
+        if self.ready or self._saved is not None:
+            return plan
+        if trainer.fast_dev_run and plan.snapshots < 2:  # type: ignore[attr-defined]  # set outside the class
+            rank_zero_info(
+                f"{self.title}: its stages have no room in this `fast_dev_run`, whose first 2 steps are its snapshots."
+            )
+            return quick_plan(plan.end)
+        plan.refuse_too_short(self.title)
         return plan
 
     def _room(self, live: Weights, snapshots: int) -> Subspace:

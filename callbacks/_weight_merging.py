@@ -106,7 +106,7 @@ class WeightMerging(MergingByRule):
         """Starts to count optimizer steps, or goes on with the average of an earlier fit or a checkpoint."""
         self._refuse_files_of_several()
         super().on_fit_start(trainer, pl_module)
-        self._active_rule, self._active_schedule = resolved(trainer, [self.rule, self.schedule])
+        self._active_rule, self._active_schedule = self._resolved(trainer)
         self._session.look()
         self._look_up()
         if self._state is not None:
@@ -114,6 +114,11 @@ class WeightMerging(MergingByRule):
         if self.selection.buffers == "recompute":
             self._keep_recent_batches()
         self._session.begin(self, trainer.optimizers[self.optimizer])
+
+    def _resolved(self, trainer: Trainer) -> tuple[Rule, Schedule]:
+        """The rule and the schedule in steps of this run."""
+        rule, schedule = resolved(trainer, [self.rule, self.schedule])
+        return rule, schedule
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """An average that starts before training starts here, after everything was restored."""

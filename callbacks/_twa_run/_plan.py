@@ -68,6 +68,11 @@ def plan_of_run(title: str, trainer: Any, every: Duration, stage: Duration, star
     return Plan(end, stage_start, (stage_start - first) // interval, interval, first)
 
 
+def quick_plan(end: int) -> Plan:
+    """The plan of a ``fast_dev_run``, in which the real one has no room: two snapshots, and what is left."""
+    return Plan(end, stage_start=2, snapshots=2, interval=1)
+
+
 def _steps(title: str, run: Any) -> int:
     if run.steps is None:
         why = run.unknown_since or "set `max_steps` or `max_epochs`"
