@@ -68,14 +68,19 @@ class Divergence:
                 " learning rate or clip gradients."
             )
 
-    def go_back(self, branches: Branches, live: Mapping[str, Tensor]) -> None:
+    def go_back(self, branches: Branches, live: Mapping[str, Tensor], kept: Weights) -> None:
         """Puts the last good weights into all branches.
+
+        Args:
+            branches: All branches.
+            live: What is in the module, what all branches share included.
+            kept: Last good weights that are the policy's.
 
         Raises:
             RuntimeError: If there are none.
         """
         what = f"all {branches.count} branches hold a NaN or an infinity after group {self._progress.groups}"
-        if not self.good:
+        if not self.good and not kept:
             raise RuntimeError(
                 f"{self._title}: {what}, and its policy keeps no weights to go back to. Resume from an earlier"
                 " checkpoint with a lower learning rate."
@@ -84,7 +89,8 @@ class Divergence:
             f"{self._title}: {what}. Training stops with the weights of merge {self._progress.merges}, the last good"
             " one. Lower the learning rate or clip gradients."
         )
-        good = self._fitting(live)
+        devices = {name: live[name].device for name in kept if name in live}
+        good = self._fitting(live) | weights.to_devices({name: kept[name] for name in devices}, devices)
         weights.copy_({name: live[name] for name in good}, good)
         branches.assign(good)
         branches.reset_optimizers(set(branches.own))

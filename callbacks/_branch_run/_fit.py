@@ -120,8 +120,8 @@ class Fit:
             self._settings.policy.look_again(self._state, self.branches)
             self._take_in(changed)
         self.earlier = Earlier()
-        if self._settings.policy.restarts and not self.good:
-            self._divergence.remember(self._trained_tensors)
+        if not self.good:
+            self._remember()
         if self._anchors is not None:
             take_up = self._anchors.restart if self._progress.equal else self._anchors.complete
             take_up(self.branches)
@@ -245,7 +245,7 @@ class Fit:
         self.mean = None
         diverged = branches.diverged()
         if len(diverged) == branches.count:
-            self._divergence.go_back(branches, self._trained_tensors)
+            self._divergence.go_back(branches, self._trained_tensors, settings.policy.last_good(self._state))
             self.publisher.trainer.should_stop = True
             return
         if diverged:
@@ -260,7 +260,14 @@ class Fit:
         branches.steps = [0] * branches.count
         if settings.policy.restarts:
             self._progress.merged_at = self._progress.trained
-            self._divergence.remember(self._trained_tensors)
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keeps what branches could go back to, unless their policy does."""
+        policy = self._settings.policy
+        kept = policy.last_good(self._state)
+        if policy.restarts or kept:
+            self._divergence.remember({n: t for n, t in self._trained_tensors.items() if n not in kept})
 
     def _measure(self, candidate: Weights) -> float:
         """The score of any weights in the place of the branches, with BatchNorm statistics that fit them."""

@@ -42,6 +42,14 @@ class Policy(ABC):
         """
         return branches.mean_of_finite(active)
 
+    def last_good(self, state: State) -> Weights:
+        """Weights that all branches can go back to if they have all diverged, where they are not equal after a merge.
+
+        Args:
+            state: What it remembers.
+        """
+        return {}
+
     def look_again(self, state: State, branches: Branches) -> None:  # noqa: B027 (most remember no weights)
         """Takes what is branched from here on, and was frozen before, into what it remembers of weights.
 

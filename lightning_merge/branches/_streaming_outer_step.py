@@ -87,6 +87,11 @@ class StreamingOuterStep(Policy):
             "bits": self.bits,  # what has arrived are weights at 32, and their way with fewer
         }
 
+    def last_good(self, state: State) -> Weights:
+        """The anchor, which nothing of a branch that diverged has reached."""
+        anchor: Weights = state["anchor"]
+        return anchor
+
     def look_again(self, state: State, branches: Branches) -> None:
         self._refuse_other_settings(state)
         OuterStep(self.lr, self.momentum).look_again(state, branches)

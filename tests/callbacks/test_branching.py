@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from branch_table import POLICIES
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import Net, NetParts, batches, differing, of, raw_of, read, score, trainer, validation
 from torch import Tensor, nn
@@ -367,6 +368,30 @@ def test_when_all_branches_diverged_training_ends_with_the_last_good_merge(tmp_p
     assert run.current_epoch == 1
     assert not differing(good, module)
     assert not differing(read(lookaround.final_path)["state_dict"], good)
+
+
+NEVER_EQUAL = ("pairs", "pull", "shuffle")
+"""Policies after whose merges branches differ, and that keep no weights of all."""
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_the_policy_a_run_whose_branches_all_diverged_ends_with_good_weights_or_says_why(
+    name: str, tmp_path: Path
+) -> None:
+    module = of(PoisonedParts)((0, 1, 2), norm=True)
+    measure = (lambda own, batch: (-own.loss(batch), 1)) if POLICIES[name]().needs_score else None
+    callback = Branching(POLICIES[name](), EveryNSteps(2), 2, augmentations=BENDS[:2], score=measure)
+    run = trainer(tmp_path, [callback], max_epochs=3)
+    if name in NEVER_EQUAL:
+        with pytest.raises(RuntimeError, match="and its policy keeps no weights to go back to"):
+            run.fit(module, repeated(8), validation())
+        return
+    with pytest.warns(UserWarning, match="all 2 branches hold a NaN.*Training stops with the weights of merge"):
+        run.fit(module, repeated(8), validation())
+    assert run.current_epoch == 1
+    assert all(tensor.isfinite().all() for tensor in module.state_dict().values())
+    assert all(tensor.isfinite().all() for each in branches_of(callback) for tensor in each.values())
 
 
 @pytest.mark.parametrize(
