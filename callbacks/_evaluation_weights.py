@@ -53,7 +53,7 @@ class EvaluationWeights(WeightMerging):
     Args:
         second: ``None`` to ask the optimizers; else a function of the module that gives the weights to evaluate by
             parameter name. It is called with the trained weights in place; a parameter that it leaves out is the
-            trained one.
+            trained one. A NaN in what it gives is said, and measured.
         validate: Which weights validation measures, ``"merged"`` (those to evaluate), ``"raw"`` or ``"both"``.
         name: Prefix of their metrics if an average comes before it in the list, and of their files.
         options: ``final_validation``, ``final_checkpoint`` and ``log_health``, see ``AverageOptions``.
@@ -140,8 +140,16 @@ class EvaluationWeights(WeightMerging):
                     f"`second` of {self.title} must give tensors by parameter name and in the parameter's shape, got"
                     f" `{odd[0]}` {tuple(given[odd[0]].shape)}; there are: {', '.join(live)}."
                 )
-            return weights.clone({name: given.get(name, tensor) for name, tensor in live.items()})  # tied ones once
-        with _values_kept(self._optimizers):
+            found = weights.clone({name: given.get(name, tensor) for name, tensor in live.items()})  # tied ones once
+            if culprits := weights.nonfinite(found) - weights.nonfinite(live):
+                rank_zero_warn(
+                    f"{self.title}: what `second` gives for `{min(culprits)}` holds a NaN or an infinity after"
+                    f" {self._steps_of_all} steps, and the parameter does not. It is measured, saved and published so."
+                )
+            return found
+        with _values_kept(self._optimizers) as put_back:
+            _switch(self._optimizers, "train")  # a finished run may have been read from a file in the other mode
+            put_back()
             _switch(self._optimizers, "eval")
             found = weights.clone(live)
             _switch(self._optimizers, "train")
@@ -205,6 +213,26 @@ class EvaluationWeights(WeightMerging):
             )
         return []
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A file of these weights has the optimizers as ``eval()`` leaves them, so that a run without this callback can
+        go on from it as from one that the package's users write."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._publisher is None or self._publisher.is_over or not self._is_in_place:
+            return
+        with _values_kept(self._optimizers):
+            _switch(self._optimizers, "eval")
+            for optimizer, saved in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+                if has_second_set(optimizer):
+                    saved["param_groups"] = optimizer.state_dict()["param_groups"]
+            _switch(self._optimizers, "train")
+
+    @property
+    def _is_in_place(self) -> bool:
+        """Whether the module holds the second set."""
+        live = self._session.inventory.parameters
+        found = {} if self._found is None else self._found[1]
+        return bool(found) and all(torch.equal(live[name], tensor.to(live[name])) for name, tensor in found.items())
+
     def note_the_end(self) -> None:
         """Keeps the set, which the optimizers will not be there to give."""
         self.merged()
@@ -236,12 +264,15 @@ class EvaluationWeights(WeightMerging):
 
 
 @contextmanager
-def _values_kept(optimizers: list[Optimizer]) -> Iterator[None]:
-    """In the block the optimizers may change their parameters, which after it are what they were, bit for bit."""
+def _values_kept(optimizers: list[Optimizer]) -> Iterator[Callable[[], None]]:
+    """In the block the optimizers may change their parameters, which after it are what they were, bit for bit.
+
+    Yields what makes them so within it.
+    """
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     live = {str(number): parameter for number, parameter in enumerate(parameters)}
     before = weights.copies(live)
-    yield
+    yield lambda: weights.copy_(live, before)
     weights.copy_(live, before)
 
 

@@ -11,6 +11,7 @@ from processes import launch
 from ranks import Wide, ddp, fit, loaders, together
 from tiny import Net, Walk, batches, differing, raw_of, read, steps, trainer, values
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_merge.callbacks import EMA, EvaluationWeights
 
@@ -136,6 +137,25 @@ def test_files_hold_what_was_measured_and_a_resumed_run_ends_as_the_uninterrupte
         assert differing(file["state_dict"], raw_of(file)) != []
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("monitor", ["val/loss", "raw/val/loss"])
+def test_without_the_callback_a_run_goes_on_from_its_files_as_from_those_of_the_package(
+    kind: str, monitor: str, tmp_path: Path
+) -> None:
+    data = DataLoader([next(iter(batches(1)))] * 4, batch_size=None)  # the same in whatever order
+    file = ModelCheckpoint(tmp_path, filename="file", monitor=monitor)
+    trainer(tmp_path, [EvaluationWeights(validate="both"), file], max_epochs=1).fit(Free(kind), data, batches(1))
+    saved = read(tmp_path / "file.ckpt")
+    if monitor == "val/loss":
+        assert [group["train_mode"] for group in saved["optimizer_states"][0]["param_groups"]] == [False]
+    module, whole = Free(kind), EvaluationWeights()
+    with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
+        trainer(tmp_path, [Modes()], max_epochs=2).fit(module, data, ckpt_path=tmp_path / "file.ckpt")
+    trainer(tmp_path, [whole], max_epochs=2).fit(Free(kind), data, batches(1))
+    for name, tensor in whole.raw_weights().items():
+        torch.testing.assert_close(values(module)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_a_finished_run_that_is_resumed_keeps_the_statistics_of_its_file(tmp_path: Path) -> None:
     module, again = Free(norm=True), Free(norm=True)
     run = trainer(tmp_path, [EvaluationWeights(), ModelCheckpoint(tmp_path, "last")], max_epochs=2)
@@ -252,6 +272,12 @@ def test_a_function_gives_the_second_set_of_any_optimizer(tmp_path: Path) -> Non
         trainer(tmp_path, [EvaluationWeights(lambda module: {"v": module.w})], max_epochs=1).fit(
             Walk(), steps(1), steps(1)
         )
+
+
+def test_a_function_that_gives_a_nan_where_there_is_none_is_named(tmp_path: Path) -> None:
+    broken = EvaluationWeights(lambda module: {"w": module.w.detach() / 0})
+    with pytest.warns(UserWarning, match="`second` gives for `w` holds a NaN or an infinity after 2 steps"):
+        trainer(tmp_path, [broken], max_epochs=1).fit(Walk(), steps(2), steps(1))
 
 
 def test_a_later_eval_does_not_move_what_was_published(tmp_path: Path) -> None:
