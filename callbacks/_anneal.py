@@ -11,9 +11,11 @@ from lightning_merge.callbacks._lightning._run import planned_length
 from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import AnnealedMean, Rule, SlidingAnnealedMean
+from lightning_merge.rules._decaying import Decaying
 from lightning_merge.schedules import BeforeEnd, Duration, EveryNSteps, RunLength, Schedule
 from lightning_merge.schedules._decay import Decay
 from lightning_merge.selections import Selection, chosen
+from lightning_merge.weights import State
 
 
 class Anneal(WeightMerging):
@@ -123,15 +125,34 @@ class Anneal(WeightMerging):
             if state is not None and state["taken"] > passed:
                 rank_zero_info(f"{self.title}: the run ends later than it did, and a window begins anew.")
                 state["taken"] = 0
-            if state is not None and state["taken"] and (began := rule.began_as(state)) != (rule.shape, rule.snapshots):
-                raise ValueError(
-                    f"{self.title}: the window of the file began with `shape` {began[0]!r} and {began[1]} weights, and"
-                    f" now `shape` is {rule.shape!r} and the window has {rule.snapshots}: the weights of one decay are"
-                    " no merge of another. Give what was given then, or go on from a checkpoint before the window."
-                )
+            if state is not None and state["taken"]:
+                self._refuse_another_plan(rule, state)
             late = passed > (state["taken"] if state else 0) + self.skipped_nonfinite
         if late:
             raise ValueError(
                 f"{self.title}: `window` must be at most what is left of the run, {end} steps of which {self.steps} are"
                 f" done, got {length} steps. Give a shorter one, or go on from an earlier checkpoint."
+            )
+
+    def _look_up(self) -> None:
+        """Copies for a window of a number of weights are of no use for another one."""
+        rule, given, state = self._active_rule, self.rule, self._state
+        if isinstance(rule, SlidingAnnealedMean) and state is not None and state["blocks"]:
+            assert isinstance(given, SlidingAnnealedMean)
+            began, is_of_steps = rule.began_as(state), Duration.parse(given.window).unit == "steps"
+            if began[1] != rule.snapshots and not is_of_steps and [*began[::2]] == [*rule.plan[::2]]:
+                rank_zero_info(f"{self.title}: the run is another length than it was, and a window begins anew.")
+                state["blocks"].clear()
+            else:
+                self._refuse_another_plan(rule, state)
+        super()._look_up()
+
+    def _refuse_another_plan(self, rule: Decaying, state: State) -> None:
+        if (began := rule.began_as(state)) != rule.plan:
+            was, now = (f" in {plan[2]} copies" if len(plan) > 2 else "" for plan in (began, rule.plan))
+            raise ValueError(
+                f"{self.title}: the window of the file began with `shape` {began[0]!r} and {began[1]} weights{was}, and"
+                f" now `shape` is {rule.shape!r} and the window has {rule.snapshots}{now}: the weights of one decay"
+                " are no merge of another. Give what was given then, or go on from a checkpoint before the window, or"
+                " give this one another `name`, with which it starts empty."
             )

@@ -72,16 +72,7 @@ class AnnealedMean(Decaying):
         state["updates"] += 1
         state["taken"] = m
         if m == 1:
-            state["plan"] = [self.shape, n]
-
-    def began_as(self, state: State) -> tuple[str, int]:
-        """The shape and the number of weights that the window in a state began with.
-
-        Args:
-            state: As ``init`` made it.
-        """
-        shape, snapshots = state.get("plan", (self.shape, self.snapshots))  # files of before had none
-        return shape, snapshots
+            state["plan"] = self.plan
 
     def stored(self, state: State) -> Weights | None:
         return state["mean"] if state["updates"] else None

@@ -1,13 +1,14 @@
 """What the means share that stand for a learning rate that decays: the shape and the window."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from lightning_merge._checks import one_of, settle, whole
 from lightning_merge.rules._base import Rule
 from lightning_merge.schedules import Duration, RunLength
 from lightning_merge.schedules._before_end import times_within
 from lightning_merge.schedules._decay import Decay
+from lightning_merge.weights import State
 
 SHAPES = "'linear', 'cosine', '1-sqrt' or 'exponential'"
 
@@ -37,6 +38,20 @@ class Decaying(Rule):
     def snapshots(self) -> int:
         """Weights in a window, ``n``."""
         return times_within(self.window, self.steps_per_update, RunLength())
+
+    @property
+    def plan(self) -> list[Any]:
+        """What the weights of a window depend on, as a state keeps it that has begun one."""
+        return [self.shape, self.snapshots]
+
+    def began_as(self, state: State) -> list[Any]:
+        """The ``plan`` that the window in a state began with.
+
+        Args:
+            state: As ``init`` made it.
+        """
+        plan: list[Any] = state.get("plan", self.plan)  # files of before had none
+        return plan
 
     def resolve(self, run: RunLength) -> Self:
         steps = times_within(self.window, self.steps_per_update, run) * self.steps_per_update

@@ -79,6 +79,10 @@ class SlidingAnnealedMean(Decaying):
         super().__post_init__()
         settle(self, memory=whole("memory", self.memory, 2))
 
+    @property
+    def plan(self) -> list[Any]:
+        return [*super().plan, self.memory]
+
     def init(self, weights: Weights) -> State:
         check_room(_Copies(), weights, min(self.memory, self.snapshots) + 1)
         return {"blocks": [], "updates": 0}
@@ -86,6 +90,8 @@ class SlidingAnnealedMean(Decaying):
     def update(self, state: State, weights: Weights) -> None:
         state.pop("cache", None)
         n, blocks = self.snapshots, state["blocks"]
+        if not blocks:
+            state["plan"] = self.plan
         size = math.ceil((n - 1) / (self.memory - 1)) or 1
         while blocks and _count(blocks[1:]) + 1 >= n:
             del blocks[0]  # none of its weights are in the window any more

@@ -109,6 +109,37 @@ def test_a_window_that_began_goes_on_under_its_own_decay_only(tmp_path: Path) ->
         again.fit(Net(), batches(5), ckpt_path=tmp_path / "step=6.ckpt")
 
 
+@pytest.mark.parametrize("at", [3, 6, 9])
+@pytest.mark.parametrize("shape", ["linear", "exponential"])
+@pytest.mark.parametrize("other", [("1-sqrt", 8, 8), (None, 8, 6), (None, 4, 4), (None, 12, 8)], ids=str)
+@pytest.mark.filterwarnings("ignore:.*goes on from a file that was written with")
+def test_a_sliding_window_goes_on_under_its_own_decay_only(
+    shape: Decay, at: int, other: tuple[Any, int, int], tmp_path: Path
+) -> None:
+    files = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=at, save_top_k=-1)
+    trainer(tmp_path, [Anneal(shape, 8, memory=8), files], max_epochs=4).fit(Net(), batches(5))
+    again = trainer(tmp_path, [Anneal(other[0] or shape, other[1], memory=other[2])], max_epochs=4)
+    with pytest.raises(
+        ValueError, match=rf"began with `shape` '{shape}' and 8 weights in 8 copies, and now `shape` is"
+    ):
+        again.fit(Net(), batches(5), ckpt_path=tmp_path / f"step={at}.ckpt")
+
+
+def test_a_sliding_share_of_a_run_that_became_longer_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    files = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10)
+    trainer(tmp_path, [Anneal("linear", "40%", memory=4), files], max_epochs=1).fit(Walk(), steps(10), steps(1))
+    again, module = Anneal("linear", "40%", memory=4), Walk()
+    run = trainer(tmp_path, [again], max_epochs=2)
+    run.fit(module, steps(10), steps(1), ckpt_path=tmp_path / "step=10.ckpt")
+    assert "the run is another length than it was, and a window begins anew" in caplog.text + "".join(
+        capsys.readouterr()
+    )
+    assert module.w.item() == pytest.approx(16.5, rel=0.01)  # of 13 to 20
+
+
 def test_a_file_of_the_run_holds_the_merged_weights(tmp_path: Path) -> None:
     files = ModelCheckpoint(tmp_path, filename="{step}", monitor="val/w", save_top_k=-1)
     module = Walk()
