@@ -7,9 +7,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_merge import weights
-from lightning_merge.branches import Branches
+from lightning_merge.branches import Branches, Policy
 from lightning_merge.callbacks._branch_run._progress import Progress
-from lightning_merge.weights import Weights
+from lightning_merge.weights import State, Weights
 
 
 @final
@@ -33,6 +33,12 @@ class Divergence:
         self.good = self._fitting(live)
         weights.copy_(self.good, live)
         self.good |= weights.copies({name: t for name, t in live.items() if name not in self.good})
+
+    def keep(self, policy: Policy, state: State, live: Mapping[str, Tensor]) -> None:
+        """Remembers what branches could go back to, where they are equal or their policy keeps only a part of it."""
+        kept = policy.last_good(state)
+        if policy.restarts or kept:
+            self.remember({name: tensor for name, tensor in live.items() if name not in kept})
 
     def _fitting(self, live: Mapping[str, Tensor]) -> Weights:
         """The last good weights of what is still there in the same shape."""

@@ -121,7 +121,7 @@ class Fit:
             self._take_in(changed)
         self.earlier = Earlier()
         if not self.good:
-            self._remember()
+            self._divergence.keep(self._settings.policy, self._state, self._trained_tensors)
         if self._anchors is not None:
             take_up = self._anchors.restart if self._progress.equal else self._anchors.complete
             take_up(self.branches)
@@ -260,14 +260,7 @@ class Fit:
         branches.steps = [0] * branches.count
         if settings.policy.restarts:
             self._progress.merged_at = self._progress.trained
-        self._remember()
-
-    def _remember(self) -> None:
-        """Keeps what branches could go back to, unless their policy does."""
-        policy = self._settings.policy
-        kept = policy.last_good(self._state)
-        if policy.restarts or kept:
-            self._divergence.remember({n: t for n, t in self._trained_tensors.items() if n not in kept})
+        self._divergence.keep(settings.policy, self._state, self._trained_tensors)
 
     def _measure(self, candidate: Weights) -> float:
         """The score of any weights in the place of the branches, with BatchNorm statistics that fit them."""
