@@ -129,6 +129,16 @@ GOOD: dict[str, Callable[[], Any]] = {
     "TWA.schedule": lambda: "linear",
     "score": lambda: 1.0,
     "search.score": lambda: lambda coefficients: 0.0,
+    "by_tensor.tensors": lambda: ("w",),
+    "data": lambda: [[torch.ones(2, 1)], [torch.ones(2, 1)]],
+    "CrossEntropy.data": lambda: [[(torch.ones(2, 1), torch.tensor([0, 1]))]],
+    "Entropy.module": lambda: nn.Linear(1, 2, bias=False),
+    "CrossEntropy.module": lambda: nn.Linear(1, 2, bias=False),
+    "Entropy.base": lambda: {"weight": torch.ones(2, 1)},
+    "CrossEntropy.base": lambda: {"weight": torch.ones(2, 1)},
+    "Entropy.vectors": lambda: [{"weight": torch.ones(2, 1)}],
+    "CrossEntropy.vectors": lambda: [{"weight": torch.ones(2, 1)}],
+    "per": lambda: "model",
     "scores": lambda: [(1.0, 0.0), (0.0, 1.0)],
     "shape": lambda: (0.5, 0.2),
     "share": lambda: 0.5,
@@ -167,7 +177,7 @@ LEFT_OUT = {
 }
 
 
-ANYTHING = {("Answer", "value"), ("Found", "score"), ("Evaluation", "score")}
+ANYTHING = {("Answer", "value"), ("Measured", "value"), ("Found", "score"), ("Evaluation", "score")}
 """What may be any number, infinities included."""
 
 

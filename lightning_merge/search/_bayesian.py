@@ -53,7 +53,7 @@ class Bayesian(Method):
             sampler = optuna.samplers.GPSampler(seed=rng.randrange(2**31), n_startup_trials=count + self.random_starts)
             study = optuna.create_study(sampler=sampler, direction="maximize")
             for index in range(count):
-                study.enqueue_trial(dict(zip(units, space.to_unit(one_hot(count, index)), strict=True)))
+                study.enqueue_trial(dict(zip(units, space.to_unit(space.alike(one_hot(count, index))), strict=True)))
         while True:
             with _quiet(optuna):
                 trial = study.ask(units)

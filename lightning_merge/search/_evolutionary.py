@@ -68,6 +68,6 @@ class Evolutionary(Method):
     def _starts(self, space: Space, count: int, rng: random.Random) -> Iterator[Coefficients]:
         """One at a time: the budget may be spent before there are as many as the population."""
         known = [(1.0 / count,) * count, *(one_hot(count, index) for index in range(count))]
-        yield from known[: self.population]
+        yield from map(space.alike, known[: self.population])
         for _ in range(self.population - len(known)):
             yield space.from_unit([rng.random() for _ in range(space.dimensions(count))])

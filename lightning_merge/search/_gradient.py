@@ -8,7 +8,7 @@ from typing import ClassVar, TypeAlias, final
 
 from lightning_merge._checks import number, settle
 from lightning_merge.search._method import Answer, Method, Proposals
-from lightning_merge.search._spaces import Coefficients, Free, Space, one_hot
+from lightning_merge.search._spaces import Coefficients, Space, one_hot
 
 _Measuring: TypeAlias = Generator[Coefficients, Answer, Coefficients]
 _Starting: TypeAlias = Generator[Coefficients, Answer, tuple[Coefficients, Answer]]
@@ -49,11 +49,11 @@ class Gradient(Method):
         settle(self, difference=number("difference", self.difference, "(0, 1)"))
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
-        here: Coefficients = (1.0 / count,) * count
+        here = space.alike((1.0 / count,) * count)
         rate = self.rate
         best = yield here
         if best.value == -math.inf:  # no slope leads away from there
-            here, best = yield from _best_ingredient(count, here, best)
+            here, best = yield from _best_ingredient(space, count, here, best)
         while rate > 1e-9 and math.isfinite(best.value):
             slope = best.gradient or (yield from self._measure(space, here, best.value, min(self.difference, rate)))
             # Along the space: what a small move by the gradient leaves of it.
@@ -79,20 +79,16 @@ class Gradient(Method):
         """
         slopes = []
         for index in range(len(here)):
-            if isinstance(space, Free):
-                size = size if here[index] + size <= space.high else -size
-                there = tuple(a + size * (each == index) for each, a in enumerate(here))
-            else:
-                there = tuple((1.0 - size) * a + size * (each == index) for each, a in enumerate(here))
-            answer = yield there
-            slopes.append((answer.value - value) / size if math.isfinite(answer.value) else 0.0)
+            step = size if space.contains(space.moved(here, index, size)) else -size
+            answer = yield space.moved(here, index, step)
+            slopes.append((answer.value - value) / step if math.isfinite(answer.value) else 0.0)
         return tuple(slopes)
 
 
-def _best_ingredient(count: int, here: Coefficients, best: Answer) -> _Starting:
+def _best_ingredient(space: Space, count: int, here: Coefficients, best: Answer) -> _Starting:
     """The ingredient with the best score, and its answer; what there is if all are rejected."""
     for index in range(count):
-        there = one_hot(count, index)
+        there = space.alike(one_hot(count, index))
         answer = yield there
         if answer.value > best.value:
             here, best = there, answer

@@ -50,7 +50,7 @@ class Greedy(Method):
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
         alone = []
         for index in range(count):
-            answer = yield one_hot(count, index)
+            answer = yield space.alike(one_hot(count, index))
             alone.append(answer.value)
         first, *others = sorted(range(count), key=lambda index: -alone[index])
         weights = {first: 1.0}
@@ -62,7 +62,7 @@ class Greedy(Method):
             before = dict(weights)
             for share in self.shares:
                 trial = {**before, index: share * mean}
-                answer = yield _normalised(trial, count)
+                answer = yield space.alike(_normalised(trial, count))
                 if answer.value >= best:
                     best, weights = answer.value, trial
 

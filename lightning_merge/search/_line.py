@@ -50,9 +50,9 @@ class Line(Method):
         settle(self, evaluations=whole("evaluations", self.evaluations, 3, LISTED))
 
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:
-        merged = one_hot(count, 0)
+        merged = space.alike(one_hot(count, 0))
         for index in range(1, count):
-            merged = yield from self._one_line(space, merged, one_hot(count, index))
+            merged = yield from self._one_line(space, merged, space.alike(one_hot(count, index)))
 
     def _one_line(
         self, space: Space, start: Coefficients, end: Coefficients

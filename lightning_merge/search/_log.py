@@ -2,12 +2,12 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_merge._checks import number as checked
 from lightning_merge._checks import numbers
+from lightning_merge.search._measured import Measured
 from lightning_merge.search._spaces import Coefficients
 
 
@@ -24,7 +24,7 @@ class Log:
 
     def __init__(self, path: str | os.PathLike[str], header: dict[str, Any]) -> None:
         self.path = Path(path)
-        self.known: dict[Coefficients, tuple[float | None, Coefficients | None]] = {}
+        self.known: dict[Coefficients, list[Measured | None]] = {}
         lines = self._whole_lines()
         if lines:
             self._check(lines[0], header)
@@ -34,11 +34,13 @@ class Log:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._append({"search": header})
 
-    def write(self, coefficients: Coefficients, score: float | None, gradient: Sequence[float] | None) -> None:
-        """Adds an evaluation; it is on disk when this returns. ``score=None``: rejected."""
-        row: dict[str, Any] = {"coefficients": coefficients, "score": score}
-        if gradient is not None:
-            row["gradient"] = list(gradient)
+    def write(self, coefficients: Coefficients, measured: Measured | None) -> None:
+        """Adds an evaluation; it is on disk when this returns. ``None``: rejected."""
+        row: dict[str, Any] = {"coefficients": coefficients, "score": None if measured is None else measured.value}
+        if measured is not None and measured.gradient is not None:
+            row["gradient"] = list(measured.gradient)
+        if measured is not None and measured.parts is not None:
+            row["parts"] = list(measured.parts)
         self._append(row)
 
     def _whole_lines(self) -> list[str]:
@@ -76,15 +78,14 @@ class Log:
     def _take(self, number: int, line: str) -> None:
         try:
             row = json.loads(line)
-            gradient, score = row.get("gradient"), row["score"]
+            gradient, parts, score = row.get("gradient"), row.get("parts"), row["score"]
             coefficients = numbers("coefficients", row["coefficients"])
             if score is not None:
                 score = None if score != score else checked("score", score, "[-inf, inf]")  # NaN: it lost
-            if gradient is not None:
-                gradient = numbers("gradient", gradient)
+            measured = None if score is None else Measured(score, gradient, parts)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ValueError(self._wrong(number, line)) from None
-        self.known[coefficients] = (score, gradient)
+        self.known.setdefault(coefficients, []).append(measured)
 
     def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

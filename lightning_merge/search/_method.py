@@ -17,15 +17,19 @@ class Answer:
     Args:
         value: The score, negated if the lowest is sought; minus infinity for a rejected candidate, and only for one.
         gradient: Derivatives of ``value`` by each coefficient, if the score gives them.
+        parts: The scores of several tasks, higher is better, if the score gives them.
     """
 
     value: float
     gradient: Coefficients | None = None
+    parts: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         settle(self, value=number("value", self.value, "[-inf, inf]", "a number"))
         if self.gradient is not None:
             settle(self, gradient=numbers("gradient", self.gradient, "[-inf, inf]"))
+        if self.parts is not None:
+            settle(self, parts=numbers("parts", self.parts))
 
 
 Proposals: TypeAlias = Generator[Coefficients, Answer, None]
@@ -40,6 +44,9 @@ class Method(ABC):
 
     endless: ClassVar[bool] = False
     """Whether it goes on until the budget is spent."""
+
+    takes_last: ClassVar[bool] = False
+    """Whether the last candidate is what it found, since scores of different batches do not tell which is best."""
 
     @abstractmethod
     def propose(self, space: Space, count: int, rng: random.Random) -> Proposals:

@@ -10,7 +10,9 @@ from lightning_merge._checks import whole as checked_count
 from lightning_merge._choice import Mode
 from lightning_merge.search._found import Evaluation, Found
 from lightning_merge.search._grid import Grid
+from lightning_merge.search._groups import Per, PerGroup, groups
 from lightning_merge.search._log import Log
+from lightning_merge.search._measured import Objective
 from lightning_merge.search._method import Method
 from lightning_merge.search._run import Run, Score
 from lightning_merge.search._spaces import Free, Negative, Simplex, Space, one_hot
@@ -29,17 +31,21 @@ def search(
     seed: int = 0,
     candidates: Sequence[Sequence[float]] = (),
     whole: int = 0,
+    per: Per = "model",
+    tensors: Sequence[str] = (),
     log: str | os.PathLike[str] | None = None,
     subject: str = "",
     on_evaluation: Callable[[Evaluation], None] | None = None,
 ) -> Found:
     """The coefficients with the best score among those a method tries.
 
-    The same arguments and scores lead to the same candidates. No candidate is scored twice. With a ``log``, a search
+    The same arguments and scores lead to the same candidates. No candidate is scored twice,
+    except by an ``Objective``. With a ``log``, a search
     that was stopped continues where it was, without scoring anything again.
 
     Args:
-        score: Called with a tuple of ``count`` numbers. A NaN, or an infinity that is bad, rejects the candidate.
+        score: Called with a tuple of ``count`` numbers, or an ``Objective``. A NaN, or an infinity that is bad, rejects
+            the candidate.
         count: Number of ingredients; at least 1.
         method: How candidates are chosen.
         space: ``"simplex"`` (at least 0, one in sum), ``"negative"`` (any sign, one in sum), ``"free"`` (any), or
@@ -49,6 +55,9 @@ def search(
         seed: Of everything random.
         candidates: Coefficients to score first; they count as found.
         whole: So many ingredients, the last ones, are not mixed with others but tried as they are: the previous merge.
+        per: ``"model"``: one coefficient per ingredient. ``"tensor"`` and ``"group"``: one for each tensor, or module,
+            of each; ``score`` is called with all of them, and ``by_tensor`` says which is whose.
+        tensors: Their names, if there are several coefficients per ingredient.
         log: A file of JSON lines with every evaluation.
         subject: What the log is about, as hashes of the files: a log about something else is refused.
         on_evaluation: Told of each evaluation, to show progress.
@@ -63,7 +72,8 @@ def search(
         >>> found.coefficients, len(found.history)
         ((0.6, 0.4), 6)
     """
-    function("score", score)
+    if not isinstance(score, Objective):
+        function("score", score)
     instance("method", method, Method, "a method of `lightning_merge.search`")
     one_of("mode", mode, ("max", "min"))
     if not isinstance(space, Space):
@@ -76,20 +86,30 @@ def search(
         raise TypeError(f"`subject` must be a text, got {subject!r}.")
     if on_evaluation is not None:
         function("on_evaluation", on_evaluation)
-    run = Run(score, count, mode, budget, on_evaluation)
-    _check(method, space, count, whole, budget, candidates)
+    size = 1 + max(groups(tensors, per), default=0)
+    apart = {} if per == "model" else {"per": per}
+    space = PerGroup(space, size) if apart else space
+    run = Run(score, count * size, mode, budget, on_evaluation)
+    _check(method, space, (count, size), whole, budget, candidates)
     if log is not None:
-        header = {"method": repr(method), "count": count, "space": repr(space), "mode": mode, "seed": seed}
+        header = {"method": repr(method), "count": count, "space": repr(space), "mode": mode, "seed": seed, **apart}
+        subject = f"{subject}{score.subject}" if isinstance(score, Objective) else subject
         run.log = Log(path("log", log), {**header, "whole": whole, "subject": subject})
     first = [tuple(map(float, each)) for each in candidates]
-    first += [one_hot(count, index) for index in range(count - whole, count)]
-    complete = all(run.answer(each) is not None for each in first) and run.follow(method, space, whole, seed)
-    return run.found(complete)
+    first += [space.alike(one_hot(count, index)) for index in range(count - whole, count)]
+    complete = all(run.answer(each) is not None for each in first) and run.follow(method, space, count - whole, seed)
+    return run.found(complete, method.takes_last)
 
 
 def _check(
-    method: Method, space: Space, count: int, whole: int, budget: int | None, candidates: Sequence[Sequence[float]]
+    method: Method,
+    space: Space,
+    sizes: tuple[int, int],
+    whole: int,
+    budget: int | None,
+    candidates: Sequence[Sequence[float]],
 ) -> None:
+    count, size = sizes
     if not 0 <= whole < count:
         raise ValueError(f"`whole` must be at least 0 and less than `count`, got {whole} of {count}.")
     if budget is None and method.endless:
@@ -102,5 +122,5 @@ def _check(
                 " which does not. Take a larger `step`, or a method that looks at fewer candidates."
             )
     for each in candidates:
-        if len(each) != count or not space.contains(each):
-            raise ValueError(f"`candidates` must be {count} coefficients each, of {space!r}; got {tuple(each)}.")
+        if len(each) != count * size or not space.contains(each):
+            raise ValueError(f"`candidates` must be {count * size} coefficients each, of {space!r}; got {tuple(each)}.")

@@ -67,6 +67,24 @@ class Space(ABC):
             step: Distance between neighbours in a coefficient; in (0, 1].
         """
 
+    def alike(self, values: Sequence[float]) -> Coefficients:
+        """The coefficients that are these, in every group of tensors that has its own.
+
+        Args:
+            values: One number per ingredient.
+        """
+        return tuple(values)
+
+    def moved(self, values: Sequence[float], index: int, size: float) -> Coefficients:
+        """A small move for a measured slope: here towards the ingredient of an index, which keeps the sum.
+
+        Args:
+            values: The coefficients.
+            index: Which of them rises.
+            size: Share of the way, in (0, 1).
+        """
+        return tuple((1.0 - size) * a + size * (each == index) for each, a in enumerate(values))
+
 
 @final
 @dataclass(frozen=True)
@@ -186,6 +204,9 @@ class Free(_Bounded):
 
     def nearest(self, values: Sequence[float]) -> Coefficients:
         return tuple(min(max(value, self.low), self.high) for value in values)
+
+    def moved(self, values: Sequence[float], index: int, size: float) -> Coefficients:
+        return tuple(a + size * (each == index) for each, a in enumerate(values))
 
     def dimensions(self, count: int) -> int:
         return count

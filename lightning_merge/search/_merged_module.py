@@ -1,0 +1,150 @@
+"""A module under ``base + sum of coefficients x task vectors``, with the slope of a loss by each coefficient."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_merge._checks import instance
+from lightning_merge._mergeable import named, refuse_lora_in, several_named, why_not
+from lightning_merge.search._groups import Per, groups
+from lightning_merge.search._spaces import Coefficients
+from lightning_merge.weights import Weights, first_mismatch, is_averaged, nonfinite
+
+_MEASURED = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss on one batch.
+
+    Args:
+        head: Tensors of the module that are the task's own.
+        inputs: What the module is called with, on a device.
+        of: From its outputs to one number.
+    """
+
+    head: Mapping[str, Tensor]
+    inputs: Callable[[torch.device], Any]
+    of: Callable[[Any], Tensor]
+
+
+class MergedModule:
+    """What a gradient objective does with its weights.
+
+    Args:
+        module: Called with the inputs of a batch; its own weights are left alone, and it is in eval mode meanwhile.
+        base: What all tasks were fine-tuned from, under the names of the module's ``state_dict``.
+        vectors: What each task added to it; kept as they are, so several copies of the weights.
+        per: What shares a coefficient.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        base: Mapping[str, Tensor],
+        vectors: Sequence[Mapping[str, Tensor]],
+        per: Per,
+    ) -> None:
+        self.module = instance("module", module, nn.Module, "a module of torch")
+        self.base, self.vectors = named("base", base), several_named("vectors", vectors)
+        self._check()
+        live = self.module.state_dict(keep_vars=True)
+        self._firsts: dict[str, str] = {}
+        seen: dict[int, str] = {}
+        for name in self.vectors[0]:
+            self._firsts[name] = seen.setdefault(id(live[name]), name)  # tied tensors are one
+        searched = [name for name, first in self._firsts.items() if name == first and not name.endswith(_MEASURED)]
+        if not searched:
+            raise ValueError("`vectors` must hold a tensor beside statistics of BatchNorm, which are not searched.")
+        self.tensors = tuple(searched)
+        self._groups = dict(zip(searched, groups(searched, per), strict=True))
+        self._size = 1 + max(self._groups.values())
+        self.count = self._size * len(self.vectors)
+
+    @torch.no_grad()
+    def weights(self, coefficients: Sequence[float]) -> Weights:
+        """The merged weights, in the types of the base; statistics of BatchNorm are the mean of the tasks'."""
+        if len(coefficients) != self.count:
+            raise ValueError(f"`coefficients` must be {self.count} numbers, got {len(coefficients)}.")
+        merged = {name: tensor.detach().clone() for name, tensor in self.base.items()}
+        for name, first in self._firsts.items():
+            if name != first:
+                merged[name] = merged[first]
+                continue
+            total = merged[name].to(self.vectors[0][name].dtype)
+            for task, vector in enumerate(self.vectors):
+                total.add_(vector[name].to(total.device), alpha=self._of(coefficients, name, task))
+            merged[name] = total.to(merged[name])
+        return merged
+
+    def slopes(self, coefficients: Sequence[float], losses: Sequence[Loss]) -> tuple[list[float], Coefficients]:
+        """Each loss, and the gradient of their sum by each coefficient.
+
+        The gradient of the weights is taken once, and multiplied with each vector: beside the vectors, no more memory
+        than one backward pass takes.
+        """
+        device = next((each.device for each in self.module.parameters()), torch.device("cpu"))
+        merged = {name: tensor.to(device) for name, tensor in self.weights(coefficients).items()}
+        for name in self.tensors:
+            merged[name].requires_grad_()
+        found = []
+        with _eval_mode(self.module), torch.enable_grad():
+            for loss in losses:
+                head = {name: tensor.to(device) for name, tensor in loss.head.items()}
+                value = loss.of(functional_call(self.module, {**merged, **head}, (loss.inputs(device),)))
+                if value.requires_grad:
+                    value.backward()  # type: ignore[no-untyped-call]
+                found.append(float(value.detach()))
+        slopes = [0.0] * self.count
+        for name, group in self._groups.items():
+            if (slope := merged[name].grad) is None:
+                continue  # no loss depends on it
+            for task, vector in enumerate(self.vectors):
+                slopes[task * self._size + group] += float((vector[name] * slope.to(vector[name])).sum())
+        return found, tuple(slopes)
+
+    def _of(self, coefficients: Sequence[float], name: str, task: int) -> float:
+        if name not in self._groups:
+            return 1.0 / len(self.vectors)
+        return coefficients[task * self._size + self._groups[name]]
+
+    def _check(self) -> None:
+        if not self.vectors or not self.vectors[0]:
+            raise ValueError("`vectors` must be at least one task vector with at least one tensor.")
+        expected = {name: self.base.get(name, torch.empty(0)) for name in self.vectors[0]}
+        for task, vector in enumerate(self.vectors):
+            if (difference := first_mismatch(expected, vector)) is not None:
+                raise ValueError(
+                    f"task {task} of `vectors` is not of the base: {difference}. Tensors that differ between tasks, as"
+                    " their heads, are not merged: leave them out of `vectors`, and hand them in as `heads`."
+                )
+            for name, tensor in (*vector.items(), *((name, self.base[name]) for name in vector)):
+                if reason := why_not(tensor):
+                    raise ValueError(f"`{name}` of task {task} {reason}.")
+                if not is_averaged(tensor):
+                    raise ValueError(
+                        f"`{name}` of task {task} holds {str(tensor.dtype).removeprefix('torch.')}, of which there are"
+                        " no task vectors, as of quantised weights: convert it to floating point first, scale applied."
+                    )
+            if damaged := nonfinite(vector):
+                raise ValueError(f"`{next(name for name in vector if name in damaged)}` of task {task} is not finite.")
+        base = {name: torch.zeros_like(tensor) for name, tensor in self.vectors[0].items() if "lora" in name.lower()}
+        refuse_lora_in([base, *({name: vector[name] for name in base} for vector in self.vectors)])
+        if unknown := sorted(set(self.vectors[0]) - set(self.module.state_dict())):
+            raise ValueError(f"`vectors` must be of the module, which has no {unknown[0]!r}.")
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    modes = {each: each.training for each in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes.items():
+            each.training = mode
