@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_merge._commands import _combining as combining
 from lightning_merge._commands._combine_arguments import FROM_BASE, SEARCHES, check
 from lightning_merge._commands._needs import CLI_MODULES, need
+from lightning_merge._commands._task_arguments import OF_TASKS
 
 if TYPE_CHECKING:  # the command line reads the arguments below without loading torch
     from lightning_merge._commands._continued import Earlier
@@ -39,9 +40,7 @@ def combine(options: argparse.Namespace) -> str:
     folder = folder_of(options.out)
     earlier, trajectory = _inputs(options)
     paths = [checkpoint.path for checkpoint in trajectory]
-    beside = [getattr(options, name, None) for name in ("base", "base_statistics", "config", "log")]
-    given = [options.run, options.continue_from] if options.command == "average" else options.files
-    refuse_input(options.out, [*paths, *given, *(getattr(options, "statistics", None) or ()), *beside])
+    refuse_input(options.out, [*paths, *_given(options)])
     if folder is not None:
         from lightning_merge.trajectory._sharded_output import layout_of
 
@@ -52,20 +51,26 @@ def combine(options: argparse.Namespace) -> str:
     merged: Weights = {}
     coefficients: list[float] | None = None
     remarks: list[str] = []
+    shares: dict[str, list[float]] = {}
     if options.rule in FROM_BASE:
         merged, remarks = from_base(trajectory, options)
     elif options.rule in SEARCHES:
         found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
+    elif options.rule in OF_TASKS:
+        from lightning_merge._commands._from_tasks import from_tasks
+
+        merged, found, shares, remarks = from_tasks(trajectory, options, bench, hashes)
+        coefficients = list(found.coefficients) if options.per == "model" else None
     elif earlier is not None:
         coefficients = earlier.weights(options, len(trajectory) - 1)
     else:
         coefficients = combining.coefficients(options, len(trajectory))
-    if coefficients is not None and folder is None:
+    if coefficients is not None and folder is None and options.rule not in OF_TASKS:
         merged = trajectory.combine(coefficients)
     if bench is not None:
         merged = combining.measured(bench, merged, options.seed)
-    provenance = _provenance(options, trajectory, hashes, coefficients, found)
+    provenance = {**_provenance(options, trajectory, hashes, coefficients, found), "shares": shares or None}
     whole = provenance if earlier is None else earlier.grown(provenance)
     if folder is not None:
         from lightning_merge._commands._combine_folder import write_folder
@@ -78,6 +83,15 @@ def combine(options: argparse.Namespace) -> str:
     kept, lost = kept_of(paths)
     save({"state_dict": merged, **kept, "provenance": whole}, options.out)
     return report(options, trajectory, provenance, lost, remarks)
+
+
+def _given(options: argparse.Namespace) -> list[Path | None]:
+    """All files that are named, beside those of the run's folder."""
+    one = [
+        getattr(options, name, None) for name in ("run", "continue_from", "base", "base_statistics", "config", "log")
+    ]
+    several = [getattr(options, name, None) or () for name in ("files", "statistics", "data")]
+    return [*one, *(each for files in several for each in files)]
 
 
 def _inputs(options: argparse.Namespace) -> "tuple[Earlier | None, Trajectory]":
@@ -118,7 +132,7 @@ def _provenance(
         "monitor": None if found is None else options.monitor,
         "evaluations": None if found is None else len(found.history),
         "ties": None if found is None else found.ties,
-        "base": os.fspath(options.base) if options.rule in FROM_BASE else None,
+        "base": os.fspath(options.base) if options.rule in (*FROM_BASE, *OF_TASKS) else None,
         "importance": [os.fspath(file) for file in getattr(options, "statistics", None) or ()] or None,
         "statistics": "averaged" if options.config is None else "measured",
     }

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from lightning_merge._commands._task_arguments import OF_TASKS, add_tasks, check_tasks
+
 _DECAYS = ("wsm-linear", "wsm-cosine", "wsm-1-sqrt", "wsm-exponential")
 AVERAGE_RULES = ("mean", "window", "linear", "ema", *_DECAYS, "greedy", "lcsc", "bayes")
 _SETS = ("raw", "published")
@@ -12,8 +14,8 @@ WITH_STATISTICS = ("fisher", "fisher-nodes", "daheim", "regmean", "mats")
 """Of those the ones that weigh by statistics of each file."""
 FROM_BASE = ("model-stock", "iso-c", "tsv-m", "tall", "metagpt", *WITH_STATISTICS)
 """Rules that merge what each file added to a base."""
-SOUP_RULES = ("uniform", "greedy", "diwa", "learned", *FROM_BASE)
-_NAMED = ", ".join(f"`{rule}`" for rule in FROM_BASE)
+SOUP_RULES = ("uniform", "greedy", "diwa", "learned", *FROM_BASE, *OF_TASKS)
+_NAMED = ", ".join(f"`{rule}`" for rule in (*FROM_BASE, *OF_TASKS))
 _WEIGHED = ", ".join(f"`{rule}`" for rule in WITH_STATISTICS)
 
 
@@ -53,6 +55,7 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
     parser.add_argument("--weights", choices=_SETS, default="published", help=f"{_OF_SETS} (default published)")
     parser.add_argument("--base", type=_local, metavar="FILE", help=f"for {_NAMED}: what all were fine-tuned from")
+    add_tasks(parser)
     parser.add_argument(
         "--scale",
         type=float,
@@ -86,7 +89,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         choices=("min", "max"),
         help="whether lower or higher is better, if the name of the metric does not say it",
     )
-    parser.add_argument("--budget", type=int, default=100, help="most evaluations of a search (default 100)")
+    parser.add_argument("--budget", type=int, help="most evaluations of a search (default 100; 500 for `adamerging`)")
     parser.add_argument("--seed", type=int, default=0, help="of a search")
     parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")
 
@@ -101,6 +104,7 @@ def check(options: argparse.Namespace) -> None:
     from lightning_merge.files import is_remote
 
     _check_target(options)
+    check_tasks(options)
     if getattr(options, "continue_from", None) is not None:
         refuse_rule(options.rule)
     if options.rule in SEARCHES and options.config is None:

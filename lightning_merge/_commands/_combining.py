@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_merge.search import Evaluation, Found, Method
+    from lightning_merge.search import Evaluation, Found, Method, Score
     from lightning_merge.trajectory import Trajectory
     from lightning_merge.weights import Weights
 
@@ -39,9 +39,7 @@ def coefficients(options: argparse.Namespace, count: int) -> list[float]:
 
 def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, hashes: list[str]) -> "Found":
     """The coefficients of the best score, as the bench measures it."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    from lightning_merge.search import Bayesian, Evolutionary, Gradient, Greedy, search
+    from lightning_merge.search import Bayesian, Evolutionary, Gradient, Greedy
 
     methods: dict[str, Method] = {
         "greedy": Greedy(),
@@ -52,14 +50,33 @@ def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, ha
     }
 
     def score(coefficients: tuple[float, ...]) -> float:
-        merged = trajectory.combine(coefficients)
-        metrics = bench.metrics(measured(bench, merged, options.seed))
-        if options.monitor not in metrics:
-            raise ValueError(
-                f"`--monitor` must be a metric that validation logs, got {options.monitor!r}; it logs:"
-                f" {', '.join(sorted(metrics)) or 'nothing'}."
-            )
-        return float(metrics[options.monitor])
+        return monitored(bench, measured(bench, trajectory.combine(coefficients), options.seed), options.monitor)
+
+    space: Any = "negative" if options.rule == "lcsc" else "simplex"
+    subject = f"{options.monitor} of {', '.join(hashes)}"
+    return logged(score, len(trajectory), methods[options.rule], options, space=space, subject=subject)
+
+
+def monitored(bench: Any, merged: "Weights", monitor: str) -> float:
+    """The metric that validation logs of a name.
+
+    Raises:
+        ValueError: If it logs none of that name.
+    """
+    metrics = bench.metrics(merged)
+    if monitor not in metrics:
+        raise ValueError(
+            f"`--monitor` must be a metric that validation logs, got {monitor!r}; it logs:"
+            f" {', '.join(sorted(metrics)) or 'nothing'}."
+        )
+    return float(metrics[monitor])
+
+
+def logged(score: "Score", count: int, method: "Method", options: argparse.Namespace, **how: Any) -> "Found":
+    """A search with its log beside the output, and a progress bar."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from lightning_merge.search import search
 
     best: list[float] = []
     with tqdm(total=options.budget, desc=f"{options.rule}: scoring", unit="candidate") as bar:
@@ -72,13 +89,12 @@ def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, ha
 
         return search(
             score,
-            len(trajectory),
-            methods[options.rule],
-            space="negative" if options.rule == "lcsc" else "simplex",
+            count,
+            method,
             mode=options.mode,
             budget=options.budget,
             seed=options.seed,
             log=options.log or Path(options.out).with_suffix(".search.jsonl"),
-            subject=f"{options.monitor} of {', '.join(hashes)}",
             on_evaluation=show,
+            **how,
         )

@@ -106,6 +106,14 @@ class Bench:
         self.data.setup("fit")
         return self.data.train_dataloader()
 
+    def validation_loader(self) -> Any:
+        """The loader, or loaders, that the run validates on."""
+        if self.data is None:
+            return self.model.val_dataloader()
+        self.data.prepare_data()
+        self.data.setup("validate")
+        return self.data.val_dataloader()
+
 
 _DROPPED = (
     "callbacks",

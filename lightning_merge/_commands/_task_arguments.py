@@ -1,0 +1,50 @@
+"""The arguments of ``soup`` for coefficients of task vectors."""
+
+import argparse
+from pathlib import Path
+
+BY_GRADIENT = ("adamerging", "atlas")
+"""Rules that follow the gradient of a loss on batches."""
+OF_TASKS = BY_GRADIENT
+"""Rules that search coefficients of what each file added to a base."""
+_BUDGETS = {"adamerging": 500}
+_NAMED = ", ".join(f"`{rule}`" for rule in OF_TASKS)
+_SAID = {"adamerging": "entropy", "atlas": "cross entropy"}
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument(
+        "--per",
+        choices=("model", "tensor", "group"),
+        help=f"for {_NAMED}: what has its own coefficient, `group` a module (default model; of `atlas` tensor)",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="CONFIG",
+        nargs="+",
+        help=f"for {_NAMED}: a config.yaml for the data of each task (default: those of `--config`)",
+    )
+
+
+def check_tasks(options: argparse.Namespace) -> None:
+    """Settles what these rules leave open, and refuses what does not fit together.
+
+    Raises:
+        ValueError: Naming the argument and the cure.
+    """
+    if options.budget is None:
+        options.budget = _BUDGETS.get(options.rule, 100)
+    if options.rule not in OF_TASKS:
+        for name in ("per", "data"):
+            if getattr(options, name, None) is not None:
+                raise ValueError(f"`--{name}` must be left out for `--rule {options.rule}`, which has none.")
+        return
+    options.per = options.per or ("tensor" if options.rule == "atlas" else "model")
+    for name in ("config", "base"):
+        if getattr(options, name) is None:
+            whose = "model and data" if name == "config" else "the checkpoint that all were fine-tuned from"
+            raise ValueError(f"`--rule {options.rule}` needs `--{name}`: {whose}.")
+    if options.rule in BY_GRADIENT:
+        options.monitor, options.mode = _SAID[options.rule], "min"

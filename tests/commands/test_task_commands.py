@@ -1,0 +1,121 @@
+"""``soup`` by coefficients of task vectors: the merge, its resumption, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_merge.combiners import task_vector
+from lightning_merge.recipes import Classifier, SmallConvNet
+
+Run = Callable[..., tuple[int, str, str]]
+
+CONFIG = """\
+seed_everything: 1
+trainer: {accelerator: cpu, limit_val_batches: 1}
+model:
+  class_path: lightning_merge.recipes.Classifier
+  init_args:
+    num_classes: 10
+    model: {class_path: lightning_merge.recipes.SmallConvNet}
+data: {class_path: lightning_merge.recipes.Digits}
+"""
+FILES = ("a.pt", "b.pt")
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base, two fine-tunings that are noise, and what gives model and data."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CONFIG)
+    torch.manual_seed(0)
+    base = Classifier(SmallConvNet(), num_classes=10).state_dict()
+    torch.save({"state_dict": base}, "base.pt")
+    for file in FILES:
+        noisy = {
+            name: tensor + 0.05 * torch.randn_like(tensor).abs() if tensor.is_floating_point() else tensor
+            for name, tensor in base.items()
+        }
+        torch.save({"state_dict": noisy}, file)
+
+
+def weights(file: str) -> dict[str, torch.Tensor]:
+    return torch.load(file, weights_only=True)["state_dict"]
+
+
+def rows(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()[1:]]
+
+
+def soup(run: Run, rule: str, *options: object) -> tuple[int, str, str]:
+    return run("soup", *FILES, "--base", "base.pt", "--config", "config.yaml", "--rule", rule, *options)
+
+
+@pytest.mark.parametrize(("rule", "per"), [("adamerging", "model"), ("adamerging", "tensor"), ("atlas", "tensor")])
+def test_rules_by_a_gradient_write_the_merge_and_go_on_from_their_log(run: Run, rule: str, per: str) -> None:
+    code, out, err = soup(run, rule, "--per", per, "--budget", 4, "--out", "whole.pt")
+    assert code == 0, err
+    assert soup(run, rule, "--per", per, "--budget", 2, "--out", "first.pt")[0] == 0
+    assert soup(run, rule, "--per", per, "--budget", 4, "--out", "then.pt", "--log", "first.search.jsonl")[0] == 0
+    assert rows("first.search.jsonl") == rows("whole.search.jsonl")
+    written, last = weights("whole.pt"), rows("whole.search.jsonl")[-1]
+    for name, tensor in weights("then.pt").items():
+        assert torch.equal(tensor, written[name])
+    provenance = torch.load("whole.pt", weights_only=True)["provenance"]
+    assert provenance["monitor"] == {"adamerging": "entropy", "atlas": "cross entropy"}[rule]
+    assert f"{provenance['monitor']} = {last['score']:.6g} after 4 evaluations" in out
+    name = "model.0.weight" if "model.0.weight" in written else next(n for n in written if written[n].dim() > 1)
+    shares = provenance["coefficients"] if per == "model" else provenance["shares"][name]
+    vectors = [task_vector(weights(file), weights("base.pt"))[name] for file in FILES]
+    expected = weights("base.pt")[name] + sum(a * vector for a, vector in zip(shares, vectors, strict=True))
+    torch.testing.assert_close(written[name], expected)
+    assert (provenance["shares"] is None) == (per == "model")
+    assert list(shares if per == "model" else last["coefficients"]) == last["coefficients"]
+
+
+def test_each_task_may_have_data_of_its_own(run: Run) -> None:
+    Path("other.yaml").write_text(CONFIG + "\n")
+    code, _, err = soup(run, "adamerging", "--data", "config.yaml", "other.yaml", "--budget", 1, "--out", "s.pt")
+    assert code == 0, err
+    (row,) = rows("s.search.jsonl")
+    assert len(row["parts"]) == 2
+    assert row["score"] == pytest.approx(2 * row["parts"][0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rule", "adamerging", "--config", "config.yaml"], "`--rule adamerging` needs `--base`"),
+        (["--rule", "atlas", "--base", "base.pt"], "`--rule atlas` needs `--config`"),
+        (["--per", "tensor"], "`--per` must be left out for `--rule uniform`"),
+        (["--data", "config.yaml"], "`--data` must be left out for `--rule uniform`"),
+        (["--rule", "adamerging", "--config", "no.yaml", "--base", "base.pt"], "there is no file no.yaml"),
+    ],
+)
+def test_mistakes_are_named(run: Run, arguments: list[str], message: str) -> None:
+    code, _, err = run("soup", *FILES, "--out", "s.pt", *arguments)
+    assert code == 2
+    assert message in err
+    assert not Path("s.pt").exists()
+
+
+def test_heads_that_differ_between_tasks_are_named(run: Run) -> None:
+    state = weights("b.pt")
+    name = next(name for name, tensor in state.items() if tensor.shape[:1] == (10,))
+    torch.save({"state_dict": {**state, name: torch.zeros(5, *state[name].shape[1:])}}, "b.pt")
+    code, _, err = soup(run, "adamerging", "--out", "s.pt")
+    assert code == 2
+    assert f"`{name}` has shape" in err
+
+
+def test_quantised_weights_are_named(run: Run) -> None:
+    for file in (*FILES, "base.pt"):
+        state = weights(file)
+        name = next(iter(state))
+        torch.save({"state_dict": {**state, name: (100 * state[name]).to(torch.int8)}}, file)
+    code, _, err = soup(run, "adamerging", "--out", "s.pt")
+    assert code == 2
+    assert f"`{name}` holds whole numbers or flags (int8), as quantised weights" in err
