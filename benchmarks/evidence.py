@@ -32,6 +32,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
     from _evidence._domains import domains
     from _evidence._forkmerge import forkmerge
     from _evidence._soups import soups
+    from _evidence._tangent import tangent_space
     from _evidence._tasks import tasks
 
     return {
@@ -41,6 +42,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
         "forkmerge": forkmerge,
         "soups": soups,
         "tasks": tasks,
+        "tangent": tangent_space,
     }
 
 

@@ -24,6 +24,7 @@ from lightning_merge.callbacks._interpolate import Extrapolate, Interpolate
 from lightning_merge.callbacks._lawa import LAWA
 from lightning_merge.callbacks._league import League
 from lightning_merge.callbacks._league_run._standing import Standing
+from lightning_merge.callbacks._linearize import Linearize
 from lightning_merge.callbacks._local_sgd import LocalSGD
 from lightning_merge.callbacks._lookaround import Lookaround
 from lightning_merge.callbacks._online_merging import OnlineMerging
@@ -70,6 +71,7 @@ __all__ = [
     "ImportanceStatistics",
     "Interpolate",
     "League",
+    "Linearize",
     "LocalSGD",
     "Lookaround",
     "OnlineMerging",
