@@ -69,7 +69,7 @@ class LinearForward:
             duals = {}
             for name, parameter in live.items():
                 start = self.start[name] = self.start[name].to(parameter)
-                duals[f"module.{name}"] = forward_mode.make_dual(start, parameter - start)
+                duals[f"module.{name}"] = forward_mode.make_dual(start, parameter - start)  # type: ignore[no-untyped-call]
             return tree_map(_summed, functional_call(_Original(self._module, self._before), duals, args, kwargs))
 
     def _culprit(self, live: Mapping[str, Tensor], args: Any, kwargs: Any) -> str:
@@ -78,7 +78,7 @@ class LinearForward:
         names = {part: name for name, part in self._module.named_modules()}
         hooks = [
             register_module_forward_pre_hook(lambda part, _: inside.append(part)),
-            register_module_forward_hook(lambda *_: inside.pop() and None),
+            register_module_forward_hook(lambda *_: inside.__delitem__(-1)),
         ]
         try:
             self._linear(live, args, kwargs)
@@ -125,5 +125,5 @@ def _ordinary(leaf: Any) -> Any:
 def _summed(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    value, change = forward_mode.unpack_dual(leaf)
+    value, change = forward_mode.unpack_dual(leaf)  # type: ignore[no-untyped-call]
     return value if change is None else value + change

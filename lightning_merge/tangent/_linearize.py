@@ -16,6 +16,10 @@ from lightning_merge.weights import Weights, first_mismatch
 class Tangent:
     """What ``linearize`` made of a module, and the way back.
 
+    Args:
+        module: The module that was given.
+        forwards: The linear forward passes, by the name of the submodule whose own they replace.
+
     Attributes:
         module: The module that was given.
         parts: Names of the submodules whose forward pass is linear now; ``""`` is the module itself.
