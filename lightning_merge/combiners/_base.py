@@ -16,8 +16,8 @@ from lightning_merge.weights import State, Weights, copies, copy_, part, parts, 
 
 Locality: TypeAlias = Literal["element", "tensor", "model"]
 
-_PIECE = 2**24
-"""Numbers whose tensors are merged together: enough of them for all threads."""
+_PIECE, _PIECES = 2**21, 8
+"""Numbers whose tensors are merged together for each thread, up to so many: their sums stay in memory at hand."""
 
 
 class Combiner(ABC):
@@ -193,7 +193,7 @@ class Combiner(ABC):
         for task, vector in vectors:
             check_vector(vector, like, task)
         merged = zeros(like)
-        for where in parts(merged, self.locality, size=_PIECE):
+        for where in parts(merged, self.locality, size=_PIECE * min(torch.get_num_threads(), _PIECES)):
             target = part(merged, where)
             state = self.init(target)
             for task, vector in vectors:

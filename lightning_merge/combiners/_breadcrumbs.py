@@ -12,7 +12,7 @@ from lightning_merge._checks import number, one_of, settle
 from lightning_merge.combiners._base import Combiner, Locality
 from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, scaled_result
-from lightning_merge.combiners._trim import count_of, rank_levels, reaching
+from lightning_merge.combiners._trim import PIECE, count_of, rank_levels, reaching
 from lightning_merge.weights import (
     State,
     Weights,
@@ -102,7 +102,7 @@ class Breadcrumbs(Combiner):
         (skipped, above), (level, room) = rank_levels(tensor, *self._ranks(tensor.numel()))
         own, add = total.contiguous(), np.add if factor > 0 else np.subtract
         into, flat = array(own.view(-1)), array(tensor.detach().to(total).reshape(-1))
-        for where in slices(len(into)):
+        for where in slices(len(into), PIECE):
             new = flat[where]
             up, down, room = reaching(new, level, room)
             far_up, far_down, above = reaching(new, skipped, above)

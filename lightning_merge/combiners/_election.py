@@ -39,8 +39,11 @@ def additions(new: Any, positive: Any, negative: Any, weight: float, counted: bo
 
 def signs(sums: Mapping[str, Tensor]) -> Tensor:
     """The sign that each entry elects, 0 where both are equal."""
-    votes: Tensor = sums["votes"] if "votes" in sums else sums["positive"] + sums["negative"]
-    return votes.sign()
+    return _votes(sums).sign()
+
+
+def _votes(sums: Mapping[str, Tensor]) -> Tensor:
+    return sums["votes"] if "votes" in sums else sums["positive"] + sums["negative"]
 
 
 def majorities(sums: Mapping[str, Tensor]) -> Tensor:
@@ -63,15 +66,17 @@ def elected(sums: Mapping[str, Tensor], zero_sign: ZeroSign, divisor: Divisor, m
         tiny = 1 if divisor == "count" else torch.finfo(torch.float32).tiny
         positive = positive / sums["positives"].clamp(min=tiny).to(positive.dtype)
         negative = negative / sums["negatives"].clamp(min=tiny).to(negative.dtype)
-    found = signs(sums)
+    found = _votes(sums)
     if majority is not None:
-        found = found.add(majority, alpha=0.5)  # which decides nothing but a draw
+        found = found.sign().add_(majority, alpha=0.5)  # which decides nothing but a draw
     if zero_sign == "positive":
-        return _either(torch.ge(found, 0, out=found), positive, negative)
+        return _either(torch.ge(found, 0, out=torch.empty_like(found)), positive, negative)
     chosen = torch.gt(found, 0, out=torch.empty_like(found))
     if zero_sign == "official" and not furthest:
         return _either(chosen, positive, negative)
-    return _either(chosen, positive, _either(torch.lt(found, 0, out=found), negative, torch.zeros_like(negative)))
+    return _either(
+        chosen, positive, _either(torch.lt(found, 0, out=torch.empty_like(found)), negative, torch.zeros_like(negative))
+    )
 
 
 def _either(first: Tensor, one: Tensor, other: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from lightning_merge.combiners._election import EXTREMES, Divisor, ZeroSign, add
 from lightning_merge.combiners._kept import as_in
 from lightning_merge.combiners._ranked import largest
 from lightning_merge.combiners._scale import Scale, checked_scale, checked_weights, scale_of
-from lightning_merge.combiners._trim import TopK, reaching, trim_count, trim_level
+from lightning_merge.combiners._trim import PIECE, TopK, reaching, trim_count, trim_level
 from lightning_merge.weights import (
     State,
     Weights,
@@ -149,14 +149,15 @@ class TIES(Combiner):
         threshold, room = level
         into = {key: array(tensor.view(-1)) for key, tensor in _sums(state, name).items()}
         flat = array(vector[name].detach().to(state["positive"][name]).reshape(-1))
-        for where in slices(len(flat)):
+        for where in slices(len(flat), PIECE):
             new = flat[where]
             positive, negative, room = reaching(new, threshold, room)
             for key, addend in additions(new, positive, negative, weight, self.divisor == "count", into):
                 if key in EXTREMES:
                     (np.maximum if key == "largest" else np.minimum)(into[key][where], addend, out=into[key][where])
                 else:
-                    into[key][where] += addend
+                    # As bytes, since NumPy converts flags first.
+                    into[key][where] += addend.view(np.uint8) if addend.dtype == bool else addend
         return threshold, room
 
     def _take_at_once(self, state: State, vector: Weights, weight: float) -> None:
@@ -207,7 +208,7 @@ class TIES(Combiner):
                 majority = majorities(kept)
             merged = torch.empty_like(positive)
             # On a CPU a piece at a time, which stays in the cache.
-            for where in slices(positive.shape[1]) if on_host(like) else [slice(None)]:
+            for where in slices(positive.shape[1], PIECE) if on_host(like) else [slice(None)]:
                 piece = {key: sums[:, where] for key, sums in kept.items()}
                 torch.mul(elected(piece, self.zero_sign, self.divisor, majority), factor, out=merged[:, where])
             yield from unstacked(merged, names, like).items()

@@ -11,6 +11,9 @@ from lightning_merge.combiners._select import ALL, kth_largest
 
 TopK: TypeAlias = Literal["exact", "official_plus_one"]
 
+PIECE = 2**17
+"""Numbers at a time on a CPU: with fewer, calls take longer than what they do; more would leave the cache."""
+
 
 def count_of(share: float, size: int) -> int:
     """``share * size`` rounded down, of a share that was written in decimals.
@@ -60,7 +63,10 @@ def reaching(values: Any, level: float, room: int) -> tuple[Any, Any, int]:
         >>> reaching(np.array([1.0, 2.0, -3.0, 2.0]), level=2.0, room=1)
         (array([False,  True, False, False]), array([False, False,  True, False]), 0)
     """
-    below = np.nextafter(values.dtype.type(level), values.dtype.type(0))  # of zeros none is positive or negative
+    level = values.dtype.type(level)
+    if not room:
+        return values > level, values < -level, 0
+    below = np.nextafter(level, values.dtype.type(0))  # of zeros none is positive or negative
     positive, negative = values > below, values < -below
     if room == ALL:
         return positive, negative, room
