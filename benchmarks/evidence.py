@@ -28,18 +28,26 @@ RESULTS = Path(__file__).parent / "results"
 
 def protocols() -> dict[str, Callable[[str], Protocol]]:
     """By name and in order of worth, what makes each in a size."""
+    from _evidence._averages import averages
     from _evidence._budgets import cifar10_budgets, digits_budgets
     from _evidence._domains import domains
+    from _evidence._federated import federated
     from _evidence._forkmerge import forkmerge
+    from _evidence._lookaround import lookaround
+    from _evidence._population import population
     from _evidence._soups import soups
     from _evidence._tangent import tangent_space
     from _evidence._tasks import tasks
 
     return {
         "domains": domains,
+        "averages": averages,
+        "population": population,
+        "federated": federated,
+        "forkmerge": forkmerge,
+        "lookaround": lookaround,
         "budgets-digits": digits_budgets,
         "budgets-cifar10": cifar10_budgets,
-        "forkmerge": forkmerge,
         "soups": soups,
         "tasks": tasks,
         "tangent": tangent_space,

@@ -84,8 +84,8 @@ class Forks(Protocol):
     steps: int = 300
     merges: int = 6
     batch: int = 32
-    rates: tuple[float, ...] = (0.02, 0.05, 0.1)
-    margins: tuple[float, ...] = (0.02, 0.1)
+    rates: tuple[float, ...] = (0.05, 0.1)
+    margins: tuple[float, ...] = (0.05,)
     margin_of_accuracy: float = 0.02
 
     def prepare(self, place: Place) -> None:
@@ -101,14 +101,16 @@ class Forks(Protocol):
         return {"rates": rates}
 
     def run(self, seed: int, chosen: Mapping[str, Any]) -> Scores:
-        parts, total = self._parts(seed), 3 * self.steps
+        parts, total = self._parts(seed), self.steps
         each, in_total = f"{self.steps} steps of each branch", f"{total} steps in total"
         searched = f"{each}, measured on the images searched on"
         found: dict[str, dict[str, float]] = {each: {}, in_total: {}, searched: {}}
         for one, (_, branches, _, _) in self._contestants().items():
             rate = chosen["rates"][one]
             found[searched][one], found[each][one] = self._trained(one, self.steps, rate, parts, seed)
-            found[in_total][one] = self._trained(one, total // max(len(branches), 1), rate, parts, seed)[1]
+            found[in_total][one] = found[each][one]
+            if branches:
+                found[in_total][one] = self._trained(one, total // len(branches), rate, parts, seed)[1]
         return found
 
     def _contestants(self) -> dict[str, tuple[Mapping[str, float] | None, Mapping[str, Any], str, float]]:
@@ -120,7 +122,8 @@ class Forks(Protocol):
                 found[f"ForkMerge, {name}, min_gain {margin:g}"] = None, branches, "loss", margin
             found[f"ForkMerge, {name}, by accuracy"] = None, branches, "accuracy", 0.0
             margin = self.margin_of_accuracy
-            found[f"ForkMerge, {name}, by accuracy, min_gain {margin:g}"] = None, branches, "accuracy", margin
+            if name != "helpful":
+                found[f"ForkMerge, {name}, by accuracy, min_gain {margin:g}"] = None, branches, "accuracy", margin
         return found
 
     def _parts(self, seed: int) -> dict[str, Part]:
