@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_merge._averaging._elsewhere import Device, checked_device
 from lightning_merge._averaging._loop import Loop
 from lightning_merge._averaging._unwrapped import plain_module, plain_optimizer
-from lightning_merge._checks import function, instance, real
+from lightning_merge._checks import function, instance, real, word
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import EveryNSteps, RunLength, Schedule
 from lightning_merge.selections import Selection, chosen
@@ -137,6 +137,28 @@ class Averager:
     def raw_weights(self) -> Weights:
         """The weights that training works on, of what is merged, by canonical name: live ones, or those set aside."""
         return self._loop.raw()
+
+    def health(self, name: str = "merged") -> dict[str, float]:
+        """How the average stands, for a logger: the keys and numbers that the callbacks log.
+
+        ``<name>/updates`` counts the times that weights were taken in; ``<name>/distance`` is the Euclidean distance of
+        the merged parameters from the raw ones; ``<name>/start_share`` the share of the average that is still the
+        weights it started from; ``<name>/decay`` what the last update kept of it, of a rule that has such a number. It
+        takes one pass over both sets and reads one number from the device. Where parameters are sharded, all processes
+        call it.
+
+        Args:
+            name: What the keys begin with.
+
+        Returns:
+            Nothing before the first update; no distance of an average in host memory, which would have to be fetched.
+
+        Raises:
+            TypeError: If the name is no text.
+            ValueError: If it cannot be part of a key.
+        """
+        name = word("name", name, other_than=("raw",))
+        return {f"{name}/{key}": value for key, value in self._loop.standing().items()}
 
     def end_epoch(self) -> None:
         """Tells it that an epoch is complete; only schedules that count epochs need to know."""

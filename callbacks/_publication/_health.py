@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_merge import weights
+from lightning_merge._averaging._standing import squared_distance
 from lightning_merge._ranks import gathered
 from lightning_merge.callbacks._lightning._metrics import logged_step, logger_connector, logs_now, sent_to_loggers
 from lightning_merge.callbacks._lightning._patches import Patches
@@ -95,7 +95,10 @@ class Health:
         if not (is_told or is_sharded):
             return {}
         found = {each.name: health for each in self._watched if (health := dict(each.health()))}
-        measured = {each.name: self._squared(each, is_sharded) for each in self._watched}
+        measured = {
+            each.name: squared_distance(each.at_hand(), each.tensors, each.captured, is_sharded)
+            for each in self._watched
+        }
         squares = {name: square for name, square in measured.items() if square is not None}
         if squares:
             device = next(iter(squares.values())).device
@@ -105,11 +108,3 @@ class Health:
             for name, distance in zip(squares, together.sqrt().tolist() if is_told else (), strict=is_told):
                 found.setdefault(name, {})["distance"] = distance
         return found
-
-    def _squared(self, average: Average, is_sharded: bool) -> torch.Tensor | None:
-        merged = average.at_hand()
-        if merged is None:
-            return None
-        buffers, live = average.buffer_names, average.tensors
-        merged = {name: tensor for name, tensor in merged.items() if name in live and name not in buffers}
-        return weights.squared_distance(merged, live, average.captured if is_sharded else None)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_merge import weights
 from lightning_merge._averaging._elsewhere import check_room
 from lightning_merge._averaging._in_place import in_place, publishable, writes_refused
+from lightning_merge._averaging._standing import standing
 from lightning_merge._averaging._state import AveragingState
 from lightning_merge._averaging._taking_in import TakingIn
 from lightning_merge._averaging._watching import Watching
@@ -154,6 +155,12 @@ class Loop(TakingIn):
                 self._follow(self.watched)
 
     # ---- the result
+
+    @torch.inference_mode(False)
+    def standing(self) -> dict[str, float]:
+        """How the average stands beside the raw weights, which inside of ``swapped`` are those set aside."""
+        self._look()
+        return standing(self, self.raw(), self._tensors.is_sharded)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:

@@ -9,14 +9,13 @@ from transformers import TrainerCallback
 
 from lightning_merge import Averager
 from lightning_merge._averaging._elsewhere import Device, checked_device
-from lightning_merge._averaging._second_sets import has_second_set
-from lightning_merge._averaging._unwrapped import plain_optimizer
-from lightning_merge._checks import instance
+from lightning_merge._checks import flag, instance
 from lightning_merge._ranks import is_first
 from lightning_merge.rules import Rule
 from lightning_merge.schedules import Schedule
 from lightning_merge.selections import Selection, chosen
 from lightning_merge.transformers._checkpoint import read, write
+from lightning_merge.transformers._refused import refuse, refuse_sharding
 from lightning_merge.transformers._running import running, surround
 from lightning_merge.weights import Weights, named_tensors
 
@@ -34,6 +33,8 @@ class MergeCallback(TrainerCallback):
       goes on bit for bit.
     - After ``train()`` the model holds the merged weights, or with ``load_best_model_at_end`` those of the best
       checkpoint.
+    - Beside the loss of training the Trainer logs ``merged/updates``, ``merged/distance`` (from the raw weights),
+      ``merged/start_share`` and ``merged/decay``, as far as they are known.
     - Until something was merged, everything is as without the callback.
 
     It works on one device and under DDP.
@@ -43,10 +44,12 @@ class MergeCallback(TrainerCallback):
         schedule: When; by default after every applied optimizer step.
         selection: Which tensors; by default all that train, and floating-point buffers averaged.
         device: Where the average is: ``None`` for where the weights are, ``"cpu"`` for host memory.
+        log_health: Whether how the average stands is logged, which takes a pass over the weights each time.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If an argument is out of range, or when training begins if it does not fit the run.
+        ValueError: If an argument is out of range; when the Trainer is made, if that is to shard; when training begins,
+            if it does not fit the run.
 
     Example:
         >>> from lightning_merge.rules import ExponentialMean
@@ -61,6 +64,7 @@ class MergeCallback(TrainerCallback):
         selection: Selection | None = None,
         *,
         device: Device = None,
+        log_health: bool = True,
     ) -> None:
         self.rule = instance("rule", rule, Rule)
         if rule.wants_score is not None:
@@ -76,6 +80,7 @@ class MergeCallback(TrainerCallback):
                 " measure BatchNorm statistics on."
             )
         self.device = checked_device(device)
+        self.log_health = flag("log_health", log_health)
         self.averager: Averager | None = None
         self._ended_at = 0  # step at which the last epoch that was counted ended
         self._raw: Weights = {}
@@ -96,11 +101,15 @@ class MergeCallback(TrainerCallback):
 
     # ---- a training begins and ends
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuses what is known when the Trainer is made."""
+        refuse_sharding(args.fsdp, args.deepspeed)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the average, or goes on with that of the checkpoint, and puts merged weights around evaluation."""
         self._let_go()
         run = running(self)
-        self._refuse(run.trainer)
+        refuse(run.trainer, self)
         self._raw, self._ended_at = {}, state.global_step
         self.averager = averager = Averager(
             run.trainer.model,
@@ -119,6 +128,7 @@ class MergeCallback(TrainerCallback):
             surround(run.trainer, "evaluate", lambda *args, **kwargs: averager.merged()),
             surround(run.trainer, "predict", lambda *args, **kwargs: averager.merged()),
             surround(run.trainer, "save_model", self._saving(averager, run.trainer)),
+            *([surround(run.trainer, "log", self._logging(averager))] if self.log_health else ()),
         ]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -171,23 +181,12 @@ class MergeCallback(TrainerCallback):
 
         return around
 
-    def _refuse(self, trainer: Any) -> None:
-        ours = [each for each in trainer.callback_handler.callbacks if isinstance(each, MergeCallback)]
-        if len(ours) > 1:
-            raise ValueError(
-                f"a Trainer must have one MergeCallback, got {len(ours)}: both would put their weights into the model,"
-                " and evaluate and save each other's."
-            )
-        for name, flag in (("fsdp", "is_fsdp_enabled"), ("deepspeed", "is_deepspeed_enabled")):
-            if getattr(trainer, flag, False):
-                raise ValueError(
-                    f"MergeCallback does not work with `{name}` of TrainingArguments, under which the Trainer saves and"
-                    " loads weights in ways of its own. Use one device or DDP; for a loop of your own with FSDP2 there"
-                    " is `lightning_merge.Averager`."
-                )
-        if has_second_set(plain_optimizer(trainer.optimizer)):
-            raise ValueError(
-                f"MergeCallback does not work with {type(plain_optimizer(trainer.optimizer)).__name__}, which has"
-                " weights of its own for evaluation: the Trainer has it write them into the model around each"
-                " evaluation. Use another `optim`, or train without the callback."
-            )
+    @staticmethod
+    def _logging(averager: Averager) -> Callable[..., AbstractContextManager[None]]:
+        @contextmanager
+        def around(logs: dict[str, float], *args: Any, **kwargs: Any) -> Iterator[None]:
+            if "loss" in logs:  # what is logged of training, not of an evaluation or the end
+                logs.update({**averager.health(), **logs})
+            yield
+
+        return around

@@ -130,6 +130,7 @@ def with_fsdp2() -> dict[str, Any]:
         optimizer.step()
     seen.append(whole(model))
     expected = by_hand(start, seen)
+    health = averager.health()
     plain = net()
     plain.load_state_dict(expected)
     with averager.merged(), torch.no_grad():
@@ -159,6 +160,8 @@ def with_fsdp2() -> dict[str, Any]:
         "raw": raw,
         "resumed": agree(expected, after),
         "steps": resumed.steps,
+        "health": health,
+        "distance": float(sum((expected[name] - seen[-1][name]).square().sum() for name in expected)) ** 0.5,
     }
 
 
@@ -201,3 +204,11 @@ def test_sharded_parameters_are_averaged_where_they_are(found: Any) -> None:
         assert fsdp2["communicated"] == 0
         assert (fsdp2["resumed"], fsdp2["steps"]) == (True, 3)
     assert sum(each["fsdp2"]["part"] for each in found) == 7
+
+
+@pytest.mark.multiprocess
+def test_the_distance_of_sharded_parameters_is_that_of_the_whole(found: Any) -> None:
+    first, second = (each["fsdp2"] for each in found)
+    assert first["health"] == second["health"]
+    assert first["health"]["merged/updates"] == 3
+    assert first["health"]["merged/distance"] == pytest.approx(first["distance"], rel=1e-5)

@@ -1,6 +1,7 @@
 """``MergeCallback`` in a ``transformers.Trainer``: what is evaluated, saved, resumed and held is one set of weights."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 from lightning_merge.transformers import MergeCallback  # noqa: E402
+from lightning_merge.transformers._refused import refuse  # noqa: E402
 
 
 def model() -> Any:
@@ -269,6 +271,52 @@ def test_of_a_lora_model_the_adapters_alone_are_averaged_and_saved(tmp_path: Pat
     assert same(callback.raw_weights(), other.raw_weights())
 
 
+# ---- what the log has of the average
+
+HEALTH = {"merged/updates", "merged/distance", "merged/start_share", "merged/decay"}
+
+
+class Saying(Trainer):  # type: ignore[misc]
+    """Logs a metric of its own, and a key that the callback has too."""
+
+    def log(self, logs: Any, *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, "mine": 1.0}, *args, **kwargs)
+
+
+def rows(trainer: Any, key: str) -> list[dict[str, Any]]:
+    return [row for row in trainer.state.log_history if key in row]
+
+
+def test_the_log_of_training_says_how_the_average_stands(tmp_path: Path) -> None:
+    callback = MergeCallback(ExponentialMean(0.5), EveryNSteps(2, start=2))
+    trainer = make(tmp_path, callback, kind=Saying, logging_strategy="steps", logging_steps=2)
+    trainer.train()
+    training = rows(trainer, "loss")
+    assert [row.get("merged/updates") for row in training] == [None, 1, 2, 3]
+    assert [row.get("merged/start_share") for row in training] == [None, 0.5, 0.25, 0.125]
+    assert {row.get("merged/decay") for row in training} == {None, 0.5}
+    merged, raw = callback.merged_weights() or {}, callback.raw_weights()
+    # One set under two names, the head and the embedding, counts once.
+    squares = [(merged[name] - raw[name]).square().sum() for name in raw]
+    assert training[-1]["merged/distance"] == pytest.approx(float(sum(squares)) ** 0.5, rel=1e-5)
+    assert not any(HEALTH & row.keys() for row in trainer.state.log_history if "loss" not in row)
+    assert all("mine" in row for row in training)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"), [({}, HEALTH), ({"log_health": False}, set()), ({"device": "cpu"}, HEALTH)], ids=str
+)
+def test_what_is_logged_of_it_changes_nothing(options: dict[str, Any], found: set[str], tmp_path: Path) -> None:
+    logged: dict[str, Any] = {"logging_strategy": "steps", "logging_steps": 1, "eval_strategy": "no", "max_steps": 3}
+    trainer = make(tmp_path, callback := MergeCallback(ExponentialMean(0.5), **options), save_strategy="no", **logged)
+    trainer.train()
+    assert HEALTH & rows(trainer, "loss")[-1].keys() == found
+    other = MergeCallback(ExponentialMean(0.5), log_health=False)
+    make(tmp_path, other, save_strategy="no", **{**logged, "logging_strategy": "no"}).train()
+    assert same(callback.raw_weights(), other.raw_weights())
+    assert same(callback.merged_weights(), other.merged_weights())
+
+
 # ---- two processes
 
 
@@ -314,6 +362,7 @@ def test_misuse_is_answered_at_construction() -> None:
         ((Mean(), None, "lora"), {}, TypeError, "`selection` must be a Selection"),
         ((Mean(), None, Selection(buffers="recompute")), {}, ValueError, "`selection` must have buffers='average'"),
         ((Mean(),), {"device": "disk"}, ValueError, "`device` must be None"),
+        ((Mean(),), {"log_health": "yes"}, TypeError, "`log_health` must be"),
     ]
     for given, options, error, words in cases:
         with pytest.raises(error, match=words):
@@ -326,7 +375,11 @@ def test_misuse_in_a_trainer_is_answered_when_training_begins(tmp_path: Path) ->
     trainer = make(tmp_path, MergeCallback(Mean()))
     trainer.is_deepspeed_enabled = True
     with pytest.raises(ValueError, match="does not work with `deepspeed`"):
-        trainer.callback_handler.callbacks[-2]._refuse(trainer)
+        refuse(trainer, MergeCallback(Mean()))
+    for sharding in ("fsdp", "deepspeed"):  # asked for by arguments it is answered when the Trainer is made
+        arguments = SimpleNamespace(**{"fsdp": None, "deepspeed": None, sharding: True})
+        with pytest.raises(ValueError, match=f"does not work with `{sharding}` of TrainingArguments"):
+            MergeCallback(Mean()).on_init_end(arguments, None, None)
     with pytest.raises(RuntimeError, match=r"must be a callback of a transformers\.Trainer that trains"):
         MergeCallback(Mean()).on_train_begin(None, None, None)
 
