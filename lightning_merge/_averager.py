@@ -232,14 +232,14 @@ class Averager:
         return self._loop.save()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on with copies of what ``state_dict`` gave; warns if that was of another rule.
+        """Goes on with copies of what ``state_dict`` gave; warns if the rule had other settings.
 
         Args:
             state: From the same model and selection and, where parameters are sharded, the same mesh.
 
         Raises:
             TypeError: If it is no dict.
-            ValueError: If it is of another model or of something else; the average is then what it was.
+            ValueError: If it is of another rule, another model or something else; the average is then what it was.
         """
         self._loop.load(instance("state", state, Mapping, "what `state_dict()` gave"))
 

@@ -17,7 +17,7 @@ from lightning_merge._averaging._state import AveragingState
 from lightning_merge._averaging._taking_in import TakingIn
 from lightning_merge._averaging._watching import Watching
 from lightning_merge._eval_mode import Derived, extends_train
-from lightning_merge._said import is_said
+from lightning_merge._said import is_of_another_class, is_said
 from lightning_merge._whole_steps import hook_whole_steps, was_skipped, weakly
 from lightning_merge.calibration import batch_norm_layers, recalibrated_statistics
 from lightning_merge.files._label import as_written
@@ -261,6 +261,12 @@ class Loop(TakingIn):
         with as_written(f"the state of {self._tensors.title}"):
             found = AveragingState.of(saved)
             steps, rule = int(saved["steps"]), str(saved["rule"])
+        if found.state is not None and is_of_another_class(rule, self.rule):
+            raise ValueError(
+                f"{self._tensors.title} cannot go on from the state of {rule}, which keeps something else: go on with"
+                " that rule, or load no state, and the average starts from the live weights."
+            )
+        with as_written(f"the state of {self._tensors.title}"):
             state, buffers = weights.map_named(lambda name, tensor: tensor.clone(), [found.state, found.buffers])
             average = (
                 None

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_merge import Averager
-from lightning_merge.rules import ExponentialMean, WindowMean
+from lightning_merge.rules import ExponentialMean, Mean, Rule, ValleyMean, WindowMean
+from lightning_merge.schedules import EveryNSteps
 from lightning_merge.selections import Selection
 
 
@@ -169,3 +170,46 @@ def test_what_was_averaged_once_stays_so_in_a_resumed_run_that_has_it_frozen() -
     assert "0.weight" not in (resumed.merged_weights() or {})
     resumed.load_state_dict(averager.state_dict())
     assert torch.equal((resumed.merged_weights() or {})["0.weight"], (averager.merged_weights() or {})["0.weight"])
+
+
+RULES: list[Rule] = [Mean(), ExponentialMean(0.5), WindowMean(3), ValleyMean()]
+
+
+@pytest.mark.parametrize("now", RULES, ids=repr)
+def test_a_state_of_another_rule_is_refused_by_both_names_and_changes_nothing(now: Rule) -> None:
+    module = net()
+    optimizer = SGD(module.parameters(), lr=0.1)
+    averages = {rule: Averager(module, optimizer, rule) for rule in RULES if rule != now}
+    own = Averager(module, optimizer, now)
+    step(module, optimizer)
+    before = copy.deepcopy(own.state_dict())
+    for rule, other in averages.items():
+        words = f"the average by {type(now).__name__} cannot go on from the state of {type(rule).__name__}"
+        with pytest.raises(ValueError, match=words):
+            own.load_state_dict(other.state_dict())
+    assert str(own.state_dict()) == str(before)
+    own.load_state_dict(before)
+
+
+def test_other_settings_of_a_rule_and_a_state_without_an_average_go_on() -> None:
+    module, optimizer, averager = made()
+    step(module, optimizer)
+    with pytest.warns(UserWarning, match="goes on from a state of ExponentialMean"):
+        Averager(module, optimizer, ExponentialMean(0.9)).load_state_dict(averager.state_dict())
+    empty = Averager(module, optimizer, ExponentialMean(0.5), EveryNSteps(start=9)).state_dict()
+    mean = Averager(module, optimizer, Mean(), EveryNSteps(start=9))
+    with pytest.warns(UserWarning, match="goes on from a state of ExponentialMean"):
+        mean.load_state_dict(empty)
+    step(module, optimizer)
+    assert (mean.updates, mean.steps) == (0, 1)
+
+
+def test_an_optimizer_that_is_made_anew_gets_an_average_that_goes_on() -> None:
+    module, optimizer, averager = made()
+    step(module, optimizer)
+    other = torch.optim.Adam(module.parameters())
+    again = Averager(module, other, ExponentialMean(0.5))
+    again.load_state_dict(averager.state_dict())
+    step(module, other)
+    assert (averager.steps, again.steps) == (1, 2)
+    assert again.health()["merged/start_share"] == 0.25
