@@ -87,6 +87,7 @@ GOOD: dict[str, Callable[[], Any]] = {
     "elapsed": lambda: 1,
     "epoch": lambda: 0,
     "files": lambda: [checkpoint()],
+    "found": lambda: import_module("lightning_merge.search").Found((1.0,), 0.0, [], True),
     "find.number": lambda: 0.0,
     "folder": lambda: Path(tempfile.mkdtemp()),
     "ForkMerge.branches": lambda: {"target": {"digit": 1.0}},

@@ -89,7 +89,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         choices=("min", "max"),
         help="whether lower or higher is better, if the name of the metric does not say it",
     )
-    parser.add_argument("--budget", type=int, help="most evaluations of a search (default 100; 500 for `adamerging`)")
+    parser.add_argument(
+        "--budget", type=int, help="most evaluations of a search (default 100; of `adamerging` 500, of `map` 40)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of a search")
     parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")
 
@@ -116,7 +118,7 @@ def check(options: argparse.Namespace) -> None:
         from lightning_merge._choice import mode_of
 
         options.mode = mode_of("a search", options.monitor, options.mode)
-    if options.rule in SEARCHES and options.log is None and is_remote(options.out):
+    if options.rule in (*SEARCHES, *OF_TASKS) and options.log is None and is_remote(options.out):
         raise ValueError(
             f"`--log` must name a file on this machine where `--out` is not on it, got `--out` {options.out}."
         )

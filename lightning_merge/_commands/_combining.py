@@ -15,6 +15,7 @@ def measured(bench: Any, merged: "Weights", seed: int) -> "Weights":
     import torch
 
     with torch.random.fork_rng(devices=[]):
+        bench.set_up(merged)  # or the first candidate of a search that goes on would draw other batches
         torch.manual_seed(seed)
         return {**merged, **bench.statistics(merged)}
 

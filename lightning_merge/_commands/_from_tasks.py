@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_merge._choice import Mode
     from lightning_merge.search import Found
     from lightning_merge.search._groups import Per
     from lightning_merge.trajectory import Trajectory
@@ -19,27 +20,39 @@ def from_tasks(
         ValueError: If something does not fit.
     """
     from lightning_merge._commands._combining import logged
+    from lightning_merge._commands._task_arguments import BY_GRADIENT
+    from lightning_merge._commands._task_scores import by_gradient, by_metric
     from lightning_merge._commands._task_vectors import TaskVectors
-    from lightning_merge.search import Adam, CrossEntropy, Entropy, Free
 
     tasks = TaskVectors(options.base, trajectory, bench.model)
-    labelled = options.rule == "atlas"
-    kind = CrossEntropy if labelled else Entropy
-    data = [batches for each in _benches(options, bench) for batches in _loaders(each, labelled, options.seed)]
-    bench.model.to(bench.trainer.strategy.root_device)
-    score = kind(bench.model, tasks.base, tasks.vectors, data, per=options.per)
+    plan = (by_gradient if options.rule in BY_GRADIENT else by_metric)(tasks, options, bench)
     found = logged(
-        score,
+        plan.score,
         len(trajectory),
-        Adam(rate=0.1, start=0.0) if labelled else Adam(),
+        plan.method,
         options,
-        space=Free(-10.0, 10.0) if labelled else Free(0.0, 1.0),
-        subject=f"{', '.join([tasks.start.sha256(), *hashes])} ",
+        space=plan.space,
+        subject=f"{options.monitor} of {', '.join([tasks.start.sha256(), *hashes])} ",
         per=options.per,
-        tensors=score.tensors,
+        tensors=plan.tensors,
     )
-    merged = tasks.as_in_files(score.weights(found.coefficients))
-    return merged, found, *of_groups(trajectory, found, score.tensors, options.per)
+    merged = tasks.as_in_files(plan.weights(found.coefficients))
+    shares, lines = of_groups(trajectory, found, plan.tensors, options.per)
+    return merged, found, shares, [*lines, *(_trade_offs(found, options.mode) if options.rule == "map" else ())]
+
+
+def _trade_offs(found: "Found", mode: "Mode") -> list[str]:
+    """A line for each candidate that no other beats."""
+    from lightning_merge.search import pareto_set
+
+    best = pareto_set(found, mode)
+    return [
+        f"trade-offs that no other candidate beats ({len(best)}): coefficients, score of each task",
+        *(
+            f"  {' '.join(f'{a:.4f}' for a in each.coefficients)}   {' '.join(f'{s:.6g}' for s in each.parts or ())}"
+            for each in best[:10]
+        ),
+    ]
 
 
 def of_groups(
@@ -56,25 +69,3 @@ def of_groups(
         own = found.coefficients[index * count : (index + 1) * count]
         lines.append(f"{checkpoint.path}  {sum(own) / count:8.4f} {min(own):8.4f} {max(own):8.4f}")
     return {name: list(own) for name, own in by_tensor(found.coefficients, tensors, per).items()}, lines
-
-
-def _benches(options: argparse.Namespace, bench: Any) -> list[Any]:
-    """What gives the data of each task: that of the model, if no others are named."""
-    from lightning_merge._commands._runs import Bench
-
-    return [Bench(config) for config in options.data] if options.data else [bench]
-
-
-def _loaders(bench: Any, labelled: bool, seed: int) -> list[list[Any]]:
-    """The first batches of training data, or of each set of validation data; the same in every call."""
-    from itertools import islice
-
-    import torch
-
-    from lightning_merge._commands._runs import quiet
-
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(seed)
-        loaders = bench.training_loader() if labelled else bench.validation_loader()
-        several = loaders if isinstance(loaders, list | tuple) else [loaders]
-        return [list(islice(loader, 64)) for loader in several]

@@ -76,6 +76,11 @@ class Bench:
             )
         return metrics[monitor]
 
+    def set_up(self, weights: Weights) -> None:
+        """Sets up devices and data, by a pass that draws random numbers; once."""
+        if not self.trainer.callback_metrics:
+            self.metrics(weights)
+
     def statistics(self, weights: Weights, batches: int = 50) -> Weights:
         """BatchNorm statistics of these weights, on the first training batches."""
         from itertools import islice
@@ -88,8 +93,7 @@ class Bench:
 
         if not batch_norm_layers(self.model):
             return {}
-        if not self.trainer.callback_metrics:
-            self.metrics(weights)  # sets up devices and data
+        self.set_up(weights)
         self.load(weights)
         loader = self.training_loader()
         recent = RecentBatches(transferred(self.trainer, self.model, batch) for batch in islice(loader, batches))

@@ -5,9 +5,11 @@ from pathlib import Path
 
 BY_GRADIENT = ("adamerging", "atlas")
 """Rules that follow the gradient of a loss on batches."""
-OF_TASKS = BY_GRADIENT
+BY_METRIC = ("map", "evolutionary")
+"""Rules that look at a metric that validation logs."""
+OF_TASKS = (*BY_GRADIENT, *BY_METRIC)
 """Rules that search coefficients of what each file added to a base."""
-_BUDGETS = {"adamerging": 500}
+_BUDGETS = {"adamerging": 500, "map": 40}
 _NAMED = ", ".join(f"`{rule}`" for rule in OF_TASKS)
 _SAID = {"adamerging": "entropy", "atlas": "cross entropy"}
 
@@ -48,3 +50,7 @@ def check_tasks(options: argparse.Namespace) -> None:
             raise ValueError(f"`--rule {options.rule}` needs `--{name}`: {whose}.")
     if options.rule in BY_GRADIENT:
         options.monitor, options.mode = _SAID[options.rule], "min"
+    else:
+        from lightning_merge._choice import mode_of
+
+        options.mode = mode_of("a search", options.monitor, options.mode)

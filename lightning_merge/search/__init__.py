@@ -2,6 +2,7 @@
 
 from lightning_merge.search._adam import Adam
 from lightning_merge.search._bayesian import Bayesian
+from lightning_merge.search._cma import CMAES
 from lightning_merge.search._evolutionary import Evolutionary
 from lightning_merge.search._found import Evaluation, Found
 from lightning_merge.search._gradient import Gradient
@@ -9,6 +10,7 @@ from lightning_merge.search._greedy import Greedy
 from lightning_merge.search._grid import Grid
 from lightning_merge.search._groups import by_tensor
 from lightning_merge.search._line import Line
+from lightning_merge.search._map import MAP, pareto_set
 from lightning_merge.search._measured import Measured, Objective
 from lightning_merge.search._method import Answer, Method, Proposals
 from lightning_merge.search._objectives import CrossEntropy, Entropy
@@ -17,6 +19,8 @@ from lightning_merge.search._search import search
 from lightning_merge.search._spaces import Coefficients, Free, Negative, Simplex, Space
 
 __all__ = [
+    "CMAES",
+    "MAP",
     "Adam",
     "Answer",
     "Bayesian",
@@ -40,5 +44,6 @@ __all__ = [
     "Simplex",
     "Space",
     "by_tensor",
+    "pareto_set",
     "search",
 ]

@@ -76,6 +76,27 @@ def test_rules_by_a_gradient_write_the_merge_and_go_on_from_their_log(run: Run, 
     assert list(shares if per == "model" else last["coefficients"]) == last["coefficients"]
 
 
+@pytest.mark.parametrize(
+    ("rule", "per"),
+    [
+        ("map", "model"),
+        pytest.param("evolutionary", "model", marks=pytest.mark.slow),
+        pytest.param("evolutionary", "group", marks=pytest.mark.slow),
+    ],
+)
+def test_rules_by_a_metric_take_the_best_and_go_on_from_their_log(run: Run, rule: str, per: str) -> None:
+    code, out, err = soup(run, rule, "--per", per, "--budget", 4, "--out", "whole.pt")
+    assert code == 0, err
+    lines = Path("whole.search.jsonl").read_text().splitlines(keepends=True)
+    Path("then.search.jsonl").write_text("".join(lines[:3]) + lines[3][:9])
+    assert soup(run, rule, "--per", per, "--budget", 4, "--out", "then.pt")[0] == 0
+    assert Path("then.search.jsonl").read_text() == "".join(lines)
+    for name, tensor in weights("whole.pt").items():
+        assert torch.equal(weights("then.pt")[name], tensor)
+    assert f"val/loss = {min(row['score'] for row in rows('whole.search.jsonl')):.6g} after 4 evaluations" in out
+    assert ("trade-offs that no other candidate beats (1)" in out) == (rule == "map")
+
+
 def test_each_task_may_have_data_of_its_own(run: Run) -> None:
     Path("other.yaml").write_text(CONFIG + "\n")
     code, _, err = soup(run, "adamerging", "--data", "config.yaml", "other.yaml", "--budget", 1, "--out", "s.pt")

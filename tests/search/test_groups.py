@@ -3,6 +3,8 @@
 import pytest
 
 from lightning_merge.search import (
+    CMAES,
+    MAP,
     Bayesian,
     Evolutionary,
     Free,
@@ -27,6 +29,8 @@ def loss(coefficients, per="group"):
 METHODS = [
     (Evolutionary(), 300, 0.05),
     (Gradient(), 200, 0.02),
+    (CMAES(), 300, 0.02),
+    (MAP(25, 2), None, 1e-3),
     (Grid(0.1), None, 1e-9),
     (Line(), None, 0.6),
     (Greedy(), None, 0.6),

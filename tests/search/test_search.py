@@ -10,6 +10,8 @@ import scripts
 import torch
 
 from lightning_merge.search import (
+    CMAES,
+    MAP,
     Bayesian,
     Evolutionary,
     Free,
@@ -46,6 +48,8 @@ def loss_and_gradient(coefficients):
 
 METHODS = [
     (Evolutionary(), 400, 0.02),
+    (CMAES(), 300, 0.01),
+    (MAP(12, 2), None, 1e-4),
     (Bayesian(), 25, 0.05),
     (Gradient(), 300, 0.01),
     (Grid(step=0.05), None, 1e-12),
@@ -57,6 +61,8 @@ every_method = pytest.mark.parametrize(
         (Greedy((0.5, 1.0)), None),
         (Line(), None),
         (Evolutionary(), 30),
+        (CMAES(), 30),
+        (MAP(8, 3), None),
         (Gradient(), 30),
         (Bayesian(1), 8),
     ],
@@ -299,6 +305,10 @@ def test_bad_arguments_are_named(arguments, message):
         (lambda: Line(evaluations=2), "`evaluations` must be at least 3"),
         (lambda: Evolutionary(population=1), "`population` must be at least 2"),
         (lambda: Evolutionary(noise=0.0), "`noise` must be more than 0"),
+        (lambda: CMAES(size=0.0), "`size` must be more than 0"),
+        (lambda: CMAES(population=3), "`population` must be at least 4"),
+        (lambda: MAP(samples=2), "`samples` must be at least 3"),
+        (lambda: MAP(points=0), "`points` must be at least 1"),
         (lambda: Bayesian(random_starts=0), "`random_starts` must be at least 1"),
         (lambda: Gradient(rate=0.0), "`rate` must be more than 0"),
         (lambda: Gradient(difference=1.0), "`difference` must be in"),

@@ -1,0 +1,77 @@
+"""What coefficients of task vectors are searched by: a loss on batches, or metrics that validation logs."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_merge._commands._task_vectors import TaskVectors
+    from lightning_merge.search import Coefficients, Measured, Method, Score, Space
+    from lightning_merge.weights import Weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A search: the score, how candidates are chosen, and the weights of one."""
+
+    score: "Score"
+    method: "Method"
+    space: "Space"
+    tensors: tuple[str, ...]
+    weights: "Callable[[Sequence[float]], Weights]"
+
+
+def by_gradient(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -> Plan:
+    """Downhill on the entropy of validation inputs, or on the cross entropy of a few training batches."""
+    from lightning_merge.search import Adam, CrossEntropy, Entropy, Free
+
+    labelled = options.rule == "atlas"
+    kind = CrossEntropy if labelled else Entropy
+    data = [batches for each in _benches(options, bench) for batches in _loaders(each, labelled, options.seed)]
+    bench.model.to(bench.trainer.strategy.root_device)
+    score = kind(bench.model, tasks.base, tasks.vectors, data, per=options.per)
+    method = Adam(rate=0.1, start=0.0) if labelled else Adam()
+    space = Free(-10.0, 10.0) if labelled else Free(0.0, 1.0)
+    return Plan(score, method, space, score.tensors, score.weights)
+
+
+def by_metric(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -> Plan:
+    """The mean over tasks of a metric of each, by quadratic models of them or by an evolution."""
+    from lightning_merge._commands._combining import measured, monitored
+    from lightning_merge.search import CMAES, MAP, Free, Measured
+    from lightning_merge.search._merged_module import MergedModule
+
+    merged = MergedModule(bench.model, tasks.base, tasks.vectors, options.per)
+    benches = _benches(options, bench)
+
+    def score(coefficients: "Coefficients") -> "Measured":
+        weights = measured(bench, merged.weights(coefficients), options.seed)
+        parts = tuple(monitored(each, weights, options.monitor) for each in benches)
+        return Measured(sum(parts) / len(parts), parts=parts)
+
+    points = max(1, options.budget // 4)
+    method = MAP(max(3, options.budget - points), points) if options.rule == "map" else CMAES()
+    return Plan(score, method, Free(0.0, 1.0), merged.tensors, merged.weights)
+
+
+def _benches(options: argparse.Namespace, bench: Any) -> list[Any]:
+    """What gives the data of each task: that of the model, if no others are named."""
+    from lightning_merge._commands._runs import Bench
+
+    return [Bench(config) for config in options.data] if options.data else [bench]
+
+
+def _loaders(bench: Any, labelled: bool, seed: int) -> list[list[Any]]:
+    """The first batches of training data, or of each set of validation data; the same in every call."""
+    from itertools import islice
+
+    import torch
+
+    from lightning_merge._commands._runs import quiet
+
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        loaders = bench.training_loader() if labelled else bench.validation_loader()
+        several = loaders if isinstance(loaders, list | tuple) else [loaders]
+        return [list(islice(loader, 64)) for loader in several]
