@@ -7,7 +7,8 @@
 
 A protocol's results are in ``benchmarks/results/evidence-NAME.json`` (``-full`` for the full size), written after each
 seed; started again, it goes on after the last seed that is there. What is searched is searched alike for all, on
-validation data, with a seed that is not reported. ``data`` holds ``cifar10/train/<class>/`` and ``test/<class>/``.
+validation data, with a seed that is not reported. ``data`` holds ``cifar10/train/<class>/`` and ``test/<class>/``, and
+for ``merging`` ``tiny-imagenet-50/train/<class>/`` and ``val/<class>/``.
 """
 
 import math
@@ -35,6 +36,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
     from _evidence._forkmerge import forkmerge
     from _evidence._lookaround import lookaround
     from _evidence._population import population
+    from _evidence._merging import merging
     from _evidence._soups import soups
     from _evidence._tangent import tangent_space
     from _evidence._tasks import tasks
@@ -51,6 +53,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
         "soups": soups,
         "tasks": tasks,
         "tangent": tangent_space,
+        "merging": merging,
     }
 
 
