@@ -24,7 +24,7 @@ from lightning_merge.callbacks._task_run._presets import chosen_preset
 from lightning_merge.callbacks._task_run._settings import Settings
 from lightning_merge.callbacks._task_run._start import FINISHED
 from lightning_merge.callbacks._task_run._store import Store
-from lightning_merge.combiners import Combiner
+from lightning_merge.combiners import Combiner, add_vector
 from lightning_merge.continual import Bank, InitFrom, StreamState
 from lightning_merge.selections import Selection
 from lightning_merge.weights import Weights
@@ -44,7 +44,8 @@ class ContinualMerging(Callback):
 
     Args:
         preset: ``"average"``, ``"sum"``, ``"ties"``, ``"dare"``, ``"magmax"``, ``"ema"``, ``"opcm"``, ``"wise-ft"``,
-            ``"lora-arithmetic"``, or a combiner of your own.
+            ``"fisher"``, ``"regmean"``, ``"emr"``, ``"iso-c"``, ``"lora-arithmetic"``, or a combiner of your own. Of
+            one that weighs by statistics those of each task are measured at its end, on the last batches.
         bank: The stream's folder. One that holds tasks already is continued.
         init_from: Where a task starts: ``"base"``, ``"merged"`` or ``"last"`` (where the last task ended). The preset's
             own by default, ``"base"`` for a combiner.
@@ -149,6 +150,25 @@ class ContinualMerging(Callback):
         if self.heads != "per_task" or not 0 <= whole("task", task) < done:
             raise ValueError(f"`task` must be in [0, {done}) and `heads` 'per_task', got {task} and {self.heads!r}.")
         return self._stream.load(done)[f"head{task}"]
+
+    def weights_of(self, task: int) -> Weights:
+        """The weights that serve a task under ``"emr"``, by canonical name: its own, as near as signs bring them.
+
+        With its head under ``heads="per_task"``. Load them to use that task; the merged model is one for all.
+
+        Args:
+            task: Index of the task in the order of training, from 0.
+
+        Raises:
+            ValueError: If the combiner is another, or there is no such task, or it was removed.
+        """
+        bank = self._bank()
+        if not 0 <= whole("task", task) < bank.added:
+            raise ValueError(f"`task` must be in [0, {bank.added}), got {task}.")
+        vector = bank.vector_for(bank.all_tasks[task])
+        base = self._stream.base()
+        own = add_vector({name: base[name] for name in vector}, vector)
+        return own | (self.head_of(task) if self.heads == "per_task" else {})
 
     def load_merged(self, module: LightningModule, without: int | str | None = None) -> None:
         """Puts the merged model of the bank into a module of the same architecture: in a new process, say.
@@ -263,7 +283,7 @@ class ContinualMerging(Callback):
         ending = Ending(trainer, module, fit)
         with ending.nothing_lost():
             ending.merge()
-            if fit.recent is not None and fit.recent.batches:
+            if fit.recalibrates and fit.recent is not None and fit.recent.batches:
                 ending.put(recalibrate(trainer, module, "ContinualMerging", fit.recent))
             ending.calibrate_head()
             ending.keep()

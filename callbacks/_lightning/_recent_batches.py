@@ -55,6 +55,12 @@ class RecentBatches:
             kept.on_host = on_host
         return recent
 
+    def beside(self) -> "RecentBatches":
+        """The same batches, kept once, for another use, whose step may run in another way."""
+        other = RecentBatches()
+        other._kept, other.fetched = self._kept, self.fetched
+        return other
+
     @property
     def batches(self) -> list[Any]:
         """The batches, oldest first; whoever may write to one takes a copy of it from ``on``."""

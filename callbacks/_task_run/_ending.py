@@ -14,8 +14,10 @@ from torch import Tensor
 from lightning_merge import weights
 from lightning_merge.callbacks._lightning._on_one_process import on_one_process
 from lightning_merge.callbacks._task_run._fit import Fit
+from lightning_merge.callbacks._task_run._statistics import measured, measures
 from lightning_merge.combiners import add_vector, task_vector
 from lightning_merge.continual._rescue import Rescue
+from lightning_merge.importance import Statistics
 from lightning_merge.weights import Weights
 
 
@@ -52,6 +54,7 @@ class Ending:
         self._before: dict[str, Weights] = {}
         self._head: Weights = self._raw_head
         self._samples: dict[int, Tensor] = {}
+        self._statistics: Statistics | None = None
         self._is_empty = False
 
     @contextmanager
@@ -76,13 +79,14 @@ class Ending:
         """
         self._take_in_moved()
         bank, fit = self.store.bank(self.base), self.fit
+        self._measure()
 
         def merged() -> Weights:
             self._before = self.store.stream.load(fit.task) if fit.task else {}
             self._refuse_empty(self.store.start(bank, self.base, self._before))
             if self.moved:
                 raise fit.settings.trained_later(self.moved[0])
-            vector = bank.preview(self.vector, task=fit.title)
+            vector = bank.preview(self.vector, task=fit.title, statistics=self._statistics)
             return add_vector(self.base, vector) | self._buffers(self._before.get("buffers", {}))
 
         published = on_one_process(self.trainer, merged)
@@ -90,6 +94,12 @@ class Ending:
         weights.copy_({name: live[name] for name in published}, published)
         self._head = self.head_of.joined(self.module, self._start_head(), fit.classes)
         self.put(self._head)
+
+    def _measure(self) -> None:
+        """What the combiner weighs the task by, of the raw weights, which are live."""
+        combiner, on = self.store.combiner, self.fit.measured_on
+        if on is not None and (kind := measures(combiner, self.fit.title)) is not None:
+            self._statistics = measured(self.trainer, self.module, combiner, kind, self.names, on)
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Writes some of the module's tensors."""
@@ -121,7 +131,7 @@ class Ending:
                     )
                 stream.save(done, parts)
                 # From here on the task is part of the stream.
-                bank.add(self.vector, task=self.fit.title)
+                bank.add(self.vector, task=self.fit.title, statistics=self._statistics)
             with suppress(OSError):  # the next task drops them
                 stream.forget_before(done)
 
@@ -228,7 +238,7 @@ class Ending:
 
     def _rescue(self) -> str:
         """Writes the task to a file, wherever that is possible, and says where."""
-        rescued = Rescue(self.fit.task, self.fit.title, self.vector, self._parts())
+        rescued = Rescue(self.fit.task, self.fit.title, self.vector, self._parts(), self._statistics)
         for folder in (self.store.folder, Path(self.trainer.default_root_dir), Path(tempfile.gettempdir())):
             with suppress(OSError):
                 path = rescued.write(folder)

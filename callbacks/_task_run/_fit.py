@@ -17,6 +17,8 @@ from lightning_merge.callbacks._task_run._head_search import HeadSearch, guessed
 from lightning_merge.callbacks._task_run._heads import Head, put_head
 from lightning_merge.callbacks._task_run._settings import Settings
 from lightning_merge.callbacks._task_run._start import known_head, opened
+from lightning_merge.callbacks._task_run._statistics import measures
+from lightning_merge.callbacks._task_run._statistics import prepare as measuring
 from lightning_merge.callbacks._task_run._stored_samples import StoredSamples, reaching
 from lightning_merge.callbacks._task_run._task import classes_of, title_of
 
@@ -40,7 +42,9 @@ class Fit:
         classes: Of the task, if they have rows of the head.
         head: The head; of a first task known once a batch was looked at.
         start_head: What it was when the task began, where it was known then.
-        recent: Batches kept for BatchNorm statistics, if those are measured again.
+        recent: Batches kept for BatchNorm statistics, if those are measured again, and for what tasks are weighed by.
+        recalibrates: Whether BatchNorm statistics are measured again.
+        measured_on: The same batches, if statistics of the task are measured.
         samples: Samples stored for the head, if any are.
         resumed: Whether the fit goes on from a checkpoint.
         trained_before: Which parameters required gradients when it began.
@@ -61,6 +65,8 @@ class Fit:
                 self._search = None  # there is nothing to find out
         self.trained_before = {name: p.requires_grad for name, p in weights.named_parameters(module).items()}
         self.recent: RecentBatches | None = None
+        self.recalibrates = False
+        self.measured_on: RecentBatches | None = None
         self.samples: StoredSamples | None = None
         self.resumed = False
         self._is_first = True
@@ -108,8 +114,11 @@ class Fit:
         if self.settings.lora is not None:
             self.settings.lora.refuse_untrained(trainer.optimizers)
         if self.settings.selection.buffers == "recompute" and calibration.batch_norm_layers(module):
-            self.recent = self.recent or RecentBatches()
+            self.recent, self.recalibrates = self.recent or RecentBatches(), True
             prepare(trainer, module, "ContinualMerging", self.recent)
+        if (kind := measures(self.settings.store.combiner, self.title)) is not None:
+            self.recent = self.recent or RecentBatches()
+            self.measured_on = measuring(trainer, module, self.settings.store.combiner, kind, self.names, self.recent)
         if self.settings.samples_per_class and self.samples is None:
             self.samples = StoredSamples(self.settings.samples_per_class)
         if self._search is None and self.head is not None:

@@ -125,7 +125,7 @@ def refuse_other_model(live: Weights, base: Weights, head: Sequence[str]) -> Non
 def _result_without(bank: Bank, task: int | str) -> Weights | None:
     bank.vector(task)  # there is one
     others = [other for other in bank.tasks if other != task]
-    return bank.combiner.combine((bank.vector(other) for other in others), tasks=others) if others else None
+    return bank.rule.combine((bank.vector(other) for other in others), tasks=others) if others else None
 
 
 def _hash(tensors: Weights, names: Weights | None = None) -> str:

@@ -1,5 +1,6 @@
 """``lightning-merge doctor``: whether sets of weights can be merged."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_merge._mergeable import carried
@@ -10,7 +11,9 @@ from lightning_merge.files._sets import StoredSet, WeightFile, match
 from lightning_merge.weights import is_averaged
 
 
-def doctor(files: list[str], base: str | None, config: Path | None, monitor: str, points: int) -> str:
+def doctor(
+    files: list[str], base: str | None, config: Path | None, monitor: str, points: int, statistics: Sequence[str] = ()
+) -> str:
     """A report with the verdict first.
 
     Args:
@@ -19,6 +22,7 @@ def doctor(files: list[str], base: str | None, config: Path | None, monitor: str
         config: Names the model and data that losses are measured with.
         monitor: The loss that validation logs.
         points: Points between two sets.
+        statistics: Files of statistics, one for each set in their order.
 
     Raises:
         ValueError: If a file cannot be read, files are of different models, or validation logs no such loss.
@@ -32,6 +36,9 @@ def doctor(files: list[str], base: str | None, config: Path | None, monitor: str
     for name, tensor in opened[0][1].weights.items():
         if not is_averaged(tensor):
             carried(name, [stored.weights[name] for _, stored in opened])  # what no command merges is said here too
+    if statistics and len(statistics) != len(chosen):
+        raise ValueError(f"`--statistics` takes a file for each of {len(chosen)} sets, got {len(statistics)}.")
+    known = dict(zip(chosen, statistics, strict=False))
     candidates = {name: stored.weights for name, (_, stored) in chosen.items()}
     shares = {name: s.initial_share for name, (_, s) in chosen.items() if s.initial_share is not None}
     base_weights = None
@@ -41,7 +48,7 @@ def doctor(files: list[str], base: str | None, config: Path | None, monitor: str
         refuse_no_plain(base, base_weights)
         match(opened[0][0], opened[0][1].weights, file, base_weights)
     if config is None:
-        result = examine(candidates, base_weights, initial_shares=shares, points=points)
+        result = examine(candidates, base_weights, initial_shares=shares, points=points, statistics=known)
     else:
         from lightning_merge._commands._runs import Bench
 
@@ -54,6 +61,7 @@ def doctor(files: list[str], base: str | None, config: Path | None, monitor: str
             measure_statistics=bench.statistics,
             initial_shares=shares,
             points=points,
+            statistics=known,
         )
     skipped = "  not looked for: barriers of the loss, stale BatchNorm statistics. `--config FILE` measures them."
     return result.report() + ("" if config is not None else f"\n{skipped}")

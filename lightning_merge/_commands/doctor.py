@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--monitor", default="val/loss", help="the loss that validation logs (default val/loss)")
     parser.add_argument("--points", type=int, default=3, help="points on the line between two sets (default 3)")
     parser.add_argument(
+        "--statistics",
+        nargs="+",
+        metavar="FILE",
+        help="what `soup --rule fisher` and its kin would weigh the files by, one for each in their order",
+    )
+    parser.add_argument(
         "--widths",
         type=Path,
         metavar="FOLDER",
@@ -37,5 +43,7 @@ def run(options: argparse.Namespace) -> int:
             )
         print(widths(options.files[0], options.config, options.monitor, options.points, options.widths))
         return 0
-    print(doctor(options.files, options.base, options.config, options.monitor, options.points))
+    print(
+        doctor(options.files, options.base, options.config, options.monitor, options.points, options.statistics or ())
+    )
     return 0

@@ -87,15 +87,22 @@ class EMR(Combiner):
         named("vector", vector)
         check_vector(dict(vector), dict(named("unified", unified)), "vector")
         check_finite(dict(vector), "vector")
-        masks, own, masked = {}, 0.0, 0.0
-        for name, tensor in unified.items():
-            values = vector[name].detach().to(tensor)
-            masks[name] = values.sign() * tensor.sign() > 0
+        masks = {name: vector[name].detach().to(t).sign() * t.sign() > 0 for name, t in unified.items()}
+        masked = self.size_of({name: tensor * masks[name] for name, tensor in unified.items()})
+        return masks, self.size_of(vector) / masked if masked else 0.0
+
+    def size_of(self, vector: Mapping[str, Tensor]) -> float:
+        """The sum of magnitudes that the factor of a task gives back, in float64.
+
+        Args:
+            vector: The task's vector.
+        """
+        total = 0.0
+        for tensor in vector.values():
             share = tensor.numel() if self.rescaler == "tensor" else 1
             if share:
-                own += float(values.abs().sum(dtype=torch.float64)) / share
-                masked += float((tensor * masks[name]).abs().sum(dtype=torch.float64)) / share
-        return masks, own / masked if masked else 0.0
+                total += float(tensor.detach().abs().sum(dtype=torch.float64)) / share
+        return total
 
     @torch.no_grad()
     def for_task(self, vector: Mapping[str, Tensor], unified: Mapping[str, Tensor]) -> Weights:
@@ -109,5 +116,22 @@ class EMR(Combiner):
             TypeError: If an argument is not named tensors.
             ValueError: If names or shapes differ, or the vector holds integers, a NaN or an infinity.
         """
-        masks, factor = self.mask_of(vector, unified)
-        return {name: tensor * masks[name] * factor for name, tensor in unified.items()}
+        return self.for_signs(vector, self.size_of(named("vector", vector)), unified)
+
+    @torch.no_grad()
+    def for_signs(self, signs: Mapping[str, Tensor], size: float, unified: Mapping[str, Tensor]) -> Weights:
+        """``for_task`` from what it takes of the vector, so that masks can be made again after a further task.
+
+        Args:
+            signs: Numbers with the signs of the task's vector.
+            size: Its ``size_of``.
+            unified: What all vectors combine to.
+
+        Raises:
+            TypeError: If an argument is not named tensors.
+            ValueError: If names or shapes differ, or there are integers, a NaN or an infinity.
+        """
+        masks, _ = self.mask_of(signs, unified)
+        kept = {name: tensor * masks[name] for name, tensor in unified.items()}
+        masked = self.size_of(kept)
+        return {name: tensor * (size / masked if masked else 0.0) for name, tensor in kept.items()}

@@ -30,6 +30,10 @@ class WithGrams(WithStatistics):
         settle(self, off_diagonal=number("off_diagonal", self.off_diagonal, "[0, 1]"))
         one_of("normalise", self.normalise, ("model", "tensor", None))
 
+    @property
+    def removable(self) -> bool:
+        return True
+
     @abstractmethod
     def _solved(self, name: str, gram: Tensor, moved: Tensor, state: State) -> Tensor:
         """The weight, flattened to (out, d), from both sums."""
@@ -42,16 +46,24 @@ class WithGrams(WithStatistics):
     def _shape(self, tensor: Tensor) -> tuple[int, ...]:
         return 2 * (math.prod(tensor.shape[1:]),)
 
-    @torch.no_grad()
     def _take(self, state: State, vector: Weights, task: int | str) -> None:
         self._refuse_unfit(task, state["sum"])
+        self._sum_up(state, vector, task, 1)
+
+    def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
+        self._refuse_unfit(task, state["sum"])
+        self._sum_up(state, vector, task, -1)
+
+    @torch.no_grad()
+    def _sum_up(self, state: State, vector: Weights, task: int | str, sign: int) -> None:
+        """Adds a task to the sums, or takes it away."""
         for name, total in state["sum"].items():
             new = vector[name].detach().to(total)
             if self._have(name):
                 gram = self._gram(self._of(task), name, state["gram"][name])
-                state["gram"][name].add_(gram)
+                state["gram"][name].add_(gram, alpha=sign)
                 new = (new.flatten(1) @ gram).view_as(total)
-            total.add_(new)
+            total.add_(new, alpha=sign)
 
     def _gram(self, statistics: Statistics, name: str, like: Tensor) -> Tensor:
         """The matrix of a weight as it is summed up."""

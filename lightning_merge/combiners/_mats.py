@@ -23,7 +23,7 @@ class MaTS(WithGrams):
     is what it started with.
 
     A stream is exact with two copies of the weights (one if it starts at the base) and d^2 numbers per layer, whatever
-    the number of tasks. A product (out, d) x (d, d) per iteration.
+    the number of tasks, and takes vectors out again. A product (out, d) x (d, d) per iteration.
 
     Args:
         statistics: Statistics of each task by its label, or the path of their file. In files and lists labels are 0, 1,
@@ -71,11 +71,11 @@ class MaTS(WithGrams):
         return state
 
     @torch.no_grad()
-    def _take(self, state: State, vector: Weights, task: int | str) -> None:
-        super()._take(state, vector, task)
+    def _sum_up(self, state: State, vector: Weights, task: int | str, sign: int) -> None:
+        super()._sum_up(state, vector, task, sign)
         for name, total in state.get("vectors", {}).items():
             if self._have(name):
-                total.add_(vector[name].detach().to(total))
+                total.add_(vector[name].detach().to(total), alpha=sign)
 
     def _solved(self, name: str, gram: Tensor, moved: Tensor, state: State) -> Tensor:
         begin = torch.zeros_like(moved)

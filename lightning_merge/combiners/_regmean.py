@@ -24,8 +24,8 @@ class RegMean(WithGrams):
     matrices give the mean. Tensors that no task has a Gram matrix of (biases, norms, embeddings, what was left out) are
     the plain mean (``without`` lists them).
 
-    A stream is exact with a copy of the weights and d^2 numbers per layer, whatever the number of tasks. A Cholesky
-    decomposition in float64 per layer and result.
+    A stream is exact with a copy of the weights and d^2 numbers per layer, whatever the number of tasks, and takes
+    vectors out again. A Cholesky decomposition in float64 per layer and result.
 
     Args:
         statistics: Statistics of each task by its label, or the path of their file. In files and lists labels are 0, 1,

@@ -3,7 +3,8 @@
 import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import replace
+from typing import Any, ClassVar, Self, TypeAlias
 
 from torch import Tensor
 
@@ -28,6 +29,17 @@ class WithStatistics(Combiner):
     @property
     def locality(self) -> Locality:
         return "tensor"
+
+    def knowing(self, more: Known) -> Self:
+        """The same rule that knows statistics of further tasks.
+
+        Args:
+            more: By label of the task; of a task that it knew, these count.
+
+        Raises:
+            ValueError: As for the rule itself.
+        """
+        return replace(self, statistics={**self.statistics, **more})  # type: ignore[type-var]
 
     def without(self, names: Iterable[str]) -> list[str]:
         """Those of the names that no task has statistics of, so that they are merged without.

@@ -12,26 +12,26 @@ from torch import Tensor
 from lightning_merge._checks import flag, instance
 from lightning_merge._checks import path as checked_path
 from lightning_merge._mergeable import named
-from lightning_merge.combiners import Combiner
+from lightning_merge.combiners import EMR, Combiner
 from lightning_merge.combiners._base import label
 from lightning_merge.combiners._vectors import check_finite, check_vector
-from lightning_merge.continual._bank_files import damage, damage_of, fingerprint, safetensors_torch, write
+from lightning_merge.continual._bank_files import damage_of, fingerprint, safetensors_torch, write
 from lightning_merge.continual._bank_lock import alone
-from lightning_merge.continual._bank_state import hashes_of, put_together, taken_apart
+from lightning_merge.continual._bank_state import empty_of, hashes_of, layout_of, put_together, taken_apart
+from lightning_merge.continual._beside import bound, keep_beside, served
 from lightning_merge.continual._manifest import (
-    COPY,
-    MANIFEST,
     NO_STATE,
     combiner_of,
-    manifest_in,
+    drop_unnamed,
     new_manifest,
+    problems,
     read_manifest,
     refuse_other,
     stamp,
     write_manifest,
 )
 from lightning_merge.continual._rescue import Rescue
-from lightning_merge.continual._stream_state import StreamState
+from lightning_merge.importance import Statistics
 from lightning_merge.weights import State, Weights
 
 _T = TypeVar("_T")
@@ -42,8 +42,10 @@ class Bank:
     """What a combiner has merged of a stream of tasks, in a folder; with ``keep_vectors`` every task vector as well.
 
     ``bank.json`` names the tasks, the combiner, the base and every other file with its hash; tensors are in safetensors
-    files. All files of a step are written and flushed before ``bank.json`` is replaced in one go, so a process that is
-    killed leaves the bank as it was before the step or as it is after. No vector is held in memory between calls.
+    files. Of each task the bank keeps the statistics that its combiner weighs by (``Fisher``, ``RegMean`` and their
+    kin), and for ``EMR`` the sign of each number, a bit. All files of a step are written and flushed before
+    ``bank.json`` is replaced in one go, so a process that is killed leaves the bank as it was before the step or as it
+    is after. No vector is held in memory between calls.
     Several processes may have it open: they write one after the other, one that knows an older state of it is told so
     and changes nothing, and one that reads beside a writer reads what is there now.
 
@@ -104,6 +106,11 @@ class Bank:
         return [entry["task"] for entry in self._merged_entries()]
 
     @property
+    def all_tasks(self) -> list[int | str]:
+        """The tasks that were ever added, those removed since included."""
+        return [entry["task"] for entry in self._manifest["tasks"]]
+
+    @property
     def added(self) -> int:
         """How many tasks were ever added, those removed since included."""
         return len(self._manifest["tasks"])
@@ -124,7 +131,7 @@ class Bank:
         Raises:
             ValueError: If a file that it takes is damaged.
         """
-        return self._reading(lambda: self.combiner.result(self._state()) if self.tasks else None)
+        return self._reading(lambda: self.rule.result(self._state()) if self.tasks else None)
 
     def vector(self, task: int | str) -> Weights:
         """A task's vector as it was added.
@@ -144,6 +151,30 @@ class Bank:
 
         return self._reading(read)
 
+    @property
+    def rule(self) -> Combiner:
+        """The combiner with the statistics that were kept of the tasks."""
+        return bound(self.combiner, self.folder, self._merged_entries())
+
+    def vector_for(self, task: int | str) -> Weights:
+        """Of ``EMR``: the vector that serves a task, to be added to the base; one for all tasks is ``result``.
+
+        Args:
+            task: The name it was added under.
+
+        Raises:
+            ValueError: If the combiner is another, there is no such task, or its file is damaged.
+        """
+        emr = self.combiner
+        if not isinstance(emr, EMR):
+            raise ValueError(f"`combiner` must be EMR to serve tasks with vectors of their own, got {emr!r}.")
+
+        def read() -> Weights:
+            kept = self._entry(label("task", task))["beside"]
+            return served(self._load(kept["file"], kept["sha256"]), emr, emr.result(self._state()) or {})
+
+        return self._reading(read)
+
     def verify(self) -> list[str]:
         """What is damaged: a sentence for each file that is missing or not as it was written; empty if all is well."""
         found = self._problems()
@@ -152,56 +183,55 @@ class Bank:
         return found
 
     def _problems(self) -> list[str]:
-        manifests = [self.folder / name for name in (MANIFEST, COPY)] if self.added else []
-        if len(self._manifest["tasks"]) == 1 and not (self.folder / COPY).exists():
-            manifests = manifests[:1]  # a process killed during the first write leaves no copy; the next write makes it
-        found = [damage(path) for path in manifests if manifest_in(path) is None]
-        files = {entry["file"]: entry for entry in self._merged_entries() if entry["file"]}
-        state = self._manifest["state"]
-        if state["file"] is not None:
-            files[state["file"]] = state
-        for name, entry in files.items():
-            if (sentence := damage_of(self.folder, name, entry["sha256"])) is not None:
-                found.append(f"{sentence} (task {entry['task']})" if "task" in entry else sentence)
-        return found
+        return problems(self.folder, self._manifest)
 
     # ---- what changes it
 
-    def preview(self, vector: Mapping[str, Tensor], *, task: int | str) -> Weights:
+    def preview(
+        self, vector: Mapping[str, Tensor], *, task: int | str, statistics: Statistics | None = None
+    ) -> Weights:
         """What ``result`` will be after ``add``; nothing is written.
 
         Args:
             vector: The task vector, by canonical name.
             task: A name for it, not used before.
+            statistics: As for ``add``.
 
         Raises:
             ValueError: As ``add``.
         """
         vector, task = _on_cpu(named("vector", vector)), label("task", task)
-        return self._reading(lambda: self.combiner.result(self._updated(vector, task)) or {})
 
-    def add(self, vector: Mapping[str, Tensor], *, task: int | str) -> None:
+        def merged() -> Weights:
+            rule = self._rule_with(task, statistics)
+            return rule.result(self._updated(vector, task, rule)) or {}
+
+        return self._reading(merged)
+
+    def add(self, vector: Mapping[str, Tensor], *, task: int | str, statistics: Statistics | None = None) -> None:
         """Merges the vector of a further task.
 
         Args:
             vector: The task vector, by canonical name.
             task: A name for it, not used before.
+            statistics: Of the task's weights, which the bank keeps; for combiners that weigh by them and were not given
+                any of this task.
 
         Raises:
-            ValueError: If the task is in the bank already, the vector does not fit the others or holds a NaN, or
-                another process has changed the bank.
+            ValueError: If the task is in the bank already, there are no statistics of it, or of another model, the
+                vector does not fit the others or holds a NaN, or another process has changed the bank.
         """
         vector, task = _on_cpu(named("vector", vector)), label("task", task)
         with self.alone():
-            self._add(vector, task)
+            self._add(vector, task, statistics)
 
-    def _add(self, vector: Weights, task: int | str) -> None:
-        state = self._updated(vector, task)
+    def _add(self, vector: Weights, task: int | str, statistics: Statistics | None) -> None:
+        state = self._updated(vector, task, self._rule_with(task, statistics))
         entry = {"task": task, "removed": False, "fingerprint": fingerprint(vector), "file": None, "sha256": None}
         if self.keeps_vectors:
             entry["file"], entry["sha256"] = write(self.folder, f"vector-{self.added:04d}", vector)
-        layout = {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in vector.items()}
-        self._commit(state, tasks=[*self._manifest["tasks"], entry], tensors=layout)
+        entry |= keep_beside(self.combiner, self.folder, self.added, vector, statistics)
+        self._commit(state, tasks=[*self._manifest["tasks"], entry], tensors=layout_of(vector))
 
     def remove(self, task: int | str, vector: Mapping[str, Tensor] | None = None) -> None:
         """Unlearns a task: what is merged becomes what it would be without it, and its vector is deleted.
@@ -228,13 +258,13 @@ class Bank:
             if fingerprint(vector) != entry["fingerprint"]:
                 raise ValueError(f"this is not the vector that was added as task {task}: it has another hash.")
             state = self._state()
-            self.combiner.remove(state, vector, task=task)
+            self.rule.remove(state, vector, task=task)
         elif self.keeps_vectors:
             state = self._folded([other for other in self._merged_entries() if other is not entry])
         else:
             cure = "hand in its `vector`" if self.combiner.removable else "a bank made with `keep_vectors=True` can"
             raise ValueError(f"the bank has not kept the vector of task {task}, so it cannot remove it: {cure}.")
-        gone = {**entry, "removed": True, "file": None, "sha256": None}
+        gone = {**entry, "removed": True, "file": None, "sha256": None, "beside": None}
         self._commit(state, tasks=[gone if other is entry else other for other in self._manifest["tasks"]])
 
     def rebuild(self, rescue: str | Path | None = None) -> None:
@@ -301,30 +331,21 @@ class Bank:
                     raise
 
     def _take_in(self, rescued: Rescue) -> None:
-        if rescued.number > self.added:
-            raise ValueError(
-                f"`rescue` must be of task {self.added} of the bank {self.folder}, the next one, got that of task"
-                f" {rescued.number}."
-            )
-        stream = StreamState(self.folder)
-        if stream.has_base:
-            base = stream.base()
-            hashes_of({name: base[name] for name in rescued.vector}, self._manifest["base"], self.folder)
-        before = stream.load(self.added) if self.added else {}
-        earlier = {part: tensors for part, tensors in before.items() if part.startswith(("head", "classes"))}
-        parts = {part: {**earlier.pop(part, {}), **tensors} for part, tensors in rescued.parts.items()}
-        stream.save(self.added + 1, {**earlier, **parts})
-        self.add(rescued.vector, task=rescued.task)
+        rescued.into(self.folder, self.added, self._manifest["base"])
+        self.add(rescued.vector, task=rescued.task, statistics=rescued.statistics)
 
     # ---- the state
 
-    def _updated(self, vector: Weights, task: int | str) -> State:
+    def _rule_with(self, task: int | str, statistics: Statistics | None) -> Combiner:
+        return bound(self.combiner, self.folder, self._merged_entries(), task, statistics)
+
+    def _updated(self, vector: Weights, task: int | str, rule: Combiner) -> State:
         if any(entry["task"] == task for entry in self._merged_entries()):
             raise ValueError(f"task {task!r} is in the bank {self.folder} already. Its tasks: {self.tasks}.")
         check_vector(vector, self._like() if self._manifest["tensors"] else vector, task)
         check_finite(vector, task)
-        state = self._state() if self.added else self.combiner.init(vector)
-        self.combiner.update(state, vector, task=task)
+        state = self._state() if self.added else rule.init(vector)
+        rule.update(state, vector, task=task)
         return state
 
     def _state(self) -> State:
@@ -336,9 +357,10 @@ class Bank:
         return self.combiner.load(state, {name: torch.device("cpu") for name in order})
 
     def _folded(self, entries: list[dict[str, Any]]) -> State:
-        state = self.combiner.init(self._like())
+        rule = bound(self.combiner, self.folder, entries)
+        state = rule.init(self._like())
         for entry in entries:
-            self.combiner.update(state, self._vector_of(entry), task=entry["task"])
+            rule.update(state, self._vector_of(entry), task=entry["task"])
         return state
 
     def _vector_of(self, entry: Mapping[str, Any]) -> Weights:
@@ -346,10 +368,7 @@ class Bank:
         return {name: tensors[name] for name in self._manifest["tensors"]}  # a file sorts them
 
     def _like(self) -> Weights:
-        return {
-            name: torch.empty(shape, dtype=getattr(torch, dtype))
-            for name, (dtype, shape) in self._manifest["tensors"].items()
-        }
+        return empty_of(self._manifest["tensors"])
 
     # ---- files
 
@@ -363,11 +382,7 @@ class Bank:
         manifest = {**self._manifest, **changes, "state": saved}
         write_manifest(self.folder, manifest)
         self._manifest = manifest
-        named = {saved["file"], *(entry["file"] for entry in manifest["tasks"])}
-        for pattern in ("state-*", "vector-*", "*.part"):  # of the step before, and of writers that were killed
-            for path in self.folder.glob(pattern):
-                if path.name not in named:
-                    path.unlink()
+        drop_unnamed(self.folder, manifest)
 
     def _load(self, name: str, digest: str) -> Weights:
         if (sentence := damage_of(self.folder, name, digest)) is not None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_merge.continual._bank_files import fingerprint
@@ -41,3 +42,13 @@ def hashes_of(base: Mapping[str, Tensor], known: Mapping[str, str] | None, folde
                 " vectors add up only on the weights they were measured against."
             )
     return hashes
+
+
+def layout_of(vector: Weights) -> dict[str, Any]:
+    """What a manifest holds of the names, dtypes and shapes of a vector."""
+    return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in vector.items()}
+
+
+def empty_of(layout: Mapping[str, Any]) -> Weights:
+    """Tensors of a layout, without content."""
+    return {name: torch.empty(shape, dtype=getattr(torch, dtype)) for name, (dtype, shape) in layout.items()}

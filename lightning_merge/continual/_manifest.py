@@ -11,7 +11,7 @@ from typing import Any
 from lightning_merge import combiners
 from lightning_merge._said import is_said
 from lightning_merge.combiners import Combiner
-from lightning_merge.continual._bank_files import damage, put
+from lightning_merge.continual._bank_files import damage, damage_of, put
 
 _FORMAT = 1
 NO_STATE: dict[str, Any] = {"file": None, "sha256": None, "numbers": {}, "groups": []}
@@ -53,6 +53,35 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def stamp(manifest: Mapping[str, Any]) -> tuple[Any, ...]:
     """What differs between two states of a bank: entries of tasks are only added, or marked as removed."""
     return manifest["tasks"], manifest["state"]
+
+
+def problems(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """A sentence for each file of a bank that is missing or not as it was written."""
+    tasks = manifest["tasks"]
+    manifests = [folder / name for name in (MANIFEST, COPY)] if tasks else []
+    if len(tasks) == 1 and not (folder / COPY).exists():
+        manifests = manifests[:1]  # a process killed during the first write leaves no copy; the next write makes it
+    found = [damage(path) for path in manifests if manifest_in(path) is None]
+    for kept, task in _files(manifest):
+        if (sentence := damage_of(folder, kept["file"], kept["sha256"])) is not None:
+            found.append(sentence if task is None else f"{sentence} (task {task})")
+    return found
+
+
+def drop_unnamed(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Removes the files of the step before, and of writers that were killed."""
+    named = {kept["file"] for kept, _ in _files(manifest)}
+    for pattern in ("state-*", "vector-*", "beside-*", "*.part"):
+        for path in folder.glob(pattern):
+            if path.name not in named:
+                path.unlink()
+
+
+def _files(manifest: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Any]]:
+    """What is said of each file, and its task where it is of one."""
+    of_tasks = [each for each in manifest["tasks"] if not each["removed"]]
+    found = [(kept, each["task"]) for each in of_tasks for kept in (each, each.get("beside") or NO_STATE)]
+    return [(kept, task) for kept, task in [*found, (manifest["state"], None)] if kept["file"] is not None]
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -6,12 +6,16 @@ from typing import Literal, final
 from lightning_merge._checks import flag, instance, one_of, settle
 from lightning_merge.combiners import (
     DARE,
+    EMR,
     OPCM,
     TIES,
     Average,
     Combiner,
     ExponentialAverage,
+    Fisher,
+    IsoC,
     MagMax,
+    RegMean,
     Sum,
 )
 
@@ -54,6 +58,13 @@ PRESETS: dict[str, Preset] = {
     "opcm": Preset(OPCM(), "base"),
     # WiSE-FT (CVPR 2022): half way from the base to where sequential fine-tuning is now.
     "wise-ft": Preset(ExponentialAverage(alpha=1.0, scale=0.5), "last"),
+    # Matena and Raffel (NeurIPS 2022), Jin et al. (ICLR 2023): statistics are measured at the end of each task.
+    "fisher": Preset(Fisher({}), "base"),
+    "regmean": Preset(RegMean({}), "base"),
+    # Huang et al. (NeurIPS 2024): signs of each task are kept, so that its own model can be made again.
+    "emr": Preset(EMR(), "base"),
+    # Marczak et al. (ICML 2025).
+    "iso-c": Preset(IsoC(), "base"),
     # Chitale et al. (2023); its last step stores samples, so it is an option: `store_samples_per_class`.
     "lora-arithmetic": Preset(Sum(scale=0.3), "base", lora=True),
 }

@@ -9,7 +9,10 @@ from typing import final
 from torch import Tensor
 
 from lightning_merge.continual._bank_files import safetensors_torch
+from lightning_merge.continual._bank_state import hashes_of
+from lightning_merge.continual._stream_state import StreamState
 from lightning_merge.files import atomic
+from lightning_merge.importance import Statistics
 from lightning_merge.weights import Weights
 
 _KEY = "lightning_merge_rescue"
@@ -27,12 +30,14 @@ class Rescue:
         task: Its label.
         vector: Its vector.
         parts: What the stream keeps after it besides, see ``StreamState``.
+        statistics: What its combiner weighs it by, if it does; in a file of their own.
     """
 
     number: int
     task: int | str
     vector: Weights
     parts: dict[str, Weights]
+    statistics: Statistics | None = None
 
     def write(self, folder: Path) -> Path:
         """The file that it is in from then on, in a folder."""
@@ -45,9 +50,30 @@ class Rescue:
         metadata = {_KEY: json.dumps({"number": self.number, "task": self.task})}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rescue-{self.number:04d}.safetensors"
+        if self.statistics is not None:
+            self.statistics.write(_beside(path))
         with atomic(path) as file:
             file.write(safetensors_torch().save(flat, metadata))
         return path
+
+    def into(self, folder: Path, added: int, base_hashes: Mapping[str, str] | None) -> None:
+        """Puts what no vector holds into the stream of a folder, whose bank has taken in so many tasks.
+
+        Raises:
+            ValueError: If the task does not come next there, or the stream has another base.
+        """
+        if self.number > added:
+            raise ValueError(
+                f"`rescue` must be of task {added} of the bank {folder}, the next one, got that of task {self.number}."
+            )
+        stream = StreamState(folder)
+        if stream.has_base:
+            base = stream.base()
+            hashes_of({name: base[name] for name in self.vector}, base_hashes, folder)
+        before = stream.load(added) if added else {}
+        earlier = {part: tensors for part, tensors in before.items() if part.startswith(("head", "classes"))}
+        parts = {part: {**earlier.pop(part, {}), **tensors} for part, tensors in self.parts.items()}
+        stream.save(added + 1, {**earlier, **parts})
 
     @classmethod
     def read(cls, path: Path) -> "Rescue":
@@ -67,4 +93,10 @@ class Rescue:
         for key, tensor in flat.items():
             part, _, name = key.partition(_SEPARATOR)
             parts.setdefault(part, {})[name] = tensor
-        return cls(said["number"], said["task"], parts.pop(_VECTOR), parts)
+        statistics = Statistics.open(_beside(path)) if _beside(path).exists() else None
+        return cls(said["number"], said["task"], parts.pop(_VECTOR), parts, statistics)
+
+
+def _beside(path: Path) -> Path:
+    """Where the statistics of a rescued task are."""
+    return path.with_name(f"{path.stem}-statistics.safetensors")

@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 from typing import Literal, final
 
-Problem = Literal["not finite", "identical", "wrong base", "barrier", "unrelated", "stale statistics", "start"]
+Problem = Literal[
+    "not finite", "identical", "wrong base", "statistics", "barrier", "unrelated", "stale statistics", "start"
+]
 
 
 ORDER: tuple[Problem, ...] = (
     "not finite",
     "identical",
     "wrong base",
+    "statistics",
     "barrier",
     "unrelated",
     "stale statistics",

@@ -9,6 +9,7 @@ from lightning_merge._mergeable import named
 from lightning_merge.diagnostics import _reasons as reasons
 from lightning_merge.diagnostics._barrier import on_the_line
 from lightning_merge.diagnostics._examination import ORDER, Examination
+from lightning_merge.diagnostics._importance import Given, of_importance
 from lightning_merge.weights import Weights, first_mismatch
 
 MOST_POINTS = 10_000
@@ -23,6 +24,7 @@ def examine(
     measure_statistics: Callable[[Weights], Weights] | None = None,
     initial_shares: Mapping[str, float] | None = None,
     points: int = 3,
+    statistics: Given | None = None,
 ) -> Examination:
     """Looks for reasons not to merge sets of weights: two models, snapshots of a run, or its raw and merged weights.
 
@@ -34,10 +36,12 @@ def examine(
             Where there is a loss, merged weights are measured with these.
         initial_shares: Share of an average that is still the weights of the start, by name.
         points: How many points between two sets the loss is measured at; at least 1.
+        statistics: What ``Fisher``, ``RegMean`` and their kin would weigh candidates by, or its file, by name.
 
     Raises:
         TypeError: If an argument is of the wrong type.
-        ValueError: If there is no candidate, if two are of different models, or if ``points`` is less than 1.
+        ValueError: If there is no candidate or ``statistics`` name one that is not there, if two are of different
+            models, or if ``points`` is less than 1.
 
     Example:
         >>> import torch
@@ -59,6 +63,10 @@ def examine(
             function(argument, given)
     if initial_shares is not None:
         instance("initial_shares", initial_shares, Mapping, "shares by name")
+    if statistics is not None and set(instance("statistics", statistics, Mapping, "statistics by name")) - set(
+        candidates
+    ):
+        raise ValueError(f"`statistics` must be of candidates, {list(candidates)}, got some of {list(statistics)}.")
     points = whole("points", points, 1, MOST_POINTS)
     first_name, first = next(iter(candidates.items()))
     for name, weights in [*candidates.items(), *([("the base", base)] if base is not None else [])]:
@@ -72,6 +80,7 @@ def examine(
         *reasons.of_geometry(candidates, measures),
         *reasons.of_base(candidates, base, measures),
         *reasons.of_start(initial_shares or {}, measures),
+        *of_importance(candidates, base, statistics or {}),
     ]
     line: dict[float, float] = {}
     found += reasons.of_statistics(candidates, measure_statistics, measures)

@@ -1,5 +1,6 @@
 """Writing a safetensors file whole or not at all."""
 
+import json
 import os
 from typing import Any
 
@@ -20,3 +21,16 @@ def write_safetensors(target: str | os.PathLike[str], weights: Weights, about: d
         raise ImportError('writing it needs safetensors: pip install "lightning-merge[export]"') from error
     with replacing(target) as unfinished:
         save_file(weights, unfinished, {"format": "pt"} | {key: str(value) for key, value in about.items() if value})
+        _put_words_in_order(unfinished)
+
+
+def _put_words_in_order(path: str | os.PathLike[str]) -> None:
+    """Has equal contents make equal files: the library writes the words of a header in an order of chance."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:  # the rest is spaces, as the format allows
+            file.seek(8)
+            file.write(text.ljust(length))

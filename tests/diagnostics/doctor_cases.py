@@ -1,4 +1,4 @@
-"""Twenty things that can be wrong with a merge, and twenty healthy runs, on real digits with plain torch."""
+"""Twenty-one things that can be wrong with a merge, and twenty healthy runs, on real digits with plain torch."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from lightning_merge.calibration import recalibrated_statistics
 from lightning_merge.diagnostics import Examination, examine, mean
+from lightning_merge.importance import Statistics
 from lightning_merge.rules import ExponentialMean
 
 Weights = dict[str, Tensor]
@@ -28,12 +29,18 @@ class Case:
     base: Weights | None = None
     net: str | None = None  # measures losses with this kind of network; None: weights alone
     initial_shares: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
 
     def examine(self) -> Examination:
         loss = None if self.net is None else lambda weights: loss_of(self.net, weights)
         measure = None if self.net is None else lambda weights: statistics_of(self.net, weights)
         return examine(
-            self.candidates, self.base, loss=loss, measure_statistics=measure, initial_shares=self.initial_shares
+            self.candidates,
+            self.base,
+            loss=loss,
+            measure_statistics=measure,
+            initial_shares=self.initial_shares,
+            statistics=self.statistics,
         )
 
 
@@ -154,6 +161,13 @@ def spoiled(weights: Weights, name: str, value: float) -> Weights:
     return found
 
 
+def importance(weights: Weights) -> Statistics:
+    """Squared gradients that were measured on these weights, as far as one can tell."""
+    net = network("plain", 0)
+    net.load_state_dict(weights)
+    return Statistics.of(net, "fisher", {name: torch.ones_like(p) for name, p in net.named_parameters()})
+
+
 def numbered(path: list[Weights]) -> dict[str, Weights]:
     return {f"snapshot {index}": weights for index, weights in enumerate(path)}
 
@@ -200,6 +214,13 @@ def constructed() -> list[Case]:
         Case("base of another seed", "wrong base", {"a": tuned[0], "b": tuned[1]}, base=other[-1]),
         Case("base that was never trained", "wrong base", {"a": tuned[0]}, base=weights_of(network("plain", 9))),
         Case("base in another order", "wrong base", {"a": tuned[0], "b": tuned[1]}, base=permuted(plain[-1])),
+        Case(
+            "statistics of the base",
+            "statistics",
+            {"a": tuned[0], "b": tuned[1]},
+            base=plain[-1],
+            statistics={"a": importance(tuned[0]), "b": importance(plain[-1])},
+        ),
         Case("NaN in a bias", "not finite", {"a": plain[-1], "b": spoiled(plain[-2], "5.bias", float("nan"))}),
         Case(
             "infinite statistics", "not finite", {"a": spoiled(norm[-1], "2.running_var", float("inf")), "b": norm[-2]}
