@@ -35,8 +35,8 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
     from _evidence._federated import federated
     from _evidence._forkmerge import forkmerge
     from _evidence._lookaround import lookaround
-    from _evidence._population import population
     from _evidence._merging import merging
+    from _evidence._population import population
     from _evidence._soups import soups
     from _evidence._tangent import tangent_space
     from _evidence._tasks import tasks
