@@ -128,7 +128,8 @@ class Turns:
                 for own, before in zip(counts, counted, strict=True):
                     own |= before
             if number == 0 or branches.buffers == "average":
-                self._fit.publisher.look()  # the turn before may have assigned anew what is exchanged
+                # The turn before may have assigned anew what is exchanged.
+                self._fit.publisher.look(before_step=not keep_gradients and branches.buffers != "average")
             branches.activate(branch)
             self._enter(branch, again=number > 0, keep_gradients=keep_gradients)
             steps = self._steps()

@@ -74,13 +74,17 @@ class Exchange(Watching):
             " from an earlier checkpoint with a lower learning rate or clipped gradients.",
         )
 
-    def look(self) -> None:
-        """Looks the live tensors up, and tells the averages if any was replaced, added, removed, frozen or unfrozen."""
+    def look(self, *, before_step: bool = False) -> None:
+        """Looks the live tensors up, and tells the averages if any was replaced, added, removed, frozen or unfrozen.
+
+        Args:
+            before_step: Whether Lightning's next step looks at sizes and at what is frozen, and that is early enough.
+        """
         if self.swapped_out:
             return  # what is assigned anew while others are in place goes with them
         if self._is_sharded:
             reshard(self.module)
-        if self.has_changed():
+        if self.has_changed(before_step=before_step):
             for average in self.begun:
                 average.look_again()
 

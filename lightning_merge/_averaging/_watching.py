@@ -25,10 +25,15 @@ class Watching:
         self._vectors: tuple[int, set[str]] | None = None
         self._trained: tuple[bool, ...] = ()  # which parameters require gradients
 
-    def has_changed(self) -> bool:
-        """Looks again: whether any was replaced, added, removed, or, if that matters, frozen or unfrozen."""
-        changed = self.inventory.refresh()
-        if self.watches_training:
+    def has_changed(self, *, before_step: bool = False) -> bool:
+        """Looks again: whether any was replaced, added, removed, or, if that matters, frozen or unfrozen.
+
+        Args:
+            before_step: Whether one more look comes before the next step, at what only that could make a difference to.
+        """
+        before_step = before_step and self.watches_training
+        changed = self.inventory.refresh(sizes=not before_step)
+        if self.watches_training and not before_step:
             trained = tuple([parameter.requires_grad for parameter in self.inventory.parameters.values()])
             changed, self._trained = changed or trained != self._trained, trained
         return changed

@@ -292,10 +292,10 @@ class InTurn(Branches):
             return list(self._waiting)
         return [live if branch == self._active else self._waiting[branch] for branch in self.own]
 
-    def _put_away(self, number: int, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    def _put_away(self, number: int, state: dict[Any, Any]) -> dict[Any, Any]:
         """A state of an optimizer as it is kept while its branch waits."""
         if self.inactive == "device":
-            return dict(state)
+            return state
         for p, own in state.items():
             if isinstance(own, Mapping):  # of other branches too: one may not have stepped what another has
                 homes = self._homes[number].setdefault(p, {})
@@ -305,10 +305,10 @@ class InTurn(Branches):
     def _copy_of(self, number: int, state: Mapping[Any, Any]) -> dict[Any, Any]:
         return self._put_away(number, optimizer_states.copied(state))
 
-    def _taken_out(self, number: int, state: Mapping[Any, Any]) -> dict[Any, Any]:
+    def _taken_out(self, number: int, state: dict[Any, Any]) -> dict[Any, Any]:
         """The same as the optimizer wants it."""
         if self.inactive == "device":
-            return dict(state)
+            return state
         homes = self._homes[number]
         return _moved(state, lambda parameter, key: homes[parameter][key])
 

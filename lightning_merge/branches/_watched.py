@@ -49,7 +49,8 @@ class Watched:
 
     def values(self) -> list[Any] | None:
         """What there is at each place, or nothing if entries have come or gone."""
-        if list(map(len, self._holders)) != self._sizes:
+        # Unpacked, they are fetched from memory side by side, and `len` need not wait for one after the other.
+        if list(map(len, [*self._holders])) != self._sizes:
             return None
         try:
             return list(chain.from_iterable(map(call, self._readers, self._read)))

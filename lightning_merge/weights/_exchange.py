@@ -10,6 +10,8 @@ from lightning_merge.weights._memory import laid_out_as, view
 from lightning_merge.weights._names import Weights
 from lightning_merge.weights._shards import is_sharded, part_here
 
+_PLAIN = {nn.Parameter, Tensor}
+
 
 @torch.no_grad()
 def exchange(
@@ -32,9 +34,17 @@ def exchange(
         ties: By name, further tensors over the same numbers: they move along, as views in their own shape.
     """
     before = {} if before is None else before
-    for name, tensor in weights.items():
-        parameter = parameters[name]
-        if type(parameter) is not nn.Parameter and is_sharded(parameter):
+    tensors = list(weights.values())
+    # Each name that is looked up in a dict lies in no cache after a step, and names are nearly always in one order.
+    in_order = list(parameters) == list(weights)
+    live = list(parameters.values()) if in_order else [parameters[name] for name in weights]
+    if not ties and set(map(type, live)) <= _PLAIN:
+        before.update(zip(weights, [parameter.data for parameter in live], strict=True))
+        for parameter, tensor in zip(live, tensors, strict=True):
+            parameter.data = tensor
+        return before
+    for name, tensor, parameter in zip(weights, tensors, live, strict=True):
+        if type(parameter) not in _PLAIN and is_sharded(parameter):
             part = part_here(parameter)
             before[name] = part.clone()
             part.copy_(tensor)

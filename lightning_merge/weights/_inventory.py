@@ -56,9 +56,13 @@ class Inventory:
         """Parameters and buffers."""
         return self._tensors
 
-    def refresh(self) -> bool:
-        """Looks all tensors up again; whether something has changed."""
-        if self._is_unchanged() and not self._has_lazy:
+    def refresh(self, *, sizes: bool = True) -> bool:
+        """Looks all tensors up again; whether something has changed.
+
+        Args:
+            sizes: Whether to look as well if one has another size than at the last look, as observers give theirs.
+        """
+        if self._is_unchanged(sizes) and not self._has_lazy:
             return False
         self._walk()
         return True
@@ -90,7 +94,7 @@ class Inventory:
                 if key not in entries or entries[key] is not value:
                     entries[key] = value
 
-    def _is_unchanged(self) -> bool:
+    def _is_unchanged(self, sizes: bool = True) -> bool:
         """Whether every name leads to the object that it led to at the last look, as large as it was then.
 
         This is asked at every step.
@@ -99,7 +103,7 @@ class Inventory:
         return (
             len(found) == len(self._seen)
             and all(map(is_, found, self._seen))
-            and list(map(Tensor.numel, self._sized)) == self._sizes
+            and (not sizes or list(map(Tensor.numel, self._sized)) == self._sizes)
         )
 
     def _present(self) -> list[Any]:
