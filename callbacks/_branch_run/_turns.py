@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_merge._whole_steps import is_around
 from lightning_merge.branches import OnePerRank
 from lightning_merge.callbacks._branch_run._fit import Fit
+from lightning_merge.callbacks._branch_run._later import Later
 from lightning_merge.callbacks._branch_run._progress import Progress
 from lightning_merge.callbacks._branch_run._rates import Rates
 from lightning_merge.callbacks._branch_run._settings import Augmentation as Augmentation
@@ -54,6 +55,7 @@ class Turns:
         self._everyone = settings.batches == "same" and not self._apart
         self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
         self._rates: Rates | None = None
+        self._later: Later | None = None
         self._counted: bool | None = None  # whether steps of the optimizer have been seen, once a turn was taken
 
     def wrap(self, patches: Patches) -> None:
@@ -61,6 +63,7 @@ class Turns:
         loop = self._trainer.fit_loop.epoch_loop
         patches.replace(loop.automatic_optimization, "run", self._automatic)
         patches.replace(loop.manual_optimization, "run", self._manual)
+        patches.replace(self._trainer.strategy, "optimizer_step", self._step)
         if self._in_groups:
             patches.replace(loop, "update_lr_schedulers", self._update_schedules)
 
@@ -94,6 +97,12 @@ class Turns:
             return self._steps() > steps or called or (not self._counted and self._written() != before)
 
         return self._train(original, kwargs, progress, ends, keep_gradients=True)
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self._later is not None:
+            self._later.stepped()
+        return result
 
     def _written(self) -> list[int]:
         """How often each parameter of the optimizer that ends turns was written to, as far as torch counts it."""
@@ -144,6 +153,8 @@ class Turns:
                 ours.trained += 1  # whichever optimizer has stepped, of Lightning's or of the module's own
         if ours.turn == branches.count:
             ours.turn = 0
+            if self._later is not None:
+                self._later.group_over()
             if ends():
                 ours.groups += 1
                 self._fit.end_group()
@@ -173,6 +184,7 @@ class Turns:
         if not self._apart and self._branches.count > 1:
             if self._rates is None:
                 self._rates = Rates(self._branches, [each.scheduler for each in self._trainer.lr_scheduler_configs])
+                self._later = Later(self._branches)
             if not again:
                 self._fit.frozen.look()
             self._fit.attributes.enter(branch, again=again)
@@ -183,6 +195,8 @@ class Turns:
                 parameter.grad = self._gradients.get((branch, parameter))
 
     def _leave(self, branch: int, *, keep_gradients: bool) -> None:
+        if self._later is not None:
+            self._later.leave()
         if self._rates is not None:
             self._fit.attributes.leave(branch)
             if written := self._fit.frozen.written():
