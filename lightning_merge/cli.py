@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from lightning_merge import __version__
-from lightning_merge._commands._mistakes import users_mistake, worker_was_told_to_end
+from lightning_merge._commands._mistakes import quiet_workers, users_mistake, worker_was_told_to_end
 
 PASSED_ON = {"run": "run", "fit": "fit", "validate": "fit", "test": "fit", "predict": "fit"}
 """Commands whose arguments LightningCLI reads, with the module of each."""
@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Gives 0, 2 for a user's mistake (a line or two say which), 130 for Ctrl-C, 143 for SIGTERM."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with quiet_workers():
+            return _dispatch(arguments)
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:

@@ -1,7 +1,11 @@
 """Which errors are mistakes of the user, and which are bugs."""
 
+import multiprocessing
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from signal import SIGTERM
+from typing import Any
 
 
 def users_mistake(error: Exception) -> str | None:
@@ -39,6 +43,27 @@ def worker_was_told_to_end(error: Exception) -> bool:
             return True
         trace = trace.tb_next
     return "killed by signal: Terminated" in str(error)
+
+
+@contextmanager
+def quiet_workers() -> Iterator[None]:
+    """Within, a forked worker of a loader says nothing if the process that it hands a tensor to has been ended.
+
+    A signal to the whole process group may break the connection off before the worker itself is told to end, and Python
+    prints the traceback of the thread that serves it.
+    """
+    says = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        is_worker = multiprocessing.parent_process() is not None
+        if not (is_worker and issubclass(kind, ConnectionError | EOFError)):
+            says(kind, error, trace)
+
+    sys.excepthook = hook
+    try:
+        yield
+    finally:
+        sys.excepthook = says
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
