@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from lightning_merge.recipes.vision._augmentations import Augmented
     from lightning_merge.recipes.vision._auxiliary import AuxiliaryClassifier
     from lightning_merge.recipes.vision._cifar import CIFAR
+    from lightning_merge.recipes.vision._cifar_resnet18 import CifarResNet18
     from lightning_merge.recipes.vision._classifier import Classifier
     from lightning_merge.recipes.vision._digits import Digits, SmallConvNet
     from lightning_merge.recipes.vision._imagenet import ImageNet
     from lightning_merge.recipes.vision._resnet import SmallResNet
+    from lightning_merge.recipes.vision._wide_resnet import WideResNet
 
 __all__ = [
     "CIFAR",
@@ -33,6 +35,7 @@ __all__ = [
     "Augmented",
     "AuxiliaryClassifier",
     "CPUThreads",
+    "CifarResNet18",
     "Classifier",
     "Digits",
     "ImageNet",
@@ -46,6 +49,7 @@ __all__ = [
     "SmallResNet",
     "TaskData",
     "WarmupCosine",
+    "WideResNet",
     "jointly",
     "split_by_class",
     "split_by_domain",
@@ -56,6 +60,7 @@ _HOMES = {
     "AuxiliaryClassifier": "vision._auxiliary",
     "CIFAR": "vision._cifar",
     "CPUThreads": "_threads",
+    "CifarResNet18": "vision._cifar_resnet18",
     "Classifier": "vision._classifier",
     "DPO": "preference._dpo",
     "Digits": "vision._digits",
@@ -71,6 +76,7 @@ _HOMES = {
     "SmallResNet": "vision._resnet",
     "TaskData": "streams._tasks",
     "WarmupCosine": "_warmup_cosine",
+    "WideResNet": "vision._wide_resnet",
     "jointly": "streams._tasks",
     "split_by_class": "streams._tasks",
     "split_by_domain": "streams._tasks",

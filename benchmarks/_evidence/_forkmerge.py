@@ -84,7 +84,7 @@ class Forks(Protocol):
     steps: int = 300
     merges: int = 6
     batch: int = 32
-    rates: tuple[float, ...] = (0.05, 0.1)
+    rates: tuple[float, ...] = (0.05,)
     margins: tuple[float, ...] = (0.05,)
     margin_of_accuracy: float = 0.02
 
@@ -93,6 +93,8 @@ class Forks(Protocol):
 
     def choose(self) -> dict[str, Any]:
         """The rate of each contestant, by accuracy on the images that ForkMerge searches on, at the paper's budget."""
+        if len(self.rates) == 1:
+            return {"rates": dict.fromkeys(self._contestants(), self.rates[0])}
         parts = self._parts(1000)
         rates = {}
         for one in self._contestants():
@@ -159,4 +161,4 @@ class Forks(Protocol):
 
 
 def forkmerge(size: str) -> Forks:
-    return Forks() if size == "small" else Forks(labels=40, steps=3000, merges=20)
+    return Forks() if size == "small" else Forks(labels=40, steps=3000, merges=20, rates=(0.02, 0.05, 0.1))

@@ -35,7 +35,7 @@ class Map(Protocol):
 
     images: int = 200
     validated_on: int = 400
-    steps: tuple[int, ...] = (500, 2000, 8000)
+    steps: tuple[int, ...] = (500, 2000)
     rates: tuple[float, ...] = (0.03, 0.1, 0.3)
     around: int = 5
     batch: int = 32

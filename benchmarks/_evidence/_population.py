@@ -40,7 +40,7 @@ class Populations(Protocol):
 
     images: int = 200
     validated_on: int = 400
-    steps: tuple[int, ...] = (600,)
+    steps: tuple[int, ...] = (300,)
     rates: tuple[float, ...] = (0.1,)
     pulls: tuple[float, ...] = (0.05,)
     batch: int = 32

@@ -5,6 +5,7 @@ import pickle
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import pad
 from torchvision.datasets import CIFAR10
 
 from lightning_merge.cli import main
-from lightning_merge.recipes import CIFAR, Classifier, ImageNet, SmallResNet, WarmupCosine
+from lightning_merge.recipes import CIFAR, CifarResNet18, Classifier, ImageNet, SmallResNet, WarmupCosine, WideResNet
 from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes.vision._cifar import in_turn
 
@@ -389,6 +390,31 @@ def test_small_resnet_has_six_layers_per_block_and_two(blocks: int, layers: int,
     assert len(deep) == layers
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert torch.nn.Sequential(*list(model)[:-3])(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 8, 8)
+
+
+# Published: 11.17 M for ResNet-18 with this stem; 36.5, 8.7 and 2.7 M in table 3 and 5 of "Wide residual networks".
+@pytest.mark.parametrize(
+    ("make", "convolutions", "millions"),
+    [
+        (CifarResNet18, 17, 11.17),
+        (partial(WideResNet, depth=28, widen=10), 25, 36.5),
+        (WideResNet, 13, 2.75),
+        (partial(WideResNet, depth=22, widen=8), 19, 17.2),
+    ],
+)
+def test_networks_for_a_gpu_are_those_of_the_papers(make: Any, convolutions: int, millions: float) -> None:
+    with torch.device("meta"):
+        model = make(num_classes=10)
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert sum(getattr(m, "kernel_size", None) == (3, 3) for m in model.modules()) == convolutions
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert model.num_classes == 10
+
+
+@pytest.mark.parametrize("depth", [4, 15])
+def test_a_wide_resnet_refuses_depths_that_it_cannot_have(depth: int) -> None:
+    with pytest.raises(ValueError, match="`depth` must be"):
+        WideResNet(depth=depth)
 
 
 @pytest.mark.parametrize("arguments", [{"num_classes": 1}, {"blocks": 0}, {"width": 0}])

@@ -5,7 +5,18 @@ from pathlib import Path
 import pytest
 from hostile import callables, refused_otherwise
 
-FAMILIAR = ("Augmented", "CIFAR", "CPUThreads", "Digits", "ImageNet", "RunReport", "SmallConvNet", "SmallResNet")
+FAMILIAR = (
+    "Augmented",
+    "CIFAR",
+    "CPUThreads",
+    "CifarResNet18",
+    "Digits",
+    "ImageNet",
+    "RunReport",
+    "SmallConvNet",
+    "SmallResNet",
+    "WideResNet",
+)
 
 
 @pytest.mark.parametrize("name", FAMILIAR)
