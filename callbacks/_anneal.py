@@ -1,21 +1,22 @@
 """Anneal: what a learning rate that decays would have given, as a mean of the weights at a constant one."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Unpack
+from typing import Any, Unpack
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_merge._checks import whole
+from lightning_merge._checks import function, whole
+from lightning_merge.callbacks._averaging_run._window import refuse_another_plan, refuse_tokens, too_long
 from lightning_merge.callbacks._lightning._run import planned_length
 from lightning_merge.callbacks._publication._options import RuleOptions, known
 from lightning_merge.callbacks._weight_merging import Validate, WeightMerging
 from lightning_merge.rules import AnnealedMean, Rule, SlidingAnnealedMean
-from lightning_merge.rules._decaying import Decaying
-from lightning_merge.schedules import BeforeEnd, Duration, EveryNSteps, RunLength, Schedule
+from lightning_merge.schedules import BeforeEnd, Duration, EveryNSteps, Moment, RunLength, Schedule
 from lightning_merge.schedules._decay import Decay
 from lightning_merge.selections import Selection, chosen
-from lightning_merge.weights import State
+from lightning_merge.weights import Finding
 
 
 class Anneal(WeightMerging):
@@ -37,6 +38,9 @@ class Anneal(WeightMerging):
             weights, at least 2, and one more while the result is looked at. With as many as weights in the window it is
             exact; with 5 of them ``linear`` is within 0.125 of it in the sum of absolute differences between merge
             weights, ``exponential`` 0.174, ``cosine`` 0.201, ``1-sqrt`` 0.459 (``rules.SlidingAnnealedMean``).
+        tokens: A function of a training batch that says how many tokens, samples, or whatever counts, it is for all
+            processes together, the same number in each. ``window`` is then a number of those, and the decay falls with
+            them. Needs ``memory``; every shape works.
         validate: Which weights validation measures, ``"merged"``, ``"raw"`` or ``"both"``.
         name: Prefix of its metrics when it is not the first average, and of its files.
         selection: Which tensors are averaged and what happens to buffers; by default all parameters, and
@@ -63,6 +67,7 @@ class Anneal(WeightMerging):
         window: float | str | Duration = "20%",
         every_n_steps: int = 1,
         memory: int | None = None,
+        tokens: Callable[[Any], int] | None = None,
         validate: Validate = "merged",
         name: str = "anneal",
         *,
@@ -72,12 +77,16 @@ class Anneal(WeightMerging):
     ) -> None:
         every_n_steps = whole("every_n_steps", every_n_steps, 1)
         window = Duration.parse(window, "window")
+        self.tokens = None if tokens is None else function("tokens", tokens)
+        if tokens is not None:
+            refuse_tokens(window, memory)
+        self._passed = 0  # tokens since the last update, that the rule has not been told
         schedule: Schedule
         if memory is None:
             rule: Rule = AnnealedMean(shape, window, every_n_steps)
             schedule = BeforeEnd(window, every_n_steps)
         else:
-            rule = SlidingAnnealedMean(shape, window, every_n_steps, memory)
+            rule = SlidingAnnealedMean(shape, window, 1 if tokens else every_n_steps, memory)
             schedule = EveryNSteps(every_n_steps)
         super().__init__(
             rule,
@@ -89,10 +98,44 @@ class Anneal(WeightMerging):
             **known(options, RuleOptions, self),
         )
 
+    # ---- tokens
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Counts what is in the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self.tokens is not None:
+            self._passed += whole(f"what `tokens` of {self.title} gives", self.tokens(batch), 0)
+
+    def take_in(self, moment: Moment, finding: Finding) -> None:
+        """Tells the rule what has passed, and takes the weights in."""
+        self._tell()
+        super().take_in(moment, finding)
+
+    def save(self) -> dict[str, Any]:
+        """As any average, and what has passed since the last update."""
+        self._tell()
+        return super().save()
+
+    def progress(self) -> dict[str, Any]:
+        """Counters that have to be the same in every process."""
+        state = self._state or {}
+        held = [block["count"] for block in state.get("blocks", ())]
+        counted = {f"the tokens that {self.title} counts": [*held, state.get("passed", 0) + self._passed]}
+        return {**super().progress(), **(counted if self.tokens is not None else {})}
+
+    def _tell(self) -> None:
+        rule = self._active_rule
+        if self.tokens is not None and self._state is not None:
+            assert isinstance(rule, SlidingAnnealedMean)
+            rule.advance(self._state, self._passed)
+            self._passed = 0
+
+    # ---- the window
+
     def _resolved(self, trainer: Trainer) -> tuple[Rule, Schedule]:
         """Those of the run; a few steps of ``fast_dev_run`` are the window, if that is longer, so that it is tried."""
         run = planned_length(trainer) if trainer.fast_dev_run else RunLength()  # type: ignore[attr-defined]  # set outside the class
-        if run.steps:
+        if run.steps and self.tokens is None:
             rule = self.rule
             assert isinstance(rule, AnnealedMean | SlidingAnnealedMean)
             window = Duration.parse(rule.window)
@@ -107,6 +150,8 @@ class Anneal(WeightMerging):
         """Counts steps from the start of the run, and sees that the window lies before its end."""
         if not self._resumed:
             self.steps = trainer.global_step  # also where the run goes on from a file without this average
+        else:
+            self._passed = 0  # the rest is in the file
         self._check_window(trainer)
         super().on_train_start(trainer, pl_module)
 
@@ -118,7 +163,7 @@ class Anneal(WeightMerging):
         if isinstance(rule, SlidingAnnealedMean):
             end = planned_length(trainer).steps
             begun = state is not None and bool(state["blocks"])
-            late = not begun and end is not None and self.steps + length > end
+            late = self.tokens is None and not begun and end is not None and self.steps + length > end
         else:
             end = int(schedule.start) + length
             passed = max(0, self.steps - int(schedule.start)) // rule.steps_per_update
@@ -126,13 +171,10 @@ class Anneal(WeightMerging):
                 rank_zero_info(f"{self.title}: the run ends later than it did, and a window begins anew.")
                 state["taken"] = 0
             if state is not None and state["taken"]:
-                self._refuse_another_plan(rule, state)
+                refuse_another_plan(self.title, rule, state)
             late = passed > (state["taken"] if state else 0) + self.skipped_nonfinite
         if late:
-            raise ValueError(
-                f"{self.title}: `window` must be at most what is left of the run, {end} steps of which {self.steps} are"
-                f" done, got {length} steps. Give a shorter one, or go on from an earlier checkpoint."
-            )
+            raise too_long(self.title, length, end, self.steps)
 
     def _look_up(self) -> None:
         """Copies for a window of a number of weights are of no use for another one."""
@@ -144,15 +186,5 @@ class Anneal(WeightMerging):
                 rank_zero_info(f"{self.title}: the run is another length than it was, and a window begins anew.")
                 state["blocks"].clear()
             else:
-                self._refuse_another_plan(rule, state)
+                refuse_another_plan(self.title, rule, state)
         super()._look_up()
-
-    def _refuse_another_plan(self, rule: Decaying, state: State) -> None:
-        if (began := rule.began_as(state)) != rule.plan:
-            was, now = (f" in {plan[2]} copies" if len(plan) > 2 else "" for plan in (began, rule.plan))
-            raise ValueError(
-                f"{self.title}: the window of the file began with `shape` {began[0]!r} and {began[1]} weights{was}, and"
-                f" now `shape` is {rule.shape!r} and the window has {rule.snapshots}{now}: the weights of one decay"
-                " are no merge of another. Give what was given then, or go on from a checkpoint before the window, or"
-                " give this one another `name`, with which it starts empty."
-            )

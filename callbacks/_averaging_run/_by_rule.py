@@ -154,12 +154,17 @@ class MergingByRule(AverageByRule):
                 f"{self.title}: training waited {waited:.1f} s in all for updates in host memory. Take weights in less"
                 " often to wait less."
             )
-        if self._state is not None and (sentence := self._active_rule.conclude(self._state)):
-            rank_zero_info(f"{self.title}: {sentence}")
-        if not self.ready:
+        said = self._active_rule.conclude(self._state) if self._state is not None else None
+        if said:
+            rank_zero_info(f"{self.title}: {said}")
+        if not self.ready and not said:
             rank_zero_info(
                 f"{self.title} merged nothing: {self.schedule!r} was not due in {self.steps} applied steps and"
                 f" {self._last_epoch} epochs. The raw weights are kept, as without the callback. Start earlier."
             )
-        elif not self.rule.start_is_meant and (sentence := mostly_the_start(self.initial_share, self.steps)):
+        elif (
+            self.ready
+            and not self.rule.start_is_meant
+            and (sentence := mostly_the_start(self.initial_share, self.steps))
+        ):
             rank_zero_info(f"{self.title}: {sentence}")

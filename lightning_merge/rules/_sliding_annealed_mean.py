@@ -44,6 +44,9 @@ class SlidingAnnealedMean(Decaying):
     1-sqrt         0.63     0.459    0.332    0.242
     ============ ======== ======== ======== =========
 
+    *Weights of different lengths.* What lies between weights, as tokens, is told with ``advance``; ``window`` is then a
+    number of tokens, and the decay falls with them: read ``n`` as the tokens of the window and a weight as its tokens.
+
     Args:
         shape: ``"linear"``, ``"cosine"``, ``"1-sqrt"`` or ``"exponential"``.
         window: Length of the decay: a number of optimizer steps, ``"500 steps"``, ``"2 epochs"`` or ``"20%"`` of the
@@ -93,14 +96,26 @@ class SlidingAnnealedMean(Decaying):
         if not blocks:
             state["plan"] = self.plan
         size = math.ceil((n - 1) / (self.memory - 1)) or 1
-        while blocks and _count(blocks[1:]) + 1 >= n:
+        new = max(1, state.get("passed", 1))
+        while blocks and _count(blocks[1:]) + new >= n:
             del blocks[0]  # none of its weights are in the window any more
         if blocks and blocks[-1]["count"] < size:
-            blocks[-1]["count"] += 1
-            lerp_(blocks[-1]["mean"], weights, self._share(blocks[-1]["count"]))
+            blocks[-1]["count"] += new
+            lerp_(blocks[-1]["mean"], weights, self._share(blocks[-1]["count"], new))
         else:
-            blocks.append({"mean": clone(weights), "count": 1})
+            blocks.append({"mean": clone(weights), "count": new})
         state["updates"] += 1
+        if "passed" in state:
+            state["passed"] = 0
+
+    def advance(self, state: State, passed: int) -> None:
+        """Says what has passed since the last update, beside what was said of it before.
+
+        Args:
+            state: As ``init`` made it.
+            passed: So many tokens, at least 0.
+        """
+        state["passed"] = state.get("passed", 0) + passed
 
     def stored(self, state: State) -> Weights | None:
         n, blocks = self.snapshots, state["blocks"]
@@ -113,11 +128,11 @@ class SlidingAnnealedMean(Decaying):
 
     def shares(self, state: State) -> Tensor | None:
         blocks = state["blocks"]
-        if _count(blocks) < self.snapshots:
+        if _count(blocks) < self.snapshots or "passed" in state:
             return None
         within: list[Tensor] = []
         for block, share in zip(blocks, self._shares_of_blocks(blocks), strict=True):
-            taken = torch.tensor([self._share(count) for count in range(1, block["count"] + 1)], dtype=torch.float64)
+            taken = torch.tensor([self._share(count, 1) for count in range(1, block["count"] + 1)], dtype=torch.float64)
             within.append(of_decays(1.0 - taken) * share)
         updates = state["updates"]
         return of_updates(updates - _count(blocks) + 1, updates, updates, torch.cat(within))
@@ -135,12 +150,20 @@ class SlidingAnnealedMean(Decaying):
             end -= block["count"]
         return shares
 
-    def _share(self, count: int) -> float:
-        """Of the last of so many weights in the mean of a block."""
+    def _share(self, count: int, new: int) -> float:
+        """Of the last weights, which are ``new`` of so many, in the mean of a block."""
         if self.shape != "exponential":
-            return 1.0 / count
+            return new / count
         ratio = 0.5 ** (1.0 / self.snapshots)
-        return float(ratio ** (count - 1) * (1.0 - ratio) / (1.0 - ratio**count))
+        return float(ratio ** (count - new) * (1.0 - ratio**new) / (1.0 - ratio**count))
+
+    def conclude(self, state: State) -> str | None:
+        if not 0 < _count(state["blocks"]) < self.snapshots:
+            return None
+        return (
+            f"the window has {_count(state['blocks'])} of its {self.snapshots}, so nothing was merged. The raw weights"
+            " are kept, as without the callback."
+        )
 
 
 class _Copies(OnDevice):

@@ -11,7 +11,8 @@ from tiny import Net, Walk, batches, differing, read, steps, trainer, values
 from torch import Tensor
 
 from lightning_merge.callbacks import Anneal
-from lightning_merge.schedules._decay import Decay
+from lightning_merge.rules import SlidingAnnealedMean
+from lightning_merge.schedules._decay import Decay, decay
 from lightning_merge.trajectory import Trajectory, by_decay, wsm_1_sqrt, wsm_cosine, wsm_exponential, wsm_linear
 
 COEFFICIENTS = {"linear": wsm_linear, "cosine": wsm_cosine, "1-sqrt": wsm_1_sqrt, "exponential": wsm_exponential}
@@ -255,3 +256,100 @@ def test_what_it_cannot_do_is_refused_by_name(tmp_path: Path) -> None:
     trainer(tmp_path, [average, Stop(9)], max_epochs=-1).fit(module, steps(20), steps(1))
     assert module.w.item() == 7.5
     assert by_decay([0.5]) == (0.5, 0.5)
+
+
+# ---- tokens
+
+
+def of_tokens(shape: Decay, sizes: list[int], window: int) -> list[float]:
+    """The merge weights of a window over the last tokens, by the formula: newest last, in full precision."""
+    found, age = [], 0
+    for size in reversed(sizes):
+        low, high = max(0, window - age - size), max(0, window - age)
+        found.append(decay(shape, low / window) - decay(shape, high / window))
+        age += size
+    return found[::-1]
+
+
+SIZES = [3, 1, 7, 2, 2, 9, 1, 4, 0, 5, 6, 2]
+
+
+def sized() -> Any:
+    """Batches of as many samples, for ``Walk``, and for a loader that resumes."""
+    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
+    return stateful([torch.zeros(size) for size in SIZES], batch_size=None)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("every", "accumulate"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+def test_a_window_of_tokens_is_the_decay_over_them(shape: Decay, every: int, accumulate: int, tmp_path: Path) -> None:
+    average = Anneal(shape, 20, every, memory=20, tokens=len, validate="raw")
+    run = trainer(tmp_path, [average], max_epochs=1, accumulate_grad_batches=accumulate)
+    run.fit(Walk(), sized(), steps(1))
+    n = every * accumulate
+    sizes = [max(1, sum(SIZES[i : i + n])) for i in range(0, len(SIZES), n)]
+    merged = average.merged_weights()
+    assert merged is not None
+    at = [float(every * (i + 1)) for i in range(len(sizes))]
+    expected = sum(map(float.__mul__, of_tokens(shape, sizes, 20), at))
+    assert merged["w"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_few_copies_hold_a_window_of_tokens_of_any_sizes(tmp_path: Path) -> None:
+    rule = SlidingAnnealedMean("exponential", 1000, memory=5)
+    state, numbers, sizes = rule.init({"w": torch.tensor(0.0)}), torch.Generator().manual_seed(0), []
+    for step in range(400):
+        sizes.append(int(torch.randint(0, 60, (), generator=numbers)))
+        rule.advance(state, sizes[-1])
+        rule.update(state, {"w": torch.tensor(float(step), dtype=torch.float64)})
+        assert len(state["blocks"]) <= 5
+        if (found := rule.result(state)) is not None:
+            exact = of_tokens("exponential", [max(1, size) for size in sizes], 1000)
+            assert found["w"].item() == pytest.approx(sum(c * i for i, c in enumerate(exact)), abs=0.2 * 40)
+    assert rule.shares(state) is None
+
+
+@pytest.mark.parametrize("at", [3, 4, 7, 10])
+@pytest.mark.parametrize("memory", [3, 20])
+def test_a_window_of_tokens_resumes_at_any_step_bit_for_bit(at: int, memory: int, tmp_path: Path) -> None:
+    def fitted(root: Path, *files: Any, **settings: Any) -> Any:
+        average = Anneal("exponential", 20, 3, memory=memory, tokens=len)
+        trainer(root, [average, *files], max_epochs=2).fit(Walk(lr=0.3), sized(), **settings)
+        return average
+
+    files = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=at, save_top_k=-1)
+    whole = fitted(tmp_path, files)
+    again = fitted(tmp_path / "again", ckpt_path=tmp_path / f"step={at}.ckpt")
+    assert whole.updates == again.updates == 8
+    assert [block["count"] for block in whole._state["blocks"]] == [b["count"] for b in again._state["blocks"]]
+    assert differing(whole.merged_weights(), again.merged_weights()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"memory": None}, "`memory` must be given with `tokens`: a window that ends with the run begins at a step"),
+        ({"window": "20%"}, "`window` must be a number of tokens where `tokens` counts them"),
+        ({"window": "2 epochs"}, "`window` must be a number of tokens where `tokens` counts them"),
+        ({"tokens": 3}, "`tokens` must be a function, got 3"),
+    ],
+    ids=str,
+)
+def test_what_tokens_do_not_go_with_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        Anneal(**{"window": 100, "memory": 5, "tokens": len} | settings)
+
+
+@pytest.mark.parametrize("given", [-1, 2.5, "many", None], ids=str)
+def test_what_tokens_gives_is_checked(given: Any, tmp_path: Path) -> None:
+    run = trainer(tmp_path, [Anneal(window=100, memory=5, tokens=lambda batch: given)], max_epochs=1)
+    with pytest.raises((TypeError, ValueError), match="what `tokens` of Anneal 'anneal' gives` must be"):
+        run.fit(Walk(), steps(3))
+
+
+def test_a_window_that_was_never_full_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    trainer(tmp_path, [Anneal(window=100, memory=5, tokens=len)], max_epochs=1).fit(Walk(), sized())
+    assert "the window has 43 of its 100, so nothing was merged" in caplog.text + "".join(capsys.readouterr())
