@@ -13,9 +13,9 @@ from lightning_merge._commands._target import literal
 from lightning_merge.files._check import opened
 from lightning_merge.files._folders import AVERAGE, Config, class_of, config_of, is_index
 from lightning_merge.files._label import Label
-from lightning_merge.files._layouts import open_file
+from lightning_merge.files._layouts import open_file, sets_of
 from lightning_merge.files._other_formats import is_safetensors
-from lightning_merge.files._read import is_plain, read
+from lightning_merge.files._read import Location, is_plain, read
 from lightning_merge.files._sets import StoredSet, sources_of, stored
 from lightning_merge.files._sharded import is_sharded_checkpoint
 from lightning_merge.files._stand_ins import StandIn, stands_for
@@ -29,8 +29,14 @@ def describe(path: str | os.PathLike[str]) -> str:
         ValueError: If the file cannot be read.
         OSError: If the system refuses to read it.
     """
-    content = {} if is_safetensors(path) or _is_gathered(path) else read(path, check=False)  # `open_file` reads those
+    is_read_later = is_safetensors(path) or _is_gathered(path)  # by `open_file`
+    content = {} if is_read_later else read(path, _location(path), check=False)
     return "\n".join([f"{path} ({_bytes(path) / 2**20:.1f} MiB)", *_describe(content, path)])
+
+
+def _location(path: str | os.PathLike[str]) -> Location:
+    """Of a folder no numbers are read; those of a file stay on disk by themselves."""
+    return "meta" if not is_remote(path) and is_sharded_checkpoint(Path(path)) else "cpu"
 
 
 def _is_gathered(path: str | os.PathLike[str]) -> bool:
@@ -75,7 +81,7 @@ def _foreign(content: Any, path: str | os.PathLike[str]) -> Iterator[str]:
         yield f"  a {type(content).__name__}, not a checkpoint; written without lightning-merge"
         return
     try:
-        file = open_file(path, check=False)
+        file = sets_of(content, path) if _location(path) == "meta" else open_file(path, check=False)
     except ValueError as error:
         if not content or "convert it once" in str(error):
             raise

@@ -126,13 +126,17 @@ def sign_conflicts(vectors: Sequence[Mapping[str, Tensor]]) -> float:
     vectors = several_named("vectors", vectors)
     if not vectors:
         raise ValueError("`vectors` must hold at least one vector, got none.")
-    shared = opposed = 0
-    for name in parameters(vectors[0]):
-        signs = torch.stack([torch.sign(_real(vector[name])) for vector in vectors])
-        moved = signs.abs().sum(0)
-        shared += int((moved >= 2).sum())
-        opposed += int(((moved >= 2) & (signs.sum(0).abs() < moved)).sum())
-    return opposed / shared if shared else 0.0
+    counts = [conflicts(vectors, name) for name in parameters(vectors[0])]
+    shared = sum(moved for _, moved in counts)
+    return sum(opposed for opposed, _ in counts) / shared if shared else 0.0
+
+
+def conflicts(vectors: Sequence[Mapping[str, Tensor]], name: str) -> tuple[int, int]:
+    """How many entries of a tensor vectors move against each other, and how many at least two move."""
+    signs = torch.stack([torch.sign(_real(vector[name])) for vector in vectors])
+    moved = signs.abs().sum(0)
+    opposed = (moved >= 2) & (signs.sum(0).abs() < moved)
+    return int(opposed.sum()), int((moved >= 2).sum())
 
 
 def _real(tensor: Tensor) -> Tensor:

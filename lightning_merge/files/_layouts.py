@@ -95,13 +95,18 @@ def open_set(text: str) -> tuple[WeightFile, str]:
     Raises:
         ValueError: As ``open_file``, or if the file holds no such set.
     """
+    name, chosen = named_set(text)
+    file = open_file(name)
+    if chosen is None:
+        return file, file.default
+    file.choose(chosen)
+    return file, chosen
+
+
+def named_set(text: str) -> tuple[str, str | None]:
+    """The file and the set that ``FILE`` or ``FILE:SET`` names, which is ``None`` if it names none."""
     name, separator, chosen = text.rpartition(":")
     has_set = separator and not Path(text).exists() and Path(name).exists()
     if is_remote(text):
         has_set = is_remote(name) and "/" not in chosen
-    if not has_set:
-        file = open_file(text)
-        return file, file.default
-    file = open_file(name)
-    file.choose(chosen)
-    return file, chosen
+    return (name, chosen) if has_set else (text, None)

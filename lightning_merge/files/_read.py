@@ -59,7 +59,7 @@ def read(path: str | os.PathLike[str], location: Location = "cpu", check: bool =
         if not is_remote(path):
             path = Path(path)
             if is_sharded_checkpoint(path):
-                return read_folder(path, read)
+                return read_folder(path, read, {} if location == "meta" else None)
             refuse_no_file(path)
         _refuse_program(path)
         check_sums(path, tensors=check and location == "cpu")

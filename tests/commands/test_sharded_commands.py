@@ -131,6 +131,27 @@ def test_a_merge_holds_one_tensor_of_each_folder(root: Path) -> None:
     assert vars(checkpoint.sharded._last)["tensor"].shape == (7,)
 
 
+@pytest.mark.parametrize("layout", ["torchtitan", "lightning", "ours"])
+def test_inspect_and_diff_read_no_more_than_a_tensor_at_a_time(
+    run: Run, root: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any, **settings: Any) -> None:
+        raise AssertionError("all of it is read")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.state_dict_loader.load", refused)
+    first, last = (root / layout / (f"step-{n}" if layout == "torchtitan" else f"step={n}.ckpt") for n in (1, 4))
+    code, said, err = run("inspect", first)
+    assert (code, "3 tensors, 23 numbers" in said) == (0, True), err
+    of = ":raw" if layout == "ours" else ""  # the published ones are others
+    code, said, err = run("diff", f"{first}{of}", f"{last}{of}")
+    assert code == 0, err
+    assert said.splitlines()[2:] == run("diff", root / "1.ckpt", root / "4.ckpt")[1].splitlines()[2:]
+    code, said, err = run("diff", first, root / "1.ckpt")
+    assert (code, "all 3 tensors are equal bit for bit" in said) == (0, layout != "ours"), err
+    if layout == "ours":
+        assert "farthest apart" in run("diff", first)[1]
+
+
 @pytest.mark.parametrize("rule", [["mean"], ["ema", "--decay", "0.5"]])
 @pytest.mark.parametrize("layout", ["ours", "torchtitan"])
 def test_a_merge_goes_on_without_the_old_checkpoints(run: Run, root: Path, layout: str, rule: list[str]) -> None:
