@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ def combine(options: argparse.Namespace) -> str:
         from lightning_merge.trajectory._sharded_output import layout_of
 
         layout_of(trajectory)  # raises if there is none
-    hashes = [checkpoint.sha256() for checkpoint in trajectory]
+    with ThreadPoolExecutor() as threads:
+        hashes = list(threads.map(lambda checkpoint: checkpoint.sha256(), trajectory))
     bench = None if options.config is None else _bench(options.config)
     found: Found | None = None
     merged: Weights = {}
