@@ -22,6 +22,7 @@ from lightning_merge.branches._average import Average
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._best_mix import BestMix
 from lightning_merge.branches._combine import Combine
+from lightning_merge.branches._fed_fisher import FedFisher
 from lightning_merge.branches._in_turn import InTurn
 from lightning_merge.branches._matrix import Matrix, uniform
 from lightning_merge.branches._nova import Nova
@@ -40,6 +41,7 @@ __all__ = [
     "BestMix",
     "Branches",
     "Combine",
+    "FedFisher",
     "InTurn",
     "Matrix",
     "Nova",

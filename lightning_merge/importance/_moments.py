@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Weights, average_dtype
 
 _KEY = "exp_avg_sq"
 
@@ -40,6 +40,6 @@ def second_moments(parameters: Mapping[str, Tensor], optimizers: Iterable[Optimi
                     left_out[name] = f"{type(optimizer).__name__} {had}"
                     continue
                 seen = 1 - float(group["betas"][1]) ** float(state["step"])
-                found[name] = moments.detach().float() / seen
+                found[name] = moments.detach().to(average_dtype(moments)) / seen
                 left_out.pop(name, None)
     return found, left_out

@@ -12,7 +12,7 @@ from tiny import NetParts, batches, differing, of, trainer, validation, values
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_merge.branches import Combine, Nova, Pairs, SoftmaxOfScores, WeightedAverage
+from lightning_merge.branches import Combine, FedFisher, Nova, Pairs, SoftmaxOfScores, WeightedAverage
 from lightning_merge.callbacks import DART, PAPA, WARP, WASH, Branching, BranchStrategy, DiLoCo, ForkMerge, LocalSGD
 from lightning_merge.combiners import SLERP, ModelStock
 from lightning_merge.schedules import EveryNSteps
@@ -43,6 +43,7 @@ CALLBACKS: dict[str, Callable[[], Branching]] = {
     "lm-cocktail": lambda: mixed(SoftmaxOfScores(temperature=0.1)),
     "fedavg": lambda: mixed(WeightedAverage((1, 3))),
     "fednova": lambda: mixed(Nova((1, 3))),
+    "fedfisher": lambda: mixed(FedFisher((1, 3), iterations=50)),
     "greedy": lambda: ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, 3, Greedy()),
 }
 
@@ -61,9 +62,17 @@ class TasksParts(NetParts):
         return -nn.functional.mse_loss(self(batch[0]), batch[1], reduction="sum"), len(batch[0])
 
 
+class AdamParts(TasksParts):
+    """The same with second moments."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
 def fit(root: Path, name: str, **settings: Any) -> dict[str, Any]:
     """A run; what it published, the branches that are here, and what was measured."""
-    module, branching = of(TasksParts)(norm=True, lr=0.05), CALLBACKS[name]()
+    parts = AdamParts if name == "fedfisher" else TasksParts
+    module, branching = of(parts)(norm=True, lr=0.05), CALLBACKS[name]()
     run = trainer(root / name, [branching], max_epochs=1, use_distributed_sampler=False, **settings)
     run.fit(module, batches(8), validation())
     assert branching.merges >= 2
