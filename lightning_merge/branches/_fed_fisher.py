@@ -19,10 +19,10 @@ from lightning_merge.weights import State, Weights, average_dtype
 class FedFisher(Policy):
     """Descends on ``sum over i of F_i (w - branch i)^2 / 2`` from the mean of federated averaging: FedFisher.
 
-    ``F_i`` is the diagonal of the Fisher information of branch i, for which the second moments stand that its Adam has (with
-    their bias corrected, so no pass over data is needed). A step is ``m <- 0.9 m + v``, ``d <- 0.99 d + v^2``, ``w <- w
-    - rate * m / (sqrt(d) + 0.01)`` with ``v = sum over i of F_i (w - branch i)``. Where no branch has information, and
-    where there is much less than 0.01, nothing moves far from the mean. Buffers become their mean.
+    ``F_i`` is the diagonal of the Fisher information of branch i, for which the second moments stand that its Adam has
+    (with their bias corrected, so no pass over data is needed). A step is ``m <- 0.9 m + v``, ``d <- 0.99 d + v^2``,
+    ``w <- w - rate * m / (sqrt(d) + 0.01)`` with ``v = sum over i of F_i (w - branch i)``. Where no branch has
+    information, and where there is much less than 0.01, nothing moves far from the mean. Buffers become their mean.
 
     The authors measure Fisher information on all data of a branch, send 15 bits of each number, and keep the best of
     every hundredth step by validation; here the last step counts. Memory: four further copies of the parameters while

@@ -1,12 +1,14 @@
 """Matching models in their task subspaces."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal, final
 
 import torch
 from torch import Tensor
 
-from lightning_merge._checks import number, one_of, settle, whole
+from lightning_merge._checks import number, one_of, path, settle, whole
+from lightning_merge.combiners._conjugate import descended
 from lightning_merge.combiners._grams import Normalise, WithGrams
 from lightning_merge.combiners._with_statistics import Known
 from lightning_merge.weights import State, Weights, zeros
@@ -33,6 +35,9 @@ class MaTS(WithGrams):
         tolerance: At least 0; 1e-5 is SciPy's, and the official code's.
         off_diagonal: In ``[0, 1]``, the factor of entries off the diagonal.
         normalise: As for ``RegMean``.
+        folder: Where to keep how far each weight's iterations are, every ten seconds and at its end: a merge that was
+            killed goes on there to the same bits. Three copies of a weight that is on its way, one of each that is
+            done; nobody removes them.
 
     Raises:
         TypeError: If ``statistics`` is no mapping from tasks to statistics or paths.
@@ -57,9 +62,12 @@ class MaTS(WithGrams):
     tolerance: float = 1e-5
     off_diagonal: float = 1.0
     normalise: Normalise = None
+    folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.folder is not None:
+            settle(self, folder=str(path("folder", self.folder)))
         one_of("start", self.start, ("mean", "base"))
         settle(self, iterations=whole("iterations", self.iterations, 1))
         settle(self, tolerance=number("tolerance", self.tolerance, "[0, inf)"))
@@ -81,19 +89,4 @@ class MaTS(WithGrams):
         begin = torch.zeros_like(moved)
         if self.start == "mean":
             begin = (state["vectors"][name] / state["updates"]).flatten(1)
-        return self._descended(begin, gram, moved)
-
-    def _descended(self, found: Tensor, gram: Tensor, target: Tensor) -> Tensor:
-        """Conjugate gradients from ``found`` for ``found @ gram = target``, inner products over the whole weight."""
-        enough = (self.tolerance * target.norm()).square()
-        rest = target - found @ gram
-        direction, size = rest, rest.square().sum()
-        for _ in range(self.iterations):
-            if size <= enough:
-                break
-            image = direction @ gram
-            step = size / (direction * image).sum()
-            found, rest = found + step * direction, rest - step * image
-            before, size = size, rest.square().sum()
-            direction = rest + (size / before) * direction
-        return found
+        return descended(begin, gram, moved, self.tolerance, self.iterations, self.folder)

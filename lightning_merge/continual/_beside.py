@@ -1,6 +1,6 @@
 """What a bank keeps of each task beside what is merged: statistics that it is weighed by, or signs that serve it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ Entry = Mapping[str, Any]
 
 
 def bound(
-    combiner: Combiner, folder: Path, entries: list[Entry], task: int | str = 0, new: Statistics | None = None
+    combiner: Combiner, folder: Path, entries: Sequence[Entry], task: int | str = 0, new: Statistics | None = None
 ) -> Combiner:
     """The combiner with the statistics that were kept of these tasks, and those of one that is about to come.
 
