@@ -1,14 +1,10 @@
 """FedFisher: the official iteration, in both precisions of what is known, and what it takes."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
-from networks import NetParts, batches, differing, values
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_merge.branches import FedFisher, InTurn
 
@@ -70,31 +66,3 @@ def test_what_it_cannot_do_is_refused() -> None:
     for settings, message in (({"rate": 0.0}, "`rate` must be more than 0"), ({"iterations": 0}, "at least 1, got 0")):
         with pytest.raises(ValueError, match=message):
             FedFisher(**settings)  # type: ignore[arg-type]
-
-
-def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
-    from lightning.pytorch import LightningModule, Trainer
-
-    from lightning_merge.callbacks import Branching
-    from lightning_merge.schedules import EveryNSteps
-
-    class Net(NetParts, LightningModule):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.Adam(self.parameters(), lr=0.05)
-
-    bends = [lambda batch: batch, lambda batch: [batch[0] + 0.3 * batch[0].square(), batch[1]]]
-
-    def fit(folder: str, ckpt_path: Path | None = None) -> Any:
-        module, checkpoint = (
-            Net(norm=True),
-            ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=1, save_top_k=-1),
-        )
-        branching = Branching(FedFisher(iterations=50), EveryNSteps(2), 2, augmentations=bends)
-        quiet: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-        run = Trainer(max_epochs=1, callbacks=[branching, checkpoint], default_root_dir=tmp_path, **quiet)
-        run.fit(module, DataLoader([next(iter(batches(1)))] * 5, batch_size=None), ckpt_path=ckpt_path)
-        assert branching.merges
-        return values(module)
-
-    whole = fit("whole")
-    assert not differing(whole, fit("again", tmp_path / "whole" / "step=3.ckpt"))
