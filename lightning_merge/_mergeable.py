@@ -109,11 +109,7 @@ def refuse_lora_factors(names: Iterable[str], count: int, tensor: Callable[[int,
         count: How many models are merged.
         tensor: That of a model, by its place and a name.
     """
-    known = set(names)
-    for name in known:
-        partner = _FACTORS.sub(lambda found: found[0][: -len(found[1])] + _PARTNERS[found[1]], name)
-        if partner == name or partner not in known:
-            continue
+    for name, partner in lora_factors(names):
         differ = [any(not _same(tensor(0, each), tensor(i, each)) for i in range(1, count)) for each in (name, partner)]
         if all(differ):
             raise ValueError(
@@ -121,6 +117,15 @@ def refuse_lora_factors(names: Iterable[str], count: int, tensor: Callable[[int,
                 " means. Merge the adapters into the weights of each model first (peft: `merge_and_unload()`), or hand"
                 " in their products."
             )
+
+
+def lora_factors(names: Iterable[str]) -> list[tuple[str, str]]:
+    """The names of both factors of each LoRA layer: what is applied first, and what comes after it."""
+    known = dict.fromkeys(names)
+    pairs = [
+        (name, _FACTORS.sub(lambda found: found[0][: -len(found[1])] + _PARTNERS[found[1]], name)) for name in known
+    ]
+    return [(name, partner) for name, partner in pairs if partner != name and partner in known]
 
 
 def refuse_lora_in(models: Sequence[Mapping[str, Tensor]]) -> None:

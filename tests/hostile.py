@@ -89,6 +89,7 @@ GOOD: dict[str, Callable[[], Any]] = {
     "files": lambda: [checkpoint()],
     "found": lambda: import_module("lightning_merge.search").Found((1.0,), 0.0, [], True),
     "find.number": lambda: 0.0,
+    "adapters": lambda: [{"lora_A.weight": torch.ones(1, 2), "lora_B.weight": torch.ones(2, 1)}] * 2,
     "folder": lambda: Path(tempfile.mkdtemp()),
     "ForkMerge.branches": lambda: {"target": {"digit": 1.0}},
     "forward": lambda: lambda batch: batch,

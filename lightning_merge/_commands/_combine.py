@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_merge._commands import _combining as combining
 from lightning_merge._commands._combine_arguments import FROM_BASE, SEARCHES, check
 from lightning_merge._commands._needs import CLI_MODULES, need
-from lightning_merge._commands._task_arguments import OF_TASKS
+from lightning_merge._commands._task_arguments import FROM_A_BASE, OF_TASKS
 
 if TYPE_CHECKING:  # the command line reads the arguments below without loading torch
     from lightning_merge._commands._continued import Earlier
@@ -60,9 +60,11 @@ def combine(options: argparse.Namespace) -> str:
         found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
     elif options.rule in OF_TASKS:
+        from lightning_merge._commands._from_adapters import from_adapters
         from lightning_merge._commands._from_tasks import from_tasks
 
-        merged, found, shares, remarks = from_tasks(trajectory, options, bench, hashes)
+        search = from_adapters if options.rule == "lorahub" else from_tasks
+        merged, found, shares, remarks = search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients) if options.per == "model" else None
     elif earlier is not None:
         coefficients = earlier.weights(options, len(trajectory) - 1)
@@ -111,7 +113,8 @@ def _inputs(options: argparse.Namespace) -> "tuple[Earlier | None, Trajectory]":
         earlier = Earlier(options)
         return earlier, earlier.with_new(trajectory)
     trajectory = Trajectory.of_files(options.files, options.weights)
-    refuse_lora_factors(trajectory[0].places, len(trajectory), lambda i, name: trajectory[i].tensor(name))
+    if options.rule != "lorahub":
+        refuse_lora_factors(trajectory[0].places, len(trajectory), lambda i, name: trajectory[i].tensor(name))
     return None, trajectory
 
 
@@ -134,7 +137,7 @@ def _provenance(
         "monitor": None if found is None else options.monitor,
         "evaluations": None if found is None else len(found.history),
         "ties": None if found is None else found.ties,
-        "base": os.fspath(options.base) if options.rule in (*FROM_BASE, *OF_TASKS) else None,
+        "base": os.fspath(options.base) if options.rule in (*FROM_BASE, *FROM_A_BASE) else None,
         "importance": [os.fspath(file) for file in getattr(options, "statistics", None) or ()] or None,
         "statistics": "averaged" if options.config is None else "measured",
     }

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from lightning_merge._commands._task_arguments import OF_TASKS, add_tasks, check_tasks
+from lightning_merge._commands._task_arguments import FROM_A_BASE, OF_TASKS, add_tasks, check_tasks
 
 _DECAYS = ("wsm-linear", "wsm-cosine", "wsm-1-sqrt", "wsm-exponential")
 AVERAGE_RULES = ("mean", "window", "linear", "ema", *_DECAYS, "greedy", "lcsc", "bayes")
@@ -15,7 +15,7 @@ WITH_STATISTICS = ("fisher", "fisher-nodes", "daheim", "regmean", "mats")
 FROM_BASE = ("model-stock", "iso-c", "tsv-m", "tall", "metagpt", *WITH_STATISTICS)
 """Rules that merge what each file added to a base."""
 SOUP_RULES = ("uniform", "greedy", "diwa", "learned", *FROM_BASE, *OF_TASKS)
-_NAMED = ", ".join(f"`{rule}`" for rule in (*FROM_BASE, *OF_TASKS))
+_NAMED = ", ".join(f"`{rule}`" for rule in (*FROM_BASE, *FROM_A_BASE))
 _WEIGHED = ", ".join(f"`{rule}`" for rule in WITH_STATISTICS)
 
 
@@ -90,7 +90,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help="whether lower or higher is better, if the name of the metric does not say it",
     )
     parser.add_argument(
-        "--budget", type=int, help="most evaluations of a search (default 100; of `adamerging` 500, of `map` 40)"
+        "--budget",
+        type=int,
+        help="most evaluations of a search (default 100; of `adamerging` 500, of `map` and `lorahub` 40)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of a search")
     parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")

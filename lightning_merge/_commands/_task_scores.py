@@ -28,7 +28,7 @@ def by_gradient(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -
 
     labelled = options.rule == "atlas"
     kind = CrossEntropy if labelled else Entropy
-    data = [batches for each in _benches(options, bench) for batches in _loaders(each, labelled, options.seed)]
+    data = [batches for each in benches_of(options, bench) for batches in _loaders(each, labelled, options.seed)]
     bench.model.to(bench.trainer.strategy.root_device)
     score = kind(bench.model, tasks.base, tasks.vectors, data, per=options.per)
     method = Adam(rate=0.1, start=0.0) if labelled else Adam()
@@ -43,7 +43,7 @@ def by_metric(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -> 
     from lightning_merge.search._merged_module import MergedModule
 
     merged = MergedModule(bench.model, tasks.base, tasks.vectors, options.per)
-    benches = _benches(options, bench)
+    benches = benches_of(options, bench)
 
     def score(coefficients: "Coefficients") -> "Measured":
         weights = measured(bench, merged.weights(coefficients), options.seed)
@@ -55,7 +55,7 @@ def by_metric(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -> 
     return Plan(score, method, Free(0.0, 1.0), merged.tensors, merged.weights)
 
 
-def _benches(options: argparse.Namespace, bench: Any) -> list[Any]:
+def benches_of(options: argparse.Namespace, bench: Any) -> list[Any]:
     """What gives the data of each task: that of the model, if no others are named."""
     from lightning_merge._commands._runs import Bench
 

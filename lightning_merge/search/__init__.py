@@ -10,6 +10,7 @@ from lightning_merge.search._greedy import Greedy
 from lightning_merge.search._grid import Grid
 from lightning_merge.search._groups import by_tensor
 from lightning_merge.search._line import Line
+from lightning_merge.search._lorahub import compose_adapters, penalty
 from lightning_merge.search._map import MAP, pareto_set
 from lightning_merge.search._measured import Measured, Objective
 from lightning_merge.search._method import Answer, Method, Proposals
@@ -44,6 +45,8 @@ __all__ = [
     "Simplex",
     "Space",
     "by_tensor",
+    "compose_adapters",
     "pareto_set",
+    "penalty",
     "search",
 ]

@@ -10,6 +10,7 @@ import torch
 
 from lightning_merge.combiners import task_vector
 from lightning_merge.recipes import Classifier, SmallConvNet
+from lightning_merge.search import compose_adapters, penalty
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -106,12 +107,62 @@ def test_each_task_may_have_data_of_its_own(run: Run) -> None:
     assert row["score"] == pytest.approx(2 * row["parts"][0])
 
 
+ADAPTED = """\
+import torch
+from torch import nn
+
+
+class Adapted(nn.Module):
+    def __init__(self, rank: int = 1):
+        super().__init__()
+        self.base = nn.Linear(64, 10)
+        self.lora_A = nn.Linear(64, rank, bias=False)
+        self.lora_B = nn.Linear(rank, 10, bias=False)
+
+    def forward(self, images):
+        inputs = images.flatten(1)
+        return self.base(inputs) + self.lora_B(self.lora_A(inputs))
+"""
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_adapters_are_merged_as_products_or_as_published(
+    run: Run, monkeypatch: pytest.MonkeyPatch, factors: bool
+) -> None:
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("adapted.py").write_text(ADAPTED)
+    Path("config.yaml").write_text(CONFIG.replace("lightning_merge.recipes.SmallConvNet", "adapted.Adapted"))
+    adapters = []
+    for seed, file in enumerate(FILES):
+        torch.manual_seed(seed)
+        factor = {f"model.lora_{key}.weight": torch.randn(shape) for key, shape in (("A", (1, 64)), ("B", (10, 1)))}
+        adapters.append({"model.base.weight": torch.ones(10, 64), "model.base.bias": torch.zeros(10), **factor})
+        torch.save({"state_dict": adapters[-1]}, file)
+    command = ["soup", *FILES, "--rule", "lorahub", "--config", "config.yaml", *(["--factors"] if factors else [])]
+    code, out, err = run(*command, "--budget", 5, "--out", "whole.pt")
+    assert code == 0, err
+    assert run(*command, "--budget", 3, "--out", "then.pt")[0] == 0
+    assert run(*command, "--budget", 5, "--out", "then.pt", "--force")[0] == 0
+    assert rows("then.search.jsonl") == rows("whole.search.jsonl")
+    shares = torch.load("whole.pt", weights_only=True)["provenance"]["coefficients"]
+    expected = compose_adapters(adapters, shares, *(["factors"] if factors else ["products", 1]))
+    for name, tensor in weights("whole.pt").items():
+        torch.testing.assert_close(tensor, expected[name])
+    assert ("sums of factors: " if factors else "products, of the rank of the files again (1): ") in out
+    row = min(rows("whole.search.jsonl"), key=lambda row: row["score"])
+    assert row["score"] == pytest.approx(row["parts"][0] + penalty(shares))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rule", "adamerging", "--config", "config.yaml"], "`--rule adamerging` needs `--base`"),
         (["--rule", "atlas", "--base", "base.pt"], "`--rule atlas` needs `--config`"),
         (["--per", "tensor"], "`--per` must be left out for `--rule uniform`"),
+        (["--factors"], "`--factors` must be left out for `--rule uniform`"),
+        (["--rule", "lorahub"], "`--rule lorahub` needs `--config`"),
+        (["--rule", "lorahub", "--config", "config.yaml"], "must hold factors of LoRA layers"),
+        (["--rule", "lorahub", "--config", "config.yaml", "--per", "tensor"], "`--per` must be left out"),
         (["--data", "config.yaml"], "`--data` must be left out for `--rule uniform`"),
         (["--rule", "adamerging", "--config", "no.yaml", "--base", "base.pt"], "there is no file no.yaml"),
     ],
