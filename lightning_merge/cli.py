@@ -66,7 +66,7 @@ commands:
                                checkpoints of several runs: uniform, greedy, diwa, learned; with `--base FILE`
                                model-stock, iso-c, tsv-m, tall, metagpt; with `--statistics FILE...` of each besides
                                fisher, fisher-nodes, daheim, regmean, mats; with `--config FILE` adamerging, atlas,
-                               map, evolutionary; adapters with `--config FILE` alone: lorahub
+                               map, evolutionary, concrete; adapters with `--config FILE` alone: lorahub
   statistics FILE --config FILE [--kind gram]
                                how much each weight of a checkpoint matters, for `soup --statistics`
   replay RUN|RECIPE            does it resume bit for bit? If not, which tensor or random state differs first

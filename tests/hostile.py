@@ -145,6 +145,13 @@ GOOD: dict[str, Callable[[], Any]] = {
     "shape": lambda: (0.5, 0.2),
     "share": lambda: 0.5,
     "step": lambda: 1,
+    "steps": lambda: 1,
+    "concrete_mask.score": lambda: import_module("lightning_merge.search").Entropy(
+        nn.Linear(1, 2, bias=False),
+        {"weight": torch.ones(2, 1)},
+        [{"weight": torch.ones(2, 1)}] * 2,
+        [[torch.ones(2, 1)]],
+    ),
     "stored": dict,
     "statistics": lambda: {0: import_module("lightning_merge.importance").Statistics("fisher", W)},
     "RegMean.statistics": dict,

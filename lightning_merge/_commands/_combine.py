@@ -60,11 +60,7 @@ def combine(options: argparse.Namespace) -> str:
         found = combining.search(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients)
     elif options.rule in OF_TASKS:
-        from lightning_merge._commands._from_adapters import from_adapters
-        from lightning_merge._commands._from_tasks import from_tasks
-
-        search = from_adapters if options.rule == "lorahub" else from_tasks
-        merged, found, shares, remarks = search(trajectory, options, bench, hashes)
+        merged, found, shares, remarks = _of_tasks(trajectory, options, bench, hashes)
         coefficients = list(found.coefficients) if options.per == "model" else None
     elif earlier is not None:
         coefficients = earlier.weights(options, len(trajectory) - 1)
@@ -87,6 +83,15 @@ def combine(options: argparse.Namespace) -> str:
     kept, lost = kept_of(paths)
     save({"state_dict": merged, **kept, "provenance": whole}, options.out)
     return report(options, trajectory, provenance, lost, remarks)
+
+
+def _of_tasks(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, hashes: list[str]) -> Any:
+    """The merge, what was found, coefficients by tensor where there are several, and what there is to say of it."""
+    from lightning_merge._commands._from_adapters import from_adapters
+    from lightning_merge._commands._from_tasks import from_tasks
+
+    search = from_adapters if options.rule == "lorahub" else from_tasks
+    return search(trajectory, options, bench, hashes)
 
 
 def _given(options: argparse.Namespace) -> list[Path | None]:

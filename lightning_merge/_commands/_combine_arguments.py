@@ -92,7 +92,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         type=int,
-        help="most evaluations of a search (default 100; of `adamerging` 500, of `map` and `lorahub` 40)",
+        help="most evaluations of a search (default 100; of `adamerging`, `concrete` 500, of `map`, `lorahub` 40)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of a search")
     parser.add_argument("--log", type=Path, help="evaluations of a search, to continue from (default OUT.search.jsonl)")

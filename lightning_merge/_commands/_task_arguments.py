@@ -3,18 +3,18 @@
 import argparse
 from pathlib import Path
 
-BY_GRADIENT = ("adamerging", "atlas")
+BY_GRADIENT = ("adamerging", "atlas", "concrete")
 """Rules that follow the gradient of a loss on batches."""
 BY_METRIC = ("map", "evolutionary")
 """Rules that look at a metric that validation logs."""
 OF_TASKS = (*BY_GRADIENT, *BY_METRIC, "lorahub")
 """Rules that search coefficients of what each file added to a base."""
-_BUDGETS = {"adamerging": 500, "map": 40, "lorahub": 40}
+_BUDGETS = {"adamerging": 500, "concrete": 500, "map": 40, "lorahub": 40}
 FROM_A_BASE = tuple(rule for rule in OF_TASKS if rule != "lorahub")
 """Those of them that need the base; adapters are what was added."""
 _NAMED = ", ".join(f"`{rule}`" for rule in OF_TASKS)
 _PER = ", ".join(f"`{rule}`" for rule in FROM_A_BASE)
-_SAID = {"adamerging": "entropy", "atlas": "cross entropy"}
+_SAID = {"adamerging": "entropy", "atlas": "cross entropy", "concrete": "entropy"}
 
 
 def add_tasks(parser: argparse.ArgumentParser) -> None:

@@ -3,11 +3,12 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_merge._commands._task_vectors import TaskVectors
-    from lightning_merge.search import Coefficients, Measured, Method, Score, Space
+    from lightning_merge.search import Coefficients, Entropy, Measured, Method, Score, Space
     from lightning_merge.weights import Weights
 
 
@@ -31,9 +32,37 @@ def by_gradient(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -
     data = [batches for each in benches_of(options, bench) for batches in _loaders(each, labelled, options.seed)]
     bench.model.to(bench.trainer.strategy.root_device)
     score = kind(bench.model, tasks.base, tasks.vectors, data, per=options.per)
+    if isinstance(score, Entropy) and options.rule == "concrete":
+        mask = _mask(score, options)
+        masked = [{name: v * mask[name] if name in mask else v for name, v in own.items()} for own in tasks.vectors]
+        score = Entropy(bench.model, tasks.base, masked, data, per=options.per)
     method = Adam(rate=0.1, start=0.0) if labelled else Adam()
     space = Free(-10.0, 10.0) if labelled else Free(0.0, 1.0)
     return Plan(score, method, space, score.tensors, score.weights)
+
+
+def _mask(score: "Entropy", options: argparse.Namespace) -> "Weights":
+    """The first half of Concrete AdaMerging, with a file of its state beside the log."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    from lightning_merge.search import concrete_mask
+
+    log = Path(options.log or Path(options.out).with_suffix(".search.jsonl")).with_suffix(".mask.pt")
+    with tqdm(total=options.budget, desc="concrete: mask", unit="step") as bar:
+
+        def show(step: int, loss: float) -> None:
+            bar.n = step
+            bar.set_postfix_str(f"entropy {loss:.4g}")
+
+        return concrete_mask(
+            score,
+            [0.3] * score.merged_module.count,
+            options.budget,
+            inner_rate=1.0,
+            seed=options.seed % 2**32,
+            log=log,
+            on_step=show,
+        )
 
 
 def by_metric(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -> Plan:

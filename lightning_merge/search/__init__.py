@@ -3,6 +3,7 @@
 from lightning_merge.search._adam import Adam
 from lightning_merge.search._bayesian import Bayesian
 from lightning_merge.search._cma import CMAES
+from lightning_merge.search._concrete import concrete_mask
 from lightning_merge.search._evolutionary import Evolutionary
 from lightning_merge.search._found import Evaluation, Found
 from lightning_merge.search._gradient import Gradient
@@ -46,6 +47,7 @@ __all__ = [
     "Space",
     "by_tensor",
     "compose_adapters",
+    "concrete_mask",
     "pareto_set",
     "penalty",
     "search",

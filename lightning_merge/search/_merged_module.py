@@ -67,8 +67,11 @@ class MergedModule:
         self.count = self._size * len(self.vectors)
 
     @torch.no_grad()
-    def weights(self, coefficients: Sequence[float]) -> Weights:
-        """The merged weights, in the types of the base; statistics of BatchNorm are the mean of the tasks'."""
+    def weights(self, coefficients: Sequence[float], mask: Mapping[str, Tensor] | None = None) -> Weights:
+        """The merged weights, in the types of the base; statistics of BatchNorm are the mean of the tasks'.
+
+        What vectors add up to is multiplied with a mask, if there is one.
+        """
         if len(coefficients) != self.count:
             raise ValueError(f"`coefficients` must be {self.count} numbers, got {len(coefficients)}.")
         merged = {name: tensor.detach().clone() for name, tensor in self.base.items()}
@@ -76,37 +79,54 @@ class MergedModule:
             if name != first:
                 merged[name] = merged[first]
                 continue
-            total = merged[name].to(self.vectors[0][name].dtype)
-            for task, vector in enumerate(self.vectors):
-                total.add_(vector[name].to(total.device), alpha=self._of(coefficients, name, task))
-            merged[name] = total.to(merged[name])
+            total = self.total(coefficients, name)
+            if mask and name in mask:
+                total.mul_(mask[name])
+            merged[name] = total.add_(merged[name].to(total)).to(merged[name])
         return merged
 
-    def slopes(self, coefficients: Sequence[float], losses: Sequence[Loss]) -> tuple[list[float], Coefficients]:
-        """Each loss, and the gradient of their sum by each coefficient.
+    def slopes(
+        self, coefficients: Sequence[float], losses: Sequence[Loss], mask: Mapping[str, Tensor] | None = None
+    ) -> tuple[list[float], Weights, Coefficients]:
+        """Each loss, and the gradient of their sum by each weight and by each coefficient.
 
-        The gradient of the weights is taken once, and multiplied with each vector: beside the vectors, no more memory
-        than one backward pass takes.
+        That of the weights is taken once, and multiplied with each vector: beside the vectors, no more memory than one
+        backward pass takes.
         """
+        found, of_weights = self._backward(self.weights(coefficients, mask or {}), losses)
+        slopes = [0.0] * self.count
+        for name, group in self._groups.items():
+            if mask is not None:
+                of_weights[name] = of_weights[name].to(self.vectors[0][name])
+            slope = of_weights[name] if mask is None else of_weights[name] * mask[name]
+            for task, vector in enumerate(self.vectors):
+                slopes[task * self._size + group] += float((vector[name] * slope.to(vector[name])).sum())
+        return found, of_weights, tuple(slopes)
+
+    def total(self, coefficients: Sequence[float], name: str) -> Tensor:
+        """``sum of coefficients x vectors`` of a tensor."""
+        total = torch.zeros_like(self.vectors[0][name])
+        for task, vector in enumerate(self.vectors):
+            total.add_(vector[name].to(total.device), alpha=self._of(coefficients, name, task))
+        return total
+
+    def _backward(self, weights: Weights, losses: Sequence[Loss]) -> tuple[list[float], Weights]:
+        """Each loss, and the gradient of their sum; 0 of weights that no loss depends on."""
         device = next((each.device for each in self.module.parameters()), torch.device("cpu"))
-        merged = {name: tensor.to(device) for name, tensor in self.weights(coefficients).items()}
+        merged: dict[int, Tensor] = {}  # tied tensors stay one
+        live = {name: merged.setdefault(id(tensor), tensor.to(device)) for name, tensor in weights.items()}
         for name in self.tensors:
-            merged[name].requires_grad_()
+            live[name].requires_grad_()
         found = []
         with _eval_mode(self.module), torch.enable_grad():
             for loss in losses:
                 head = {name: tensor.to(device) for name, tensor in loss.head.items()}
-                value = loss.of(functional_call(self.module, {**merged, **head}, (loss.inputs(device),)))
+                value = loss.of(functional_call(self.module, {**live, **head}, (loss.inputs(device),)))
                 if value.requires_grad:
                     value.backward()  # type: ignore[no-untyped-call]
                 found.append(float(value.detach()))
-        slopes = [0.0] * self.count
-        for name, group in self._groups.items():
-            if (slope := merged[name].grad) is None:
-                continue  # no loss depends on it
-            for task, vector in enumerate(self.vectors):
-                slopes[task * self._size + group] += float((vector[name] * slope.to(vector[name])).sum())
-        return found, tuple(slopes)
+        slopes = {name: live[name].grad for name in self.tensors}
+        return found, {name: torch.zeros_like(live[name]) if g is None else g for name, g in slopes.items()}
 
     def _of(self, coefficients: Sequence[float], name: str, task: int) -> float:
         if name not in self._groups:

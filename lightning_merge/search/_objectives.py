@@ -38,7 +38,7 @@ class _OnBatches(Objective):
         limit: int = 64,
     ) -> None:
         limit = whole("limit", limit, 1, LISTED)
-        self._merged = MergedModule(module, base, vectors, per)
+        self.merged_module = MergedModule(module, base, vectors, per)
         sets = sequence("data", data, "data sets, each batches of one task")
         self._heads = several_named("heads", heads) or [{} for _ in sets]
         if not sets or len(self._heads) != len(sets):
@@ -62,7 +62,7 @@ class _OnBatches(Objective):
     @property
     def tensors(self) -> tuple[str, ...]:
         """Names of what is searched, for ``search(..., tensors=...)``."""
-        return self._merged.tensors
+        return self.merged_module.tensors
 
     def weights(self, coefficients: Sequence[float]) -> Weights:
         """The merged weights.
@@ -73,18 +73,28 @@ class _OnBatches(Objective):
         Raises:
             ValueError: If they are not as many as there are vectors and groups.
         """
-        return self._merged.weights(coefficients)
+        return self.merged_module.weights(coefficients)
 
     def measure(self, coefficients: Coefficients, number: int) -> Measured:
-        losses = []
-        for head, batches in zip(self._heads, self._data, strict=True):
-            inputs, *labels = batches[number % len(batches)]
-            losses.append(Loss(head, inputs.to, partial(self._of, labels)))
-        found, gradient = self._merged.slopes(coefficients, losses)
+        found, _, gradient = self.merged_module.slopes(coefficients, self._losses(number))
         value = math.fsum(found) if all(map(math.isfinite, found)) else math.nan
         if math.isnan(value) or not all(map(math.isfinite, gradient)):
             return Measured(math.nan)
         return Measured(value, gradient, tuple(found))
+
+    def under(
+        self, coefficients: Sequence[float], mask: Mapping[str, Tensor], number: int
+    ) -> tuple[float, Weights, Coefficients]:
+        """The loss under a mask of what the vectors add up to, its gradient by weights and that by coefficients."""
+        found, of_weights, gradient = self.merged_module.slopes(coefficients, self._losses(number), mask)
+        return sum(found), of_weights, gradient
+
+    def _losses(self, number: int) -> list[Loss]:
+        losses = []
+        for head, batches in zip(self._heads, self._data, strict=True):
+            inputs, *labels = batches[number % len(batches)]
+            losses.append(Loss(head, inputs.to, partial(self._of, labels)))
+        return losses
 
     def _of(self, labels: Sequence[Tensor], outputs: Any) -> Tensor:
         if not isinstance(outputs, Tensor) or outputs.dim() < 2:

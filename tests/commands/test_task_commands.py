@@ -1,6 +1,7 @@
 """``soup`` by coefficients of task vectors: the merge, its resumption, and what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,21 @@ def rows(file: str) -> list[dict[str, Any]]:
 
 def soup(run: Run, rule: str, *options: object) -> tuple[int, str, str]:
     return run("soup", *FILES, "--base", "base.pt", "--config", "config.yaml", "--rule", rule, *options)
+
+
+def test_concrete_masks_the_vectors_and_then_searches_as_adamerging(run: Run) -> None:
+    code, out, err = soup(run, "concrete", "--budget", 3, "--out", "whole.pt")
+    assert code == 0, err
+    assert "entropy = " in out
+    state = torch.load("whole.search.mask.pt", weights_only=True)
+    assert state["step"] == 3
+    shutil.copy("whole.search.mask.pt", "then.search.mask.pt")
+    lines = Path("whole.search.jsonl").read_text().splitlines(keepends=True)
+    Path("then.search.jsonl").write_text("".join(lines[:2]))
+    assert soup(run, "concrete", "--budget", 3, "--out", "then.pt")[0] == 0
+    assert Path("then.search.jsonl").read_text() == "".join(lines)
+    for name, tensor in weights("whole.pt").items():
+        assert torch.equal(weights("then.pt")[name], tensor)
 
 
 @pytest.mark.parametrize(("rule", "per"), [("adamerging", "model"), ("adamerging", "tensor"), ("atlas", "tensor")])
