@@ -185,6 +185,8 @@ class Turns:
             if self._rates is None:
                 self._rates = Rates(self._branches, [each.scheduler for each in self._trainer.lr_scheduler_configs])
                 self._later = Later(self._branches)
+            if self._later is not None:
+                self._later.enter()
             if not again:
                 self._fit.frozen.look()
             self._fit.attributes.enter(branch, again=again)

@@ -106,6 +106,23 @@ def test_what_is_changed_after_a_step_reaches_no_branch_early(kind: Any, policy:
     assert not differences(found, expected)
 
 
+def test_what_stood_still_for_the_step_alone_is_left_as_it_is(tmp_path: Path) -> None:
+    class Toggles(ByHand):
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            assert self.first.weight.requires_grad
+            self.see(batch)
+            self.first.requires_grad_(False)
+            super().training_step(batch, batch_idx)
+            self.first.requires_grad_(True)
+
+    class Never(Plain):
+        def loss(self, batch: Tensor) -> Tensor:
+            return (self.last(self.first(batch).detach().tanh()) - 1).square().sum()
+
+    found, expected = (outcome(each(), branching("average"), tmp_path) for each in (Toggles, Never))
+    assert not differences(found, expected)
+
+
 def test_in_turns_it_waits_for_the_end_of_the_group(tmp_path: Path) -> None:
     trained: list[bool] = []
 
