@@ -144,11 +144,12 @@ class League(Judge, Callback):
             scores[average.name] = validation.metrics_of(average.name) if measured else {}
         self._rank(publisher, {name: self._agreed(publisher, found) for name, found in scores.items()})
 
-    def _agreed(self, publisher: Publisher, metrics: dict[str, float]) -> float:
+    def _agreed(self, publisher: Publisher, metrics: dict[str, float]) -> float | None:
         own = {self.monitor: metrics[self.monitor]} if self.monitor in metrics else {}
-        return publisher.validation.agreed(own).get(self.monitor, math.nan)
+        return publisher.validation.agreed(own).get(self.monitor)
 
-    def _rank(self, publisher: Publisher, scores: dict[str, float]) -> None:
+    def _rank(self, publisher: Publisher, measured: dict[str, float | None]) -> None:
+        scores = {name: math.nan if score is None else score for name, score in measured.items()}
         n = samples(publisher.trainer)
         averages = {average.name: average for average in publisher.averages}
         self.standings = {
@@ -160,7 +161,8 @@ class League(Judge, Callback):
             )
             for name, score in scores.items()
         }
-        rank_zero_info(table(self.monitor, self.standings, n))
+        unknown = {name for name, score in measured.items() if score is None}
+        rank_zero_info(table(self.monitor, self.standings, n, unknown))
         ties = [] if self.mode is None else best(scores, self.mode)
         if not ties:
             rank_zero_info(f"League: no {self.monitor} can be chosen, so no set wins.")

@@ -147,9 +147,9 @@ class Report(HealthReader, Traveller, Callback):
         record.title = "/".join(str(self._folder).replace(os.sep, "/").split("/")[-2:])
         record.monitor, record.mode = self.monitor, self.mode
         record.about, record.ages = {}, {}
-        if self.monitor is not None and self.monitor not in record.measured:
-            known = ", ".join(record.measured) or "nothing"
-            rank_zero_warn(f"Report: validation did not log `monitor={self.monitor!r}`. It logged {known}.")
+        if self.monitor is not None and self.monitor not in {**record.measured, **record.trained}:
+            known = ", ".join({**record.measured, **record.trained}) or "nothing"
+            rank_zero_warn(f"Report: nothing logged `monitor={self.monitor!r}`. Logged were {known}.")
         for average in (each for each in _callbacks(trainer) if isinstance(each, Average)):
             label = average.label()
             record.about[average.name] = f"{label['class']}, {label['rule']}"

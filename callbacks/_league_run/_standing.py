@@ -1,7 +1,7 @@
 """How a set of weights did in a league, and the table of all."""
 
 import math
-from collections.abc import Mapping, Sized
+from collections.abc import Collection, Mapping, Sized
 from typing import Any, NamedTuple
 
 from lightning_merge._choice import is_accuracy
@@ -51,11 +51,18 @@ def standard_error(monitor: str, score: float, n: int | None) -> float | None:
     return round(math.sqrt(score * (1 - score) / n), 12)
 
 
-def table(monitor: str, standings: Mapping[str, Standing], n: int | None) -> str:
-    """The standings as text, and what the columns are."""
+def table(monitor: str, standings: Mapping[str, Standing], n: int | None, unknown: Collection[str] = ()) -> str:
+    """The standings as text, and what the columns are.
+
+    Args:
+        monitor: The metric.
+        standings: By name.
+        n: Number of validation samples, if that is known.
+        unknown: Names of those that were not measured; another NaN is one that was.
+    """
     rows = [("weights", monitor, "standard error", "ms per step", "MB")]
     for name, each in standings.items():
-        score = "not measured" if math.isnan(each.score) else f"{each.score:.4f}"
+        score = "not measured" if name in unknown else f"{each.score:.4f}"
         error = "" if each.standard_error is None else f"{each.standard_error:.4f}"
         rows.append((name, score, error, f"{each.ms_per_step:.3f}", f"{each.megabytes:.2f}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

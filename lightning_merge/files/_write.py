@@ -125,7 +125,7 @@ def replacing(target: str | os.PathLike[str]) -> Iterator[Path]:
         return
     path = Path(target)
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file, as {path / 'merged.pt'}.")
+        raise IsADirectoryError(f"{path} is a folder: name a file in it, as {path / 'NAME'}.")
     unfinished = path.with_name(f"{path.name[:200]}.{secrets.token_hex(4)}.tmp")
     try:
         with _naming(target):

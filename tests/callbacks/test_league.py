@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_merge import callbacks
 from lightning_merge.callbacks import EMA, LAWA, SWA, SWAD, AcceptIfBetter, League
+from lightning_merge.callbacks._league_run._standing import Standing, table
 from lightning_merge.cli import main
 from lightning_merge.recipes._catalog import recipes, whole
 from lightning_merge.recipes._help import recipe_help
@@ -85,6 +86,12 @@ def test_the_raw_weights_win_a_tie_and_a_nan_never_does(tmp_path: Path) -> None:
     league = League(contestants(), "val/loss")
     fit(league, tmp_path, math.nan)
     assert (league.winner, league.path) == (None, None)
+
+
+def test_the_table_tells_a_nan_from_what_was_not_measured() -> None:
+    of = {name: Standing(math.nan, None, 0.0, 0.0) for name in ("raw", "late")}
+    _, raw, late, _ = table("val/loss", of, None, {"late"}).splitlines()
+    assert (raw.split()[:2], late.split()[:3]) == (["raw", "nan"], ["late", "not", "measured"])
 
 
 def test_what_was_not_measured_or_merged_nothing_cannot_win(tmp_path: Path) -> None:

@@ -199,8 +199,15 @@ def test_the_monitored_metric_comes_first_and_one_that_is_not_logged_is_said(tmp
     report = Report("val/acc")
     fitted(tmp_path, [report], Two())
     assert re.findall("<h3>(val/.*?)</h3>", Path(str(report.path)).read_text()) == ["val/acc", "val/loss"]
-    with pytest.warns(UserWarning, match=r"did not log `monitor='val/f1'`. It logged val/loss, val/acc"):
+    with pytest.warns(UserWarning, match=r"nothing logged `monitor='val/f1'`. Logged were val/loss, val/acc"):
         fitted(tmp_path, [Report("val/f1")], Two())
+
+
+def test_a_metric_of_training_may_come_first(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    report = Report("train/loss")
+    fitted(tmp_path, [report], limit_val_batches=0)
+    assert re.findall("<h3>(.*?)</h3>", Path(str(report.path)).read_text())[0] == "train/loss"
+    assert not [each for each in recwarn if "Report" in str(each.message)]
 
 
 @pytest.mark.parametrize(
@@ -464,6 +471,8 @@ def test_runs_are_called_by_what_tells_them_apart(folders: tuple[str, ...], titl
     ("arguments", "message"),
     [
         (["nowhere"], f"there is no {NAME} in or below nowhere"),
+        (["nowhere"], "A run that was killed has its curves in its checkpoints"),
+        ([NAME, "--out", "."], "is a folder: name a file in it"),
         (["other.html"], "other.html is no report"),
         ([NAME, "--out", NAME], "`--out` must be another file"),
     ],
