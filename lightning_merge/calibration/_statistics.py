@@ -1,7 +1,4 @@
-"""Calibration: measuring the statistics of BatchNorm layers again, after their weights were merged.
-
-Merged weights make activations that no model of the run had, so running statistics taken from the run do not fit.
-"""
+"""Measuring the statistics of BatchNorm layers again, after their weights were merged."""
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
