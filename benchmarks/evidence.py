@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def protocols() -> dict[str, Callable[[str], Protocol]]:
     """By name and in order of worth, what makes each in a size."""
+    from _evidence._alignment import alignment
     from _evidence._averages import averages
     from _evidence._budgets import cifar10_budgets, digits_budgets
     from _evidence._domains import domains
@@ -54,6 +55,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
         "tasks": tasks,
         "tangent": tangent_space,
         "merging": merging,
+        "alignment": alignment,
     }
 
 

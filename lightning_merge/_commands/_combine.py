@@ -49,6 +49,10 @@ def combine(options: argparse.Namespace) -> str:
     with ThreadPoolExecutor() as threads:
         hashes = list(threads.map(lambda checkpoint: checkpoint.sha256(), trajectory))
     bench = None if options.config is None else _bench(options.config)
+    if getattr(options, "align", False):
+        from lightning_merge._commands._aligned import aligned
+
+        trajectory = aligned(trajectory, bench.model)
     found: Found | None = None
     merged: Weights = {}
     coefficients: list[float] | None = None
@@ -145,6 +149,7 @@ def _provenance(
         "base": os.fspath(options.base) if options.rule in (*FROM_BASE, *FROM_A_BASE) else None,
         "importance": [os.fspath(file) for file in getattr(options, "statistics", None) or ()] or None,
         "statistics": "averaged" if options.config is None else "measured",
+        "aligned": getattr(options, "align", False),
     }
 
 

@@ -54,6 +54,11 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rule", choices=SOUP_RULES, default="uniform", help="how they are merged (default uniform)")
     parser.add_argument("--weights", choices=_SETS, default="published", help=f"{_OF_SETS} (default published)")
+    parser.add_argument(
+        "--align",
+        action="store_true",
+        help="for runs from different starts: puts hidden units into the order of the first file (needs `--config`)",
+    )
     parser.add_argument("--base", type=_local, metavar="FILE", help=f"for {_NAMED}: what all were fine-tuned from")
     add_tasks(parser)
     parser.add_argument(
@@ -130,6 +135,11 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"`--scale` must be left out for `--rule {options.rule}`, got {options.scale}.")
     if options.command == "soup":
         _check_statistics(options)
+        if options.align and (options.config is None or options.rule in (*FROM_BASE, *OF_TASKS)):
+            raise ValueError(
+                f"`--align` needs `--config`, whose model tells which units there are, and a rule without a base, got"
+                f" `--rule {options.rule}`."
+            )
     if options.rule == "learned" and options.mode == "max":
         raise ValueError(
             "`--rule learned` follows a gradient, so the score has to be a smooth loss, as with `--monitor val/loss"
