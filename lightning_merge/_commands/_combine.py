@@ -49,7 +49,7 @@ def combine(options: argparse.Namespace) -> str:
     with ThreadPoolExecutor() as threads:
         hashes = list(threads.map(lambda checkpoint: checkpoint.sha256(), trajectory))
     bench = None if options.config is None else _bench(options.config)
-    if getattr(options, "align", False):
+    if bench is not None and getattr(options, "align", False):
         from lightning_merge._commands._aligned import aligned
 
         trajectory = aligned(trajectory, bench.model)
