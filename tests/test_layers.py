@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 from sources import ROOT, sources, tree
 
-OPTIONAL = {"optuna", "safetensors", "fsspec"}  # the engine imports them inside functions that say what to install
+OPTIONAL = {
+    "optuna",
+    "safetensors",
+    "fsspec",
+    "scipy",
+}  # the engine imports them inside functions that say what to install
 RECIPES_ONLY = {"timm", "torchvision", "yaml", "omegaconf", "jsonargparse", "sklearn", "matplotlib", "rich"}
 
 

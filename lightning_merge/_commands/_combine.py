@@ -2,7 +2,9 @@
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,6 @@ def combine(options: argparse.Namespace) -> str:
         ValueError: If something does not fit; nothing is written then.
     """
     from lightning_merge._commands._combine_report import report
-    from lightning_merge._commands._from_base import from_base
     from lightning_merge._commands._kept import kept_of
     from lightning_merge._commands._target import folder_of, refuse_input, save
 
@@ -53,28 +54,16 @@ def combine(options: argparse.Namespace) -> str:
         from lightning_merge._commands._aligned import aligned
 
         trajectory = aligned(trajectory, bench.model)
-    found: Found | None = None
-    merged: Weights = {}
-    coefficients: list[float] | None = None
-    remarks: list[str] = []
-    shares: dict[str, list[float]] = {}
-    if options.rule in FROM_BASE:
-        merged, remarks = from_base(trajectory, options)
-    elif options.rule in SEARCHES:
-        found = combining.search(trajectory, options, bench, hashes)
-        coefficients = list(found.coefficients)
-    elif options.rule in OF_TASKS:
-        merged, found, shares, remarks = _of_tasks(trajectory, options, bench, hashes)
-        coefficients = list(found.coefficients) if options.per == "model" else None
-    elif earlier is not None:
-        coefficients = earlier.weights(options, len(trajectory) - 1)
-    else:
-        coefficients = combining.coefficients(options, len(trajectory))
-    if coefficients is not None and folder is None and options.rule not in OF_TASKS:
-        merged = trajectory.combine(coefficients)
+    done = _merge(options, trajectory, earlier, bench, hashes)
+    merged, found = done.weights, done.found
+    if done.coefficients is not None and folder is None and options.rule not in OF_TASKS:
+        merged = trajectory.combine(done.coefficients)
     if bench is not None:
         merged = combining.measured(bench, merged, options.seed)
-    provenance = {**_provenance(options, trajectory, hashes, coefficients, found), "shares": shares or None}
+    provenance = {
+        **_provenance(options, trajectory, hashes, done.coefficients, found),
+        "shares": done.shares or None,
+    }
     whole = provenance if earlier is None else earlier.grown(provenance)
     if folder is not None:
         from lightning_merge._commands._combine_folder import write_folder
@@ -86,7 +75,37 @@ def combine(options: argparse.Namespace) -> str:
         bench.load(merged)  # as the line that is printed does
     kept, lost = kept_of(paths)
     save({"state_dict": merged, **kept, "provenance": whole}, options.out)
-    return report(options, trajectory, provenance, lost, remarks)
+    return report(options, trajectory, provenance, lost, done.remarks)
+
+
+@dataclass
+class _Merge:
+    """What a rule gave: weights, or coefficients of all files that give them."""
+
+    coefficients: list[float] | None = None
+    weights: "Weights" = field(default_factory=dict)
+    found: "Found | None" = None
+    remarks: Sequence[str] = ()
+    shares: Mapping[str, list[float]] = field(default_factory=dict)
+
+
+def _merge(
+    options: argparse.Namespace, trajectory: "Trajectory", earlier: "Earlier | None", bench: Any, hashes: list[str]
+) -> _Merge:
+    if options.rule in FROM_BASE:
+        from lightning_merge._commands._from_base import from_base
+
+        weights, remarks = from_base(trajectory, options)
+        return _Merge(weights=weights, remarks=remarks)
+    if options.rule in SEARCHES:
+        found = combining.search(trajectory, options, bench, hashes)
+        return _Merge(list(found.coefficients), found=found)
+    if options.rule in OF_TASKS:
+        weights, found, shares, remarks = _of_tasks(trajectory, options, bench, hashes)
+        return _Merge(list(found.coefficients) if options.per == "model" else None, weights, found, remarks, shares)
+    if earlier is not None:
+        return _Merge(earlier.weights(options, len(trajectory) - 1))
+    return _Merge(combining.coefficients(options, len(trajectory)))
 
 
 def _of_tasks(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, hashes: list[str]) -> Any:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ def align(
     """
     instance("weights", weights, Mapping, "tensors by name")
     instance("to", to, Mapping, "tensors by name")
+    if find_spec("scipy") is None:
+        raise ImportError('Alignment needs scipy: pip install "lightning-merge[search]".')
     sweeps, groups = whole("sweeps", sweeps, 1), units(module)
     _refuse(groups, weights, to)
     trained = {name for name, _ in module.named_parameters()}

@@ -84,15 +84,13 @@ class _Walk:
 
     def _joined(self, node: fx.Node, given: list[_Value | None]) -> _Value | None:
         """A sum or a product of branches; numbers beside them change nothing."""
-        if None in given or len({value.where for value in given if value}) != 1:
+        known = [value for value in given if value is not None]
+        if len(known) < len(given) or len({value.where for value in known}) != 1:
             self._fix(given)
             return None
-        first = given[0]
-        assert first is not None
-        for other in given[1:]:
-            assert other is not None
-            first.group.join(other.group)
-        return first
+        for other in known[1:]:
+            known[0].group.join(other.group)
+        return known[0]
 
     def _flat(self, value: _Value) -> _Value:
         return _Value(value.group, "flat") if value.where == "channel" else value

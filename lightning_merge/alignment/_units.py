@@ -14,7 +14,7 @@ from lightning_merge.alignment._trace import trace
 class Units:
     """Hidden units that may be put into any order, if it is done everywhere.
 
-    Attributes:
+    Args:
         size: How many.
         axes: The tensors that have an entry for each, by canonical name: which axis, and how many entries of it belong
             to one unit (those of an image that was flattened before a linear layer).

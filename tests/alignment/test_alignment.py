@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge.alignment import align, units
-from lightning_merge.recipes import SmallConvNet, SmallResNet
 
 Weights = dict[str, Tensor]
 
@@ -81,8 +80,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "twice": (Twice, ROWS, 1),
     "attention": (Branching, ROWS[:, None], 1),
     "tied": (Tied, torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), 1),
-    "digits": (SmallConvNet, IMAGES[:, :1], 3),
-    "resnet-8": (lambda: SmallResNet(width=4), IMAGES, 6),
     "resnet-18": (lambda: timm.create_model("resnet18", num_classes=3), torch.randn(2, 3, 32, 32), 12),
     "efficientnet": (lambda: timm.create_model("tf_efficientnet_lite0", num_classes=3), torch.randn(2, 3, 32, 32), 24),
 }
