@@ -51,21 +51,30 @@ class Earlier:
                     f"{path} was merged with `--{name} {about.get(name)}`, and goes on only so: got"
                     f" {getattr(options, name)}."
                 )
-        self.checkpoint = Checkpoint(path)
-        self.files: list[str] = about["files"]
-        self.sets: list[str] = about["sets"]
-        self.sha256: list[str] = about["sha256"]
-        self.coefficients: list[float] = about["coefficients"]
+        self.checkpoint = Checkpoint(path, options.weights)  # a folder may hold another set of its last input too
+        self.in_order = options.rule == "ema"
+        self.files: list[str] = _listed(about, "files", str, path)
+        self.sets: list[str] = _listed(about, "sets", str, path)
+        self.sha256: list[str] = _listed(about, "sha256", str, path)
+        self.coefficients: list[float] = _listed(about, "coefficients", float, path)
 
     def with_new(self, trajectory: Trajectory) -> Trajectory:
         """The merge, and the checkpoints of a run that are not in it yet.
 
         Raises:
-            ValueError: If there is none.
+            ValueError: If there is none, or the rule goes by order and one is older than what is in the merge.
         """
         known = {Path(file).resolve() for file in self.files}
-        new = [each for each in trajectory if each.path.resolve() not in known]
-        new = [each for each in new if each.sha256() not in self.sha256]  # the same one, moved
+        is_new = [each.path.resolve() not in known and each.sha256() not in self.sha256 for each in trajectory]
+        new = [each for each, new in zip(trajectory, is_new, strict=True) if new]  # a known one may have been moved
+        if self.in_order and new:
+            done = self.checkpoint.step
+            late = done is not None and new[0].step is not None and new[0].step <= done
+            if late or not all(is_new[is_new.index(True) :]):
+                raise ValueError(
+                    f"{new[0].path} comes before a checkpoint that {self.checkpoint.path} holds already, and an `ema`"
+                    f" goes by order: leave older ones out with `--start`, or leave `--continue-from` out."
+                )
         if not new:
             raise ValueError(f"{self.checkpoint.path} holds all of these {len(trajectory)} checkpoints already.")
         found = Trajectory([self.checkpoint, *new])
@@ -90,3 +99,18 @@ class Earlier:
             "coefficients": [*(share * each for each in self.coefficients), *of_new],
             "continued_from": os.fspath(self.checkpoint.path),
         }
+
+
+def _listed(about: dict[str, Any], name: str, kind: type, path: Path) -> list[Any]:
+    """What the provenance of a merge has of each file.
+
+    Raises:
+        ValueError: If it has not, which is no work of ``average``.
+    """
+    found = about.get(name)
+    if isinstance(found, list) and len(found) == len(about["files"]) and all(isinstance(each, kind) for each in found):
+        return found
+    raise ValueError(
+        f"{path} cannot go on: `{name}` of what it says it was merged from is not as `average` writes it. It was"
+        " changed since: merge all checkpoints again, without `--continue-from`."
+    )

@@ -96,9 +96,16 @@ def refuse_input(target: str | os.PathLike[str], inputs: Iterable[str | os.PathL
     Raises:
         ValueError: Naming the input.
     """
-    if is_remote(target) or not Path(target).exists():
+    if is_remote(target):
         return
-    for each in inputs:
+    given = list(inputs)
+    local = [Path(each) for each in given if each is not None and not is_remote(each)]
+    for folder in filter(is_sharded_checkpoint, local):
+        if folder.resolve() in Path(target).resolve().parents:
+            raise ValueError(f"{target} is inside of {folder}, one of the inputs: name a place outside of it.")
+    if not Path(target).exists():
+        return
+    for each in given:
         if each is None or is_remote(each) or not Path(each).exists():
             continue
         if any(place.samefile(target) for place in (Path(each), *Path(each).resolve().parents)):

@@ -102,6 +102,9 @@ def _without_lightning(path: Path, outlines: dict[str, Tensor] | None) -> dict[s
         for key, stored in metadata.state_dict_metadata.items()
         if isinstance(stored, TensorStorageMetadata) and not key.startswith(_OF_TRAINING)
     }
+    if _is_of_one_object(ways):  # as the `app` of torch's tutorial
+        ways = {key: way[1:] for key, way in ways.items()}
+        targets = {key: t for key, t in targets.items() if not f"{ways[key][0]}.".startswith(_OF_TRAINING)}
     if outlines is not None:
         outlines |= targets
     with warnings.catch_warnings():
@@ -116,6 +119,14 @@ def _without_lightning(path: Path, outlines: dict[str, Tensor] | None) -> dict[s
             inside = inside.setdefault(step, {})
         inside[last] = tensor
     return content
+
+
+def _is_of_one_object(ways: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Whether all is under one key that holds a model and more."""
+    return (
+        len({way[0] for way in ways.values()}) == 1
+        and {"model", "state_dict"} & {str(way[1]) for way in ways.values() if len(way) > 2} != set()
+    )
 
 
 def together(content: Any) -> Any:

@@ -1,6 +1,7 @@
 """Tensors of a sharded checkpoint that stay on disk until they are asked for."""
 
 import io
+import pickle
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ class ShardedTensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, keys: Mapping[str, str], in_place: Mapping[str, str]) -> None:
-        self._keys, self.in_place = dict(keys), dict(in_place)
+        self._path, self._keys, self.in_place = path, dict(keys), dict(in_place)
         self._reader = sharded_reader(path)
         self.metadata: Metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
@@ -70,7 +71,14 @@ class ShardedTensors(Mapping[str, Tensor]):
         whole = ChunkStorageMetadata(torch.Size([0] * len(stored.size)), stored.size)
         target = torch.empty((part or whole).sizes, dtype=stored.properties.dtype)
         items = create_read_items_for_chunk_list(key, stored, [part or whole])
-        self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target)).wait()
+        except (RuntimeError, pickle.UnpicklingError, AssertionError, EOFError) as error:
+            files = sorted({self._reader.storage_data[item.storage_index].relative_path for item in items})
+            raise ValueError(
+                f"the sharded checkpoint {self._path} is damaged: `{key}` cannot be read from {', '.join(files)}. Copy"
+                " it again, or use an earlier checkpoint."
+            ) from error
         return target
 
     def bytes_of(self, key: str) -> io.BytesIO:

@@ -173,7 +173,10 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             flush_folder(target.parent)
     finally:
         for each in (unfinished, old):
-            shutil.rmtree(each, ignore_errors=True)
+            if each.is_symlink():
+                each.unlink()  # the target was a link to a folder, which stays
+            else:
+                shutil.rmtree(each, ignore_errors=True)
 
 
 def flush_folder(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """``average`` and ``soup`` of sharded checkpoints: read and written tensor by tensor, and merges that grow."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,80 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(run: Run, root: Path, 
     code, _, err = run(*command.format(root=root).split())
     assert (code, said in err) == (2, True), err
     assert sorted(Path().rglob("*")) == before
+
+
+def two_sets(root: Path) -> None:
+    """Three plain folders with weights and an average, which the merges leave as the last has it."""
+    for step in (1, 2, 3):
+        sets = {"model": {"w": torch.full((2,), float(step))}, "model_ema": {"w": torch.full((2,), -9.0 * step)}}
+        save(sets, checkpoint_id=root / f"two-{step}", no_dist=True)
+
+
+def test_a_merge_of_folders_with_two_sets_goes_on_with_the_set_that_was_merged(run: Run) -> None:
+    two_sets(Path())
+    assert run("average", ".", "--pattern", "two-[12]", "--out", "old")[0] == 0
+    code, _, err = run("average", ".", "--pattern", "two-*", "--out", "new", "--continue-from", "old")
+    assert code == 0, err
+    assert Checkpoint("new", "raw").tensor("w").tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("sha256", None), ("sha256", ["a"]), ("coefficients", ["a", "b"]), ("coefficients", {}), ("files", [1, 2])],
+    ids=str,
+)
+def test_a_merge_whose_provenance_was_changed_does_not_go_on(run: Run, key: str, value: Any) -> None:
+    two_sets(Path())
+    assert run("average", ".", "--pattern", "two-[12]", "--out", "old")[0] == 0
+    about = json.loads(Path("old/provenance.json").read_text()) | {key: value}
+    Path("old/provenance.json").write_text(json.dumps(about))
+    code, _, err = run("average", ".", "--pattern", "two-*", "--out", "new", "--continue-from", "old")
+    assert (code, f"old cannot go on: `{key}` of what it says" in err) == (2, True), err
+
+
+@pytest.mark.parametrize("layout", ["lightning", "torchtitan"])
+def test_an_ema_takes_in_no_checkpoint_from_before_those_that_it_holds(run: Run, root: Path, layout: str) -> None:
+    pattern = "step-{}" if layout == "torchtitan" else "step={}.ckpt"
+    common = ["average", root / layout, "--rule", "ema", "--decay", "0.5", "--pattern"]
+    assert run(*common, pattern.format("[23]"), "--out", "old")[0] == 0
+    code, _, err = run(*common, pattern.format("*"), "--out", "new", "--continue-from", "old")
+    assert (code, "comes before a checkpoint that old holds already, and an `ema` goes by order" in err) == (2, True)
+    if layout == "lightning":  # also where the old ones are gone, as files say their steps
+        assert run(*common, pattern.format("1"), "--out", "new", "--continue-from", "old")[0] == 2
+
+
+def test_the_layout_of_torchs_tutorial_is_read(run: Run) -> None:
+    for step in (1, 2):
+        model = {"net.w": torch.full((2,), float(step))}
+        content = {"app": {"model": model, "optim": {"state": {"net.w": {"exp_avg": torch.ones(2)}}}}}
+        save(content, checkpoint_id=f"app-{step}", no_dist=True)
+    code, said, err = run("soup", "app-1", "app-2", "--out", "m")
+    assert (code, "2 numbers" in said) == (0, True), err
+    assert Checkpoint("m").weights()["net.w"].tolist() == [1.5, 1.5]
+    found: Any = {"app": {"model": {"net.w": torch.zeros(2)}}}
+    load(found, checkpoint_id="m", no_dist=True)
+    assert found["app"]["model"]["net.w"].tolist() == [1.5, 1.5]
+
+
+def test_a_damaged_part_is_named(run: Run) -> None:
+    save({"w": torch.ones(300)}, checkpoint_id="whole", no_dist=True)
+    save({"w": torch.ones(300)}, checkpoint_id="damaged", no_dist=True)
+    part = Path("damaged/__0_0.distcp")
+    part.write_bytes(bytes(len(part.read_bytes())))
+    code, _, err = run("soup", "damaged", "whole", "--out", "m")
+    assert (code, "damaged is damaged: `w` cannot be read from __0_0.distcp" in err) == (2, True), err
+    assert not Path("m").exists()
+
+
+def test_an_output_is_not_put_into_an_input_and_takes_the_place_of_a_link(run: Run, root: Path) -> None:
+    save({"w": torch.ones(3)}, checkpoint_id="one", no_dist=True)
+    code, _, err = run("soup", "one", "--out", "one/merged")
+    assert (code, "one/merged is inside of one, one of the inputs" in err) == (2, True), err
+    Path("link").symlink_to("two")
+    save({"w": torch.zeros(3)}, checkpoint_id="two", no_dist=True)
+    assert run("soup", "one", "--out", "link", "--force")[0] == 0
+    assert sorted(path.name for path in Path().iterdir()) == ["link", "one", "two"]
+    assert [Checkpoint(name).tensor("w").sum().item() for name in ("link", "two")] == [3.0, 0.0]
 
 
 def test_a_merge_that_ends_half_way_leaves_the_old_folder(
