@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from lightning_merge import __version__
 from lightning_merge._commands._mistakes import quiet_workers, users_mistake, worker_was_told_to_end
+from lightning_merge._commands._reader import CLOSED, reader_is_gone
 
 PASSED_ON = {"run": "run", "fit": "fit", "validate": "fit", "test": "fit", "predict": "fit"}
 """Commands whose arguments LightningCLI reads, with the module of each."""
@@ -76,11 +77,16 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Gives 0, 2 for a user's mistake (a line or two say which), 130 for Ctrl-C, 143 for SIGTERM."""
+    """Runs one command.
+
+    Gives 0, 2 for a user's mistake (a line or two say which), 130 for Ctrl-C, 141 if nobody reads on, 143 for SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with quiet_workers():
-            return _dispatch(arguments)
+            code = _dispatch(arguments)
+            sys.stdout.flush()  # fails here, and not where nobody answers for it
+            return code
     except KeyboardInterrupt:
         return 130
     except SystemExit as error:
@@ -93,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return error.code or 0
         return _fail(str(error.code))
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_is_gone():
+            return CLOSED
         if worker_was_told_to_end(error):
             return _terminated(arguments)
         message = users_mistake(error)

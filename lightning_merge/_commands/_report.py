@@ -39,8 +39,9 @@ def _pages(run: Path) -> list[Path]:
         return [run]
     if not (found := sorted(run.rglob(NAME))):
         raise ValueError(
-            f"there is no {NAME} in or below {run}: `callbacks.Report()` in a Trainer writes one at the end of a fit. A"
-            " run that was killed has its curves in its checkpoints, and resumed it writes them all."
+            f"there is no {NAME} in or below {run}: `callbacks.Report()` in a Trainer writes one at the end of a fit; a"
+            " recipe takes `--trainer.callbacks+=Report`. A run that was killed has its curves in its checkpoints, and"
+            " resumed it writes them all."
         )
     return found
 
