@@ -150,8 +150,8 @@ def killed(root: Path, processes: int) -> dict[str, Any]:
             "the same after another run": again}  # fmt: skip
 
 
-def of_writers(world: int, root: Path, rows: dict[str, list[Any]]) -> None:
-    """All rows of folders that so many processes wrote."""
+def of_writers(world: int, root: Path, rows: dict[str, list[Any]], output: Path | None) -> None:
+    """All rows of folders that so many processes wrote; the file has what there is after each."""
     import torch.multiprocessing as mp
 
     mp.spawn(written, (world, str(root)), nprocs=world)
@@ -170,6 +170,7 @@ def of_writers(world: int, root: Path, rows: dict[str, list[Any]]) -> None:
                "memory of a process, MiB": round(most), "sha256": digest}  # fmt: skip
         rows["average"].append(row)
         progress(str(row))
+        results(rows, output)
         shutil.rmtree(out)
     rows["rate"].append({
         "writers": world,
@@ -178,6 +179,10 @@ def of_writers(world: int, root: Path, rows: dict[str, list[Any]]) -> None:
     })  # fmt: skip
     rows["killed"] += [killed(root, processes) for processes in (1, 2)]
     progress(f"{rows['rate'][-1]} {rows['killed'][-2:]}")
+
+
+def results(rows: dict[str, list[Any]], output: Path | None) -> None:
+    write({**header("torch"), "seed": 0, "bar": RATE, **rows}, output)
 
 
 def main() -> int:
@@ -192,9 +197,9 @@ def main() -> int:
     rows: dict[str, list[Any]] = {key: [] for key in ("load", "read, merged and written", "average", "rate", "killed")}
     for world in WRITERS:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as text:
-            of_writers(world, Path(text), rows)
+            of_writers(world, Path(text), rows, arguments.output)
         progress(f"done: folders of {world} processes")
-        write({**header("torch"), "seed": 0, "bar": RATE, **rows}, arguments.output)
+        results(rows, arguments.output)
     same = {world: len({row["sha256"] for row in rows["average"] if row["writers"] == world}) == 1 for world in WRITERS}
     progress(f"the same bits by 1, 2 and 4 processes: {same}")
     return 0 if all(same.values()) else 1

@@ -24,7 +24,11 @@ def run(options: argparse.Namespace) -> int:
     """Runs ``average`` or ``soup`` and gives the exit code."""
     if options.config is not None:
         need(CLI_MODULES)
-    print(combine(options))
+    from lightning_merge._commands._combine_folder import is_first
+
+    said = combine(options)
+    if is_first():
+        print(said)
     return 0
 
 

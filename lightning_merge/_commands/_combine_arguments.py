@@ -1,6 +1,7 @@
 """The arguments of ``average`` and ``soup``."""
 
 import argparse
+import os
 from pathlib import Path
 
 from lightning_merge._commands._task_arguments import FROM_A_BASE, OF_TASKS, add_tasks, check_tasks
@@ -84,7 +85,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, help="the checkpoint to write, or a URL; ends in .ckpt or .pt, or is a folder"
     )
     parser.add_argument(
-        "--processes", type=int, default=1, metavar="N", help="so many write the parts of a folder (default 1)"
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so many write the parts of a folder (default 1; under torchrun its own)",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument("--config", type=Path, help="config.yaml of a run or a recipe: model and data to score with")
@@ -162,6 +167,10 @@ def _check_target(options: argparse.Namespace) -> None:
         if options.processes != 1:
             raise ValueError("`--processes` is for a sharded output: let `--out` be a folder (without an ending).")
         return
+    if options.processes != 1 and is_of_torchrun():
+        raise ValueError(
+            f"`--processes` must be left out under `torchrun`, which starts them, got {options.processes}."
+        )
     if options.processes < 1:
         raise ValueError(f"`--processes` must be at least 1, got {options.processes}.")
     if options.config is not None or options.rule in FROM_BASE:
@@ -183,3 +192,8 @@ def _check_statistics(options: argparse.Namespace) -> None:
         raise ValueError(
             f"`--base-statistics` must be left out for `--rule {options.rule}`, got {options.base_statistics}."
         )
+
+
+def is_of_torchrun() -> bool:
+    """Whether ``torchrun`` has started this process among others."""
+    return os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR"}

@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning_merge._commands._combine_arguments import is_of_torchrun
 from lightning_merge._commands._kept import is_plain
 from lightning_merge._commands._target import save
 from lightning_merge.files import KEY, read, replacing_folder
@@ -32,14 +34,41 @@ def write_folder(
     Returns:
         What of the last one's ``meta.pt`` is left out, since it is no plain data.
     """
-    with replacing_folder(target) as unfinished:
+    with _shared(target) as unfinished:
         if processes == 1:
             save_parts(trajectory, provenance["coefficients"], unfinished)
         else:
             _in_processes(trajectory, provenance, unfinished, processes)
+        if not is_first():
+            return []
         lost = _write_meta(trajectory[-1].path / META, unfinished / META)
         (unfinished / PROVENANCE).write_text(json.dumps(whole, indent=1), encoding="utf-8")
     return lost
+
+
+def is_first() -> bool:
+    """Whether this process speaks for all that ``torchrun`` has started, or is alone."""
+    return not is_of_torchrun() or os.environ["RANK"] == "0"
+
+
+@contextmanager
+def _shared(target: Path) -> Iterator[Path]:
+    """The folder to fill, of all processes that ``torchrun`` has started; the first one gives it its name."""
+    if not is_of_torchrun():
+        with replacing_folder(target) as unfinished:
+            yield unfinished
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        with replacing_folder(target) if is_first() else nullcontext() as own:
+            path = [None if own is None else os.fspath(own)]
+            dist.broadcast_object_list(path)
+            yield Path(str(path[0]))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def _write_meta(source: Path, target: Path) -> list[str]:

@@ -1,7 +1,9 @@
 """``average`` and ``soup`` of sharded checkpoints: read and written tensor by tensor, and merges that grow."""
 
+import io
 import json
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lightning_merge.cli import main
 from lightning_merge.files._sharded import sharded_reader
 from lightning_merge.trajectory import Checkpoint, Trajectory
 
@@ -199,6 +202,26 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(run: Run, root: Path, 
     code, _, err = run(*command.format(root=root).split())
     assert (code, said in err) == (2, True), err
     assert sorted(Path().rglob("*")) == before
+
+
+def as_under_torchrun(root: Path, *arguments: str) -> tuple[int, str, str]:
+    """The exit code, and what it printed."""
+    with redirect_stdout(io.StringIO()) as printed, redirect_stderr(io.StringIO()) as err:
+        return main([*arguments]), printed.getvalue(), err.getvalue()
+
+
+def test_under_torchrun_its_processes_share_the_work(run: Run, root: Path, tmp_path: Path) -> None:
+    common = ["average", str(root / "torchtitan"), "--pattern", "step-*", "--out", str(tmp_path / "m")]
+    first, second = launch(2, as_under_torchrun, tmp_path, *common)
+    assert (first[0], second[0]) == (0, 0), first[2]
+    assert "4 checkpoints, 23 numbers" in first[1]
+    assert second[1] == ""
+    same(Checkpoint(tmp_path / "m").weights(), expected(root, *[0.25] * 4))
+    assert {path.name for path in (tmp_path / "m").glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    assert Checkpoint(tmp_path / "m").merged_from == 4
+    assert not list(tmp_path.glob("m.*"))
+    for code, _, err in launch(2, as_under_torchrun, tmp_path, *common, "--force", "--processes", "2"):
+        assert (code, "`--processes` must be left out under `torchrun`" in err) == (2, True)
 
 
 def two_sets(root: Path) -> None:
