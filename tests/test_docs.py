@@ -197,6 +197,7 @@ def test_the_table_of_methods_is_made_from_the_cards(maker: Any) -> None:
 def test_the_table_of_results_is_made_from_claims_and_files() -> None:
     maker = importlib.import_module("make_results")
     assert maker.PAGE.read_text() == maker.page(), "run `python docs/make_results.py`"
+    assert maker.README.read_text() == maker.readme(), "run `python docs/make_results.py`"
     rows = [line for line in maker.page().splitlines() if line.startswith("| [")]
     assert len(rows) == len(CARDS)
     signs = [row.split(" | ")[2] for row in rows]
