@@ -1,6 +1,7 @@
 """Makes docs/results.md, each paper's claim beside our figures, and README's column of verdicts.
 
-``python docs/make_results.py`` writes both. ``claims.yaml`` has the claims, ``benchmarks/results`` the figures; ``measured.py`` says what counts as shown.
+``python docs/make_results.py`` writes both. ``claims.yaml`` has the claims, ``benchmarks/results`` the figures;
+``measured.py`` says what counts as shown.
 """
 
 import re
