@@ -4,7 +4,7 @@ import operator
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -308,15 +308,25 @@ class Publisher(Exchange):
 
     def _teardown(self, original: Callable[[], None]) -> None:
         # The strategy's teardown is the one place that every fit passes, also those that fail.
-        if self._hooks and self.ending is None and not self.interrupted:
-            self._publish()  # a finished run was resumed: Lightning trains nothing and calls no `on_train_end`
-        if self._hooks and not self.interrupted:
-            pack_for_home(self.trainer)
-        original()
-        for hook in self._hooks:
-            hook.remove()
-        for average in self.averages:
-            average.to_host()
+        with ExitStack() as stack:  # whatever raises here, the Trainer is left as it was
+            stack.callback(self.patches.undo)
+            for average in self.averages:
+                stack.callback(self._take_to_host, average)
+            for hook in self._hooks:
+                stack.callback(hook.remove)
+            if self._hooks and self.ending is None and not self.interrupted:
+                self._publish()  # a finished run was resumed: Lightning trains nothing and calls no `on_train_end`
+            if self._hooks and not self.interrupted:
+                pack_for_home(self.trainer)
+            original()
         if self.ending is not None:
             self.ending.raw = weights.to_devices(self.ending.raw, torch.device("cpu"))
-        self.patches.undo()
+
+    def _take_to_host(self, average: Average) -> None:
+        try:
+            average.to_host()
+        except Exception as error:
+            if not self.interrupted:
+                raise
+            # What ended the fit is what the user has to see.
+            rank_zero_warn(f"{average.title}: its last update failed as well, {type(error).__name__}: {error}")

@@ -191,10 +191,12 @@ class RuleAverage:
     def to_host(self) -> None:
         """Follows the module to host memory, so no accelerator memory stays taken."""
         host = torch.device("cpu")
-        self.decide()
-        if self._background is not None:
-            self._background.close()
-            self._background = None
+        try:
+            self.decide()
+        finally:
+            if self._background is not None:
+                self._background.close()
+                self._background = None
         if self._state is not None:
             self._state = self._active_rule.load(self._state, dict.fromkeys(self.tensors, host))
         self._buffers = weights.to_devices(self._buffers, host)

@@ -149,6 +149,30 @@ def test_what_an_update_raises_ends_the_fit(
         run(EMA(0.5, device="cpu"), tmp_path, set())
 
 
+@pytest.mark.parametrize("interrupts", [False, True])
+def test_an_update_that_fails_as_the_fit_does_hides_nothing_and_leaves_nothing(
+    interrupts: bool, tmp_path: Path, as_if_on_a_device: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = ExponentialMean.update
+
+    def fails(self: Any, state: Any, live: Any) -> None:
+        if self.decay == 0.5 and state["updates"] == 2:
+            raise MemoryError("of the host")
+        update(self, state, live)
+
+    monkeypatch.setattr(ExponentialMean, "update", fails)
+    average, other = EMA(0.5, device="cpu"), EMA(0.9, name="other")
+    fit = trainer(tmp_path, [average, other, Fails(interrupts)], max_epochs=3)
+    with (
+        pytest.raises((RuntimeError, SystemExit), match=r"of the user|1"),
+        pytest.warns(UserWarning, match="its last update failed as well, MemoryError: of the host"),
+    ):
+        fit.fit(WithoutMomentum(norm=True), batches(), validation())
+    assert (average.updates, other.updates) == (2, 3)
+    assert average._background is None
+    assert "teardown" not in vars(fit.strategy)  # nor is anything else wrapped
+
+
 def test_accepted_weights_lie_between_the_two_places(tmp_path: Path, as_if_on_a_device: None) -> None:
     there, here = EMA(0.8), EMA(0.8, device="cpu")
     for average, root in ((there, "there"), (here, "here")):
