@@ -49,7 +49,7 @@ def _soups() -> list[str]:
 
 
 def _combiners() -> list[str]:
-    over = {name: values[0] for name, values in read("combiners")["over_limit"].items()}
+    over = {name: values[0] for name, values in read("combiners-streams")["over_limit"].items()}
     copies = {name: each["copies"] for name, each in read("combiners")["stream_peak, returned"].items()}
     stream, checked = over["stream: Sum"], over["stream: Sum, with the check for NaN"]
     at_once = [over[f"at once: {name}"] for name in ("Sum", "Average", "MagMax")]

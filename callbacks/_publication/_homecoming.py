@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -71,3 +72,14 @@ def _deliver(content: bytes) -> None:
     for home, luggage in torch.load(io.BytesIO(content), weights_only=False).items():
         if (callback := _HERE.get(home)) is not None:
             callback.come_home(luggage)
+
+
+def take_to_host(average: Any, fit: Any) -> None:
+    """Brings an average to host memory at the end of its fit, which another error may have ended."""
+    try:
+        average.to_host()
+    except Exception as error:
+        if not fit.interrupted:
+            raise
+        # What ended the fit is what the user has to see.
+        rank_zero_warn(f"{average.title}: its last update failed as well, {type(error).__name__}: {error}")

@@ -22,7 +22,7 @@ from lightning_merge.callbacks._publication._average import Average, Ending
 from lightning_merge.callbacks._publication._checkpoint import Checkpoints
 from lightning_merge.callbacks._publication._exchange import Exchange
 from lightning_merge.callbacks._publication._health import Health
-from lightning_merge.callbacks._publication._homecoming import Traveller, pack_for_home
+from lightning_merge.callbacks._publication._homecoming import Traveller, pack_for_home, take_to_host
 from lightning_merge.callbacks._publication._passes import Validation
 from lightning_merge.callbacks._publication._toll import Toll
 from lightning_merge.schedules import Moment
@@ -311,7 +311,7 @@ class Publisher(Exchange):
         with ExitStack() as stack:  # whatever raises here, the Trainer is left as it was
             stack.callback(self.patches.undo)
             for average in self.averages:
-                stack.callback(self._take_to_host, average)
+                stack.callback(take_to_host, average, self)
             for hook in self._hooks:
                 stack.callback(hook.remove)
             if self._hooks and self.ending is None and not self.interrupted:
@@ -321,12 +321,3 @@ class Publisher(Exchange):
             original()
         if self.ending is not None:
             self.ending.raw = weights.to_devices(self.ending.raw, torch.device("cpu"))
-
-    def _take_to_host(self, average: Average) -> None:
-        try:
-            average.to_host()
-        except Exception as error:
-            if not self.interrupted:
-                raise
-            # What ended the fit is what the user has to see.
-            rank_zero_warn(f"{average.title}: its last update failed as well, {type(error).__name__}: {error}")
