@@ -16,18 +16,40 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from resume import Network, loaders, main
+from torch import nn
 from torch.nn.functional import mse_loss
 
-from lightning_merge.search import Bayesian, Coefficients, Evolutionary, Greedy, Line, Method, search
+from lightning_merge.search import (
+    CMAES,
+    MAP,
+    Adam,
+    Bayesian,
+    Coefficients,
+    CrossEntropy,
+    Entropy,
+    Evolutionary,
+    Free,
+    Greedy,
+    Line,
+    Measured,
+    Method,
+    Objective,
+    search,
+)
 from lightning_merge.trajectory import Trajectory
 
+FILES, BUDGET = 4, 7
 METHODS: dict[str, Method] = {
     "greedy": Greedy(),
     "line": Line(),
     "evolutionary": Evolutionary(population=4),
     "bayesian": Bayesian(random_starts=2),
+    "cma-es": CMAES(population=4),
+    "map": MAP(samples=5, points=8),
+    "adamerging": Adam(0.1),
+    "atlas": Adam(0.1, start=0.0),
 }
-FILES, BUDGET = 4, 7
+BY_GRADIENT = {"adamerging": Entropy, "atlas": CrossEntropy}
 EVENTS = {"evaluation": BUDGET, "batch": 2 * BUDGET, "line": BUDGET + 1}
 
 
@@ -36,27 +58,64 @@ def run(name: str, folder: Path, on_event: Callable[[str], None] = lambda kind: 
     cut_lines(on_event)
     files, log = Trajectory.of_run(checkpoints(folder)), folder / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    known = {tuple(json.loads(line)["coefficients"]) for line in lines[1:] if line.endswith("\n")}
+    whole = [line for line in lines if line.endswith("\n")]
+    known = {tuple(json.loads(line)["coefficients"]) for line in whole[1:]}
     network = Network()
     data = loaders()[1]
 
-    def score(coefficients: Coefficients) -> float:
+    def score(coefficients: Coefficients) -> Measured:
         if coefficients in known:
             raise RuntimeError(f"{coefficients} is in the log, and was scored again")
         on_event("evaluation")
         network.load_state_dict(files.combine(coefficients))
         network.eval()
-        total = 0.0
+        losses = []
         with torch.no_grad():
             for inputs, targets in data:
                 on_event("batch")
-                total += float(mse_loss(network.net(inputs), targets))
-        return total
+                losses.append(float(mse_loss(network.net(inputs), targets)))
+        # Pulled into the middle of the space, apart for each part: else the proposals of MAP are among its samples.
+        parts = [loss + 10.0 * (a - 0.4) ** 2 for loss, a in zip(losses, coefficients, strict=False)]
+        return Measured(sum(parts), parts=tuple(parts))
 
-    found = search(score, FILES, METHODS[name], mode="min", budget=BUDGET, seed=3, log=log)
+    given = {"mode": "min", "budget": BUDGET, "seed": 3, "log": log}
+    if name in BY_GRADIENT:
+        objective = Watched(name, on_event, len(whole) - 1)
+        given |= {"per": "tensor", "tensors": objective.inner.tensors, "space": Free(-10.0, 10.0)}
+        found = search(objective, 2, METHODS[name], **given)
+    else:
+        found = search(score, FILES, METHODS[name], **given)
     history = [(each.coefficients, each.score) for each in found.history]
     end = {"coefficients": found.coefficients, "history": history, "log": log.read_text()}
     torch.save(end, folder / "end.pt")
+
+
+class Watched(Objective):
+    """Two task vectors of a small network, by a gradient on batches that change."""
+
+    def __init__(self, name: str, on_event: Callable[[str], None], known: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        module = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
+        module.register_forward_hook(lambda *_: on_event("batch"))
+        base = {name: torch.rand(like.shape, generator=generator) for name, like in module.named_parameters()}
+        vectors = [
+            {name: torch.randn(like.shape, generator=generator) for name, like in base.items()} for _ in range(2)
+        ]
+        inputs = torch.randn(2, 3, 16, 8, generator=generator)
+        labels = torch.randint(3, (2, 3, 16), generator=generator)
+        data = [list(zip(*task, strict=True)) for task in zip(inputs, labels, strict=True)]
+        self.inner = BY_GRADIENT[name](module, base, vectors, data, per="tensor")
+        self.on_event, self.known = on_event, known
+
+    @property
+    def subject(self) -> str:
+        return self.inner.subject
+
+    def measure(self, coefficients: Coefficients, number: int) -> Measured:
+        if number < self.known:
+            raise RuntimeError(f"evaluation {number} is in the log, and was scored again")
+        self.on_event("evaluation")
+        return self.inner.measure(coefficients, number)
 
 
 def checkpoints(folder: Path) -> Path:

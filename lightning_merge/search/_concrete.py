@@ -185,4 +185,4 @@ class _Means:
         self.mean.lerp_(slope, 1 - _FIRST)
         self.square.mul_(_SECOND).addcmul_(slope, slope, value=1 - _SECOND)
         scale = (self.square.sqrt() / (1 - _SECOND**self.steps) ** 0.5).add_(_FLOOR)
-        return rate / (1 - _FIRST**self.steps) * self.mean / scale
+        return self.mean.mul(rate / (1 - _FIRST**self.steps)).div_(scale)

@@ -1,5 +1,6 @@
 """Quadratic models of the tasks' scores, and the trade-offs that they predict."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class MAP(Method):
         known: dict[Coefficients, tuple[float, ...]] = {}
         for start in self._starts(space, count, rng):
             answer = yield start
-            if answer.value > -float("inf"):
+            if math.isfinite(answer.value):
                 known[start] = answer.parts or (answer.value,)
         if not known:
             return

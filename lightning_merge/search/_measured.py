@@ -1,5 +1,6 @@
 """What a score may say of a candidate beside one number."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
@@ -14,7 +15,8 @@ class Measured:
     """A score with what methods make use of.
 
     Args:
-        value: The score itself; a NaN, or an infinity that is bad, rejects the candidate.
+        value: The score itself; a NaN, or an infinity that is bad, rejects the candidate. With either of them the
+            others are left out.
         gradient: Its derivatives by each coefficient, for ``Gradient`` and ``Adam``.
         parts: The scores of several tasks, for ``MAP``, equally many for each candidate; the better, the same way as
             ``value``.
@@ -35,8 +37,9 @@ class Measured:
     def __post_init__(self) -> None:
         value = float(self.value) if self.value != self.value else number("value", self.value, "[-inf, inf]")
         settle(self, value=value)
-        settle(self, gradient=None if self.gradient is None else numbers("gradient", self.gradient))
-        settle(self, parts=None if self.parts is None else numbers("parts", self.parts))
+        told = math.isfinite(value)  # of others there is no slope, and no part means anything
+        settle(self, gradient=numbers("gradient", self.gradient) if told and self.gradient is not None else None)
+        settle(self, parts=numbers("parts", self.parts) if told and self.parts is not None else None)
 
 
 class Objective(ABC):

@@ -83,6 +83,9 @@ def test_parts_are_kept_in_the_log(tmp_path):
 def test_map_takes_what_is_rejected_and_refuses_parts_that_change():
     found = search(lambda a: math.nan if a[0] > 0.9 else trade(a), 2, MAP(12, 3), space=UNIT)
     assert found.coefficients == pytest.approx((0.5, 0.5), abs=1e-6)
+    lost = Measured(math.nan, parts=(0.5, math.nan))
+    again = search(lambda a: lost if a[0] > 0.9 else trade(a), 2, MAP(12, 3), space=UNIT)
+    assert again.coefficients == found.coefficients
     with pytest.raises(ValueError, match="`parts` of a score must be equally many"):
         search(lambda a: trade(a) if a[0] else 1.0, 2, MAP())
     with pytest.raises(ValueError, match="at most 100 coefficients for MAP, got 102"):
