@@ -114,7 +114,9 @@ def figures() -> dict[str, str]:
     for name, sets in digits_recipes().items():
         for one, values in sets.items():
             if len(values) > 2:
-                found.setdefault(as_value(values), f"digits-recipes: {one} of {name}")
+                is_loss = name == "digits/search"
+                text = as_value([value / 100 for value in values], 3) if is_loss else as_value(values)
+                found.setdefault(text, f"digits-recipes: {one} of {name}")
     for names, difference in read("anneal-quality").items():
         if " - " in names:
             found.setdefault(as_difference(*difference, 3), f"anneal-quality: held-out loss, {names}")
