@@ -170,7 +170,7 @@ def test_the_base_is_trained_on_classes_that_are_in_no_task() -> None:
     assert sorted([*base.classes, *(c for task in tasks for c in task.classes or ())]) == list(range(10))
 
 
-@pytest.mark.parametrize("name", [name for name in STREAMS if name != "continual/digits"])
+@pytest.mark.parametrize("name", [name for name in STREAMS if "digits" not in name])
 def test_every_stream_of_images_runs(name: str, tmp_path: Path) -> None:
     size = {"imagenet": 40}.get(name.partition("/")[2], 32)
     part = "val" if "imagenet" in name else "test"
@@ -186,5 +186,13 @@ def test_every_stream_of_images_runs(name: str, tmp_path: Path) -> None:
     assert len(record_of(tmp_path / "run")["rows"]) == 2
 
 
+@pytest.mark.parametrize("name", [name for name in STREAMS if "digits-" in name])
+def test_every_preset_with_a_recipe_runs_on_digits(name: str, tmp_path: Path) -> None:
+    stream = ["--stream.tasks=2", "--stream.base_epochs=1", "--data.batch_size=8"]
+    assert main(["run", name, *QUICK, *stream, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0
+    assert len(record_of(tmp_path / "run")["rows"]) == 2
+
+
 def test_streams_are_found() -> None:
-    assert {name.partition("/")[2] for name in STREAMS} == {"digits", "cifar10", "cifar100", "imagenet"}
+    presets = {f"digits-{preset}" for preset in ("emr", "fisher", "iso-c", "regmean")}
+    assert {name.partition("/")[2] for name in STREAMS} == {"digits", "cifar10", "cifar100", "imagenet", *presets}
