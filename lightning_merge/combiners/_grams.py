@@ -79,14 +79,21 @@ class WithGrams(WithStatistics):
         gram.diagonal().copy_(diagonal)
         return gram
 
-    @torch.no_grad()
     def _merged(self, state: State) -> Weights | None:
-        if not state["updates"]:
-            return None
+        return {name: self._of_sums(name, state) for name in state["sum"]} if state["updates"] else None
+
+    def _last_result(self, state: State) -> Weights | None:
         merged: Weights = {}
-        for name, total in state["sum"].items():
-            if self._have(name) and total.numel():
-                merged[name] = self._solved(name, state["gram"][name], total.flatten(1), state).view_as(total)
-            else:
-                merged[name] = total / state["updates"]
+        for name in list(state["sum"]) if state["updates"] else ():
+            merged[name] = self._of_sums(name, state)
+            for kept in state.values():
+                if isinstance(kept, dict):
+                    del kept[name]
         return merged
+
+    @torch.no_grad()
+    def _of_sums(self, name: str, state: State) -> Tensor:
+        total: Tensor = state["sum"][name]
+        if self._have(name) and total.numel():
+            return self._solved(name, state["gram"][name], total.flatten(1), state).view_as(total)
+        return total / state["updates"]

@@ -68,14 +68,15 @@ class RegMean(WithGrams):
         return gram
 
     def _solved(self, name: str, gram: Tensor, moved: Tensor, state: State) -> Tensor:
-        wide = gram.double()
-        factor, failed = torch.linalg.cholesky_ex(wide)
+        factor, failed = torch.linalg.cholesky_ex(gram.double())
         # A pivot is what is left of an input that those before it do not give.
-        rest = factor.diagonal().square() - wide.diagonal() * (len(wide) * torch.finfo(gram.dtype).eps)
+        rest = factor.diagonal().square() - gram.diagonal().double() * (len(gram) * torch.finfo(gram.dtype).eps)
         if bool(failed) or not bool((rest > 0).all()):
             raise ValueError(
                 f"the Gram matrices of `{name}` together have no full rank: some inputs are always 0, or follow from"
                 f" others. Raise `ridge`, which is {self.ridge:g}, or lower `off_diagonal`, which is"
                 f" {self.off_diagonal:g}; or measure more samples."
             )
-        return torch.cholesky_solve(moved.double().T, factor).T.to(moved)
+        # In two halves, which copy no factor: of a layer of 3072 inputs it takes 75 MB.
+        half = torch.linalg.solve_triangular(factor, moved.double().T, upper=False)
+        return torch.linalg.solve_triangular(factor.T, half, upper=True).T.to(moved)
