@@ -58,13 +58,33 @@ def merged(rule: str, folder: Path) -> dict[str, float]:
     return {"N MB": numbers / 1e6, "peak MB": peak / 1e6, "over limit": peak / limit, "s": clock() - start}
 
 
+def patches_of(model: Any, images: Any) -> list[Any]:
+    """What each layer multiplies its weight with, in rows."""
+    import torch
+    from torch import nn
+
+    from lightning_merge.importance._grams import _inputs
+
+    kept: list[Any] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, given: kept.extend(_inputs(layer, given[0].detach())))
+        for layer in model.modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    with torch.no_grad():
+        model(images)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
 def passes(images: int, rounds: int) -> dict[str, Any]:
     """Milliseconds of each pass and of what it needs, and their ratios."""
     import timm
     import torch
     from torch import nn
 
-    from lightning_merge.importance._grams import InputGrams, _inputs
+    from lightning_merge.importance._grams import InputGrams
     from lightning_merge.importance._squared import squared_gradients
 
     torch.set_num_threads(1)
@@ -72,16 +92,7 @@ def passes(images: int, rounds: int) -> dict[str, Any]:
     model = timm.create_model("resnet18").eval()
     held = dict(model.named_parameters())
     batch = torch.randn(images, 3, 224, 224), torch.randint(1000, (images,))
-    kept: list[Any] = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, given: kept.append(list(_inputs(layer, given[0].detach()))))
-        for layer in model.modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
-    ]
-    with torch.no_grad():
-        model(batch[0])
-    for hook in hooks:
-        hook.remove()
+    kept = patches_of(model, batch[0])
 
     def loss(single: Any) -> Any:
         return nn.functional.cross_entropy(model(single[0]), single[1])
@@ -101,9 +112,8 @@ def passes(images: int, rounds: int) -> dict[str, Any]:
         found.means()
 
     def products() -> None:
-        for pieces in kept:
-            for rows in pieces:
-                rows.T @ rows
+        for rows in kept:
+            rows.T @ rows
 
     work: dict[str, Callable[[], Any]] = {
         "forward and backward": alone,
