@@ -38,6 +38,8 @@ def from_tasks(
     )
     merged = tasks.as_in_files(plan.weights(found.coefficients))
     shares, lines = of_groups(trajectory, found, plan.tensors, options.per)
+    held = sum(tensor.nbytes for own in tasks.vectors for tensor in own.values())
+    lines.append(f"{len(tasks.vectors)} task vectors were in memory: {held / 2**20:,.1f} MiB")
     return merged, found, shares, [*lines, *(_trade_offs(found, options.mode) if options.rule == "map" else ())]
 
 

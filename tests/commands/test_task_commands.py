@@ -81,6 +81,7 @@ def test_rules_by_a_gradient_write_the_merge_and_go_on_from_their_log(run: Run, 
     written, last = weights("whole.pt"), rows("whole.search.jsonl")[-1]
     for name, tensor in weights("then.pt").items():
         assert torch.equal(tensor, written[name])
+    assert "2 task vectors were in memory: " in out
     provenance = torch.load("whole.pt", weights_only=True)["provenance"]
     assert provenance["monitor"] == {"adamerging": "entropy", "atlas": "cross entropy"}[rule]
     assert f"{provenance['monitor']} = {last['score']:.6g} after 4 evaluations" in out
