@@ -1,6 +1,7 @@
 """A run of a Trainer on tensors in memory, and accuracy on tensors."""
 
 from collections.abc import Callable, Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning.pytorch as pl
@@ -52,16 +53,18 @@ def fit(
     """Trains for so many steps, with batches in an order that follows from the seed; the module as the run left it."""
     module = Classifier(network, classes, smoothing, optimizer, schedule, "step")
     pl.seed_everything(seed, verbose=False)
-    trainer = pl.Trainer(
-        **{**QUIET, "accelerator": "cpu" if device == "cpu" else "gpu"},
-        max_steps=steps,
-        max_epochs=-1,
-        callbacks=[*callbacks],
-        num_sanity_val_steps=0,
-        **({"limit_val_batches": 0} if val is None else {}),
-        **({"val_check_interval": val_every, "check_val_every_n_epoch": None} if val_every else {}),
-    )
-    trainer.fit(module, train, val)
+    with TemporaryDirectory() as folder:  # for what callbacks write
+        trainer = pl.Trainer(
+            **{**QUIET, "accelerator": "cpu" if device == "cpu" else "gpu"},
+            default_root_dir=folder,
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[*callbacks],
+            num_sanity_val_steps=0,
+            **({"limit_val_batches": 0} if val is None else {}),
+            **({"val_check_interval": val_every, "check_val_every_n_epoch": None} if val_every else {}),
+        )
+        trainer.fit(module, train, val)
     return module.to(device)
 
 
