@@ -66,7 +66,8 @@ class AdamParts(TasksParts):
     """The same with second moments."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.parameters(), lr=self.lr)
+        # A gradient that is 0 up to rounding, as of a bias before BatchNorm, is no step.
+        return torch.optim.Adam(self.parameters(), lr=self.lr, eps=0.1)
 
 
 def fit(root: Path, name: str, **settings: Any) -> dict[str, Any]:
