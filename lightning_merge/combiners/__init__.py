@@ -8,7 +8,9 @@ from lightning_merge.combiners._consensus import Consensus
 from lightning_merge.combiners._daheim import Daheim
 from lightning_merge.combiners._dare import DARE
 from lightning_merge.combiners._emr import EMR
+from lightning_merge.combiners._ethos import ethos
 from lightning_merge.combiners._exponential_average import ExponentialAverage
+from lightning_merge.combiners._ext_sub import ext_sub
 from lightning_merge.combiners._fisher import Fisher
 from lightning_merge.combiners._iso_c import IsoC
 from lightning_merge.combiners._magmax import MagMax
@@ -49,6 +51,8 @@ __all__ = [
     "add_vector",
     "analogy",
     "combine_files",
+    "ethos",
+    "ext_sub",
     "negate",
     "slerp",
     "task_vector",

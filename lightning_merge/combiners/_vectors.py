@@ -169,3 +169,16 @@ def check_finite(vector: Weights, task: int | str) -> None:
     if damaged := nonfinite(vector):
         first = next(name for name in vector if name in damaged)
         raise ValueError(f"`{first}` in the vector of task {task} holds a NaN or an infinity: it cannot be merged.")
+
+
+def checked_vector(argument: str, vector: Mapping[str, Tensor]) -> Weights:
+    """A task vector, if it is one: whole tensors of finite real numbers by name. The first that is not is named."""
+    checked = dict(named(argument, vector))
+    refuse_unfit(checked, f"of `{argument}`")
+    for name, tensor in checked.items():
+        if not tensor.is_floating_point() or is_sharded(tensor):
+            kind = "sharded" if is_sharded(tensor) else tensor.dtype
+            raise ValueError(f"`{name}` of `{argument}` must be a whole tensor of floating-point numbers, got {kind}.")
+    if damaged := nonfinite(checked):
+        raise ValueError(f"`{min(damaged)}` of `{argument}` holds a NaN or an infinity.")
+    return checked

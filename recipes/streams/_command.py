@@ -1,6 +1,5 @@
-"""``lightning-merge run continual/NAME`` and ``lightning-merge unlearn``: a whole stream of tasks from a config."""
+"""``lightning-merge run continual/NAME``: a whole stream of tasks from a config."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_merge.callbacks import ContinualMerging, RandomState
-from lightning_merge.continual import Bank
 from lightning_merge.files import atomic
 from lightning_merge.recipes._lightning_cli import Parser, quiet
 from lightning_merge.recipes.streams._report import show
-from lightning_merge.recipes.streams._run import accuracies, newest_checkpoint, run_stream
+from lightning_merge.recipes.streams._run import newest_checkpoint, run_stream
 from lightning_merge.recipes.streams._stream import Stream
 from lightning_merge.recipes.streams._tasks import TaskData
 
 
-class _CLI(LightningCLI):
+class StreamCLI(LightningCLI):
+    """A recipe's classes, the callback's arguments and the stream's."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_class_arguments(ContinualMerging, "merge", skip={"bank"})
         parser.add_class_arguments(Stream, "stream")
@@ -52,10 +52,10 @@ class _Progress(Callback):
 
 def run(arguments: list[str]) -> None:
     """Trains the base and then every task, resumes an earlier run of the folder, and shows the result."""
-    cli = _parse(arguments)
+    cli = parse(arguments)
     folder = Path(cli.config_init["trainer"]["default_root_dir"])
     stream: Stream = cli.config_init["stream"]
-    merging = _merging(cli, folder)
+    merging = merging_of(cli, folder)
     tasks, held_out = stream.of(cli.datamodule)
     seed = cli.config_init["seed_everything"] or 0
     console = Console()
@@ -78,61 +78,10 @@ def run(arguments: list[str]) -> None:
     show(record, folder, console)
 
 
-def unlearn(folder: Path, task: str, keep: float) -> bool:
-    """Subtracts a task's vector from a finished stream, and prints the effect on it and on the control tasks.
-
-    Args:
-        folder: Of the stream; its bank must have kept every vector, or merge by a sum or mean.
-        task: Which one.
-        keep: The share of their mean accuracy that the control tasks must keep, in (0, 1]; else nothing is changed.
-
-    Returns:
-        Whether they did.
-
-    Raises:
-        ValueError: If ``keep`` is out of range, or the folder holds no stream, or no such task.
-    """
-    if not 0 < keep <= 1:
-        raise ValueError(f"`keep` must be in (0, 1], got {keep}.")
-    for name in ("config.yaml", "stream.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no stream: it has no {name}. Name the folder of a `run continual/...`.")
-    cli = _parse(["--config", str(folder / "config.yaml")])
-    tasks, _ = cli.config_init["stream"].of(cli.datamodule)
-    merging = _merging(cli, folder)
-    names = [each.task for each in tasks]
-    tester = cli.trainer_of([])
-
-    merging.load_merged(cli.model)
-    before = accuracies(tester, cli.model, tasks, merging.completed - 1)["accuracy"]
-    merging.load_merged(cli.model, without=task)
-    after = accuracies(tester, cli.model, tasks, merging.completed - 1)["accuracy"]
-    console = Console()
-    merged = [index for index, name in enumerate(names) if name in merging.tasks]
-    for index in merged:
-        role = "unlearned" if names[index] == task else "control"
-        console.print(f"{names[index]:10} {before[index]:7.1%} -> {after[index]:7.1%}  {role}")
-    control = [index for index in merged if names[index] != task]
-    was, now = (sum(row[index] for index in control) / max(1, len(control)) for row in (before, after))
-    kept = now >= keep * was
-    console.print(f"control tasks: {was:.1%} -> {now:.1%}; {keep:.0%} of it must be kept")
-    if kept:
-        with atomic(folder / f"without-{task}.ckpt") as file:
-            torch.save({"state_dict": cli.model.state_dict()}, file)
-        Bank(merging.folder).remove(task)
-        console.print(f"{task} is unlearned; the merged model is in {folder / f'without-{task}.ckpt'}")
-        record = json.loads((folder / "stream.json").read_text())
-        record.setdefault("unlearned", []).append({"task": task, "before": before, "after": after})
-        with atomic(folder / "stream.json") as file:
-            file.write((json.dumps(record, indent=1) + "\n").encode())
-    else:
-        console.print("Nothing was changed: the other tasks would lose too much. A lower `--keep` accepts it.")
-    return kept
-
-
-def _parse(arguments: list[str]) -> _CLI:
+def parse(arguments: list[str]) -> StreamCLI:
+    """Model, data, stream and Trainer of a config."""
     quiet()
-    return _CLI(
+    return StreamCLI(
         args=arguments,
         run=False,
         parser_class=Parser,
@@ -141,7 +90,8 @@ def _parse(arguments: list[str]) -> _CLI:
     )
 
 
-def _merging(cli: _CLI, folder: Path) -> ContinualMerging:
+def merging_of(cli: StreamCLI, folder: Path) -> ContinualMerging:
+    """The callback, with the bank of the run's folder."""
     merging: ContinualMerging = cli.config_init["merge"]
     merging.folder = folder / "bank"
     return merging
@@ -153,7 +103,7 @@ def _base(
     """Trains the base on the held-out classes, or reads it; schedules have the length of its training."""
     path = folder / "base.ckpt"
     if not path.is_file():
-        cli = _parse([*arguments, f"--trainer.max_epochs={stream.base_epochs}"])
+        cli = parse([*arguments, f"--trainer.max_epochs={stream.base_epochs}"])
         seed_everything(seed, verbose=False)
         place = folder / "checkpoints" / "base"
         latest = ModelCheckpoint(place, filename="{epoch}", save_top_k=1)

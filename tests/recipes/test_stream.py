@@ -12,7 +12,8 @@ import torch
 from tiny_images import write_images
 
 from lightning_merge.cli import main
-from lightning_merge.continual import Bank
+from lightning_merge.combiners import add_vector, ethos, ext_sub
+from lightning_merge.continual import Bank, StreamState
 from lightning_merge.recipes import Classifier, Digits
 from lightning_merge.recipes._catalog import recipes
 from lightning_merge.recipes.streams._run import matrix_of
@@ -117,12 +118,32 @@ def test_unlearning_keeps_the_control_tasks_or_changes_nothing(
     assert "removed from the bank" in capsys.readouterr().err
 
 
+def test_unlearning_goes_on_away_from_a_part_of_the_vector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "--merge.preset=sum", "--merge.keep_vectors=true")
+    bank, base = Bank(tmp_path / "bank"), StreamState(tmp_path / "bank").base()
+    vectors = {task: bank.vector(task) for task in bank.tasks}
+    for task, projection in (("task1", "ext-sub"), ("task0", "ethos")):
+        vector = vectors.pop(task)
+        others = bank.combiner.combine(list(vectors.values()))
+        merged = add_vector({name: base[name] for name in vector}, others)
+        part = ext_sub(vector, others) if projection == "ext-sub" else ethos(vector, merged)
+        options = [f"--projection={projection}", "--scale=0.5", "--keep=0.0001"]
+        assert main(["unlearn", str(tmp_path), f"--task={task}", *options]) == 0
+        found = torch.load(tmp_path / f"without-{task}.ckpt", weights_only=True)["state_dict"]
+        for name in vector:
+            torch.testing.assert_close(found[name], merged[name] - 0.5 * part[name])
+    assert [entry["projection"] for entry in record_of(tmp_path)["unlearned"]] == ["ext-sub", "ethos"]
+    capsys.readouterr()
+    assert main(["unlearn", str(tmp_path), "--task=task2", "--scale=0.5"]) == 2
+    assert "`scale` must be above 0, and left out without a projection" in capsys.readouterr().err
+
+
 def test_unlearning_that_costs_the_others_too_much_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path)
     rows = iter([{"accuracy": [1.0, 1.0, 1.0]}, {"accuracy": [0.9, 0.0, 0.9]}])
-    monkeypatch.setattr("lightning_merge.recipes.streams._command.accuracies", lambda *arguments: next(rows))
+    monkeypatch.setattr("lightning_merge.recipes.streams._unlearn.accuracies", lambda *arguments: next(rows))
     assert main(["unlearn", str(tmp_path), "--task=task1"]) == 1
     assert "Nothing was changed" in capsys.readouterr().out
     assert len(Bank(tmp_path / "bank").tasks) == 3
