@@ -90,7 +90,8 @@ class FedFisher(Policy):
         waiting = iter(moments)
 
         def both(own: Weights) -> Weights:
-            known, parts = next(waiting), {}
+            known = next(waiting)
+            parts: Weights = {}
             for name in branches.parameters:
                 wide = own[name].detach().to(average_dtype(own[name]))
                 # A branch that has not stepped a parameter knows nothing of it.

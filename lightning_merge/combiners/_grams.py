@@ -96,4 +96,5 @@ class WithGrams(WithStatistics):
         total: Tensor = state["sum"][name]
         if self._have(name) and total.numel():
             return self._solved(name, state["gram"][name], total.flatten(1), state).view_as(total)
-        return total / state["updates"]
+        mean: Tensor = total / state["updates"]
+        return mean
