@@ -99,6 +99,7 @@ class Fit:
         if self.begun:
             return
         self.begun = True
+        self.publisher.inventory.look_anew()
         saved, policy, changed = self.earlier.branches, self.earlier.policy, list[str]()
         if saved is None:
             self.branches.restart()

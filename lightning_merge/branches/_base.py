@@ -352,7 +352,7 @@ class Branches(ABC):
 
     def capture(self) -> None:
         """Takes what the module has now as what is branched."""
-        self.inventory.refresh()
+        self.inventory.look_anew()
         self._branch_off(self.selection.parameters(self.inventory))
         self._live_buffers = self._branched_buffers()
 

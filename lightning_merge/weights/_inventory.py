@@ -67,6 +67,10 @@ class Inventory:
         self._walk()
         return True
 
+    def look_anew(self) -> None:
+        """Finds also which tensors lie over each other by now, as after ``a.data = b.data``, which no look sees."""
+        self._walk()
+
     @property
     def title(self) -> str:
         """What messages call the module."""

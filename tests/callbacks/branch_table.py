@@ -177,6 +177,16 @@ class TiedByStorage(Plain):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
+class TiesByStorageLate(Plain):
+    """By its own hook, after the branches were made."""
+
+    def on_train_start(self) -> None:
+        self.last.weight.data = self.first.weight.data
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
 class Reassigns(Plain):
     def see(self, batch: Tensor) -> None:
         self.seen = (self.seen + batch.mean((0, 1))) * 0.5
@@ -232,6 +242,7 @@ SITUATIONS: dict[str, tuple[type[Plain], type[Plain]]] = {
     "weights loaded in a start hook": (LoadsLate, Loaded),
     "two optimizers": (TwoOptimizers, ByHand),
     "tied storage": (TiedByStorage, Tied),
+    "tied storage in a start hook": (TiesByStorageLate, Tied),
     "reassigned buffer": (Reassigns, Plain),
     "optimizer that counts in its group": (SlowsByGroup, Slows),
     "second fit with another module": (Plain, Plain),
