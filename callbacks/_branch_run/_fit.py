@@ -193,8 +193,10 @@ class Fit:
         Args:
             before: What it was before that turn.
         """
-        self.branches.adopt(before)
-        self._take_up()
+        # What the turn of another branch wrote to for the first time is its own by now.
+        if new := {name: tensor for name, tensor in before.items() if name not in self.branches.parameters}:
+            self.branches.adopt(new)
+            self._take_up()
 
     def _take_up(self) -> None:
         """What is branched from here on gets what the others have."""

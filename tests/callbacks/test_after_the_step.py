@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from branch_table import ByHand, Late, Plain, branching, differences, outcome
+from branch_table import DATA, ByHand, Late, Plain, batches, branching, differences, outcome
+from tiny import trainer
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_merge.branches import Average
 from lightning_merge.callbacks import Branching
@@ -121,6 +123,29 @@ def test_what_stood_still_for_the_step_alone_is_left_as_it_is(tmp_path: Path) ->
 
     found, expected = (outcome(each(), branching("average"), tmp_path) for each in (Toggles, Never))
     assert not differences(found, expected)
+
+
+class Averages(Plain):
+    """Its mean of the first layer is copied after the first step, and follows after the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = AveragedModel(self.first, multi_avg_fn=get_ema_multi_avg_fn(0.8)).requires_grad_(False)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return super().loss(batch) + (self.mean(batch) - self.first(batch)).square().sum()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.mean.update_parameters(self.first)
+
+
+def test_frozen_weights_that_each_turn_writes_to_are_each_branch_s_own(tmp_path: Path) -> None:
+    alone = Averages()
+    trainer(tmp_path, max_epochs=2).fit(alone, batches(DATA[:5]), batches(DATA[8:]))
+    found = outcome(Averages(), Branching(Average(), EveryNSteps(3), 2, buffers="average"), tmp_path)
+    expected = {f"published {name}": tensor for name, tensor in alone.state_dict().items()}
+    assert not differences({name: found[name] for name in expected}, expected)
 
 
 def test_in_turns_it_waits_for_the_end_of_the_group(tmp_path: Path) -> None:
