@@ -98,9 +98,8 @@ class Fit:
         """
         if self.begun:
             return
-        self.begun = True
         self.publisher.inventory.look_anew()
-        saved, policy, changed = self.earlier.branches, self.earlier.policy, list[str]()
+        self.begun, saved, policy, changed = True, self.earlier.branches, self.earlier.policy, list[str]()
         if saved is None:
             self.branches.restart()
             self._progress.merged_at = self._progress.trained
@@ -194,9 +193,8 @@ class Fit:
             before: What it was before that turn.
         """
         # What the turn of another branch wrote to for the first time is its own by now.
-        if new := {name: tensor for name, tensor in before.items() if name not in self.branches.parameters}:
-            self.branches.adopt(new)
-            self._take_up()
+        self.branches.adopt({name: t for name, t in before.items() if name not in self.branches.parameters})
+        self._take_up()
 
     def _take_up(self) -> None:
         """What is branched from here on gets what the others have."""
