@@ -53,10 +53,21 @@ def sgd() -> torch.optim.Optimizer:
     return torch.optim.SGD([("w", nn.Parameter(torch.ones(2, 2)))], lr=0.1)
 
 
+def perceptron() -> nn.Module:
+    return nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+
+
+def of_perceptron() -> dict[str, torch.Tensor]:
+    return dict(perceptron().state_dict())
+
+
 # What each required argument may be, by its name, or by the callable's and its own.
 GOOD: dict[str, Callable[[], Any]] = {
     "a": lambda: torch.ones(2),
     "after": lambda: 0,
+    "align.module": perceptron,
+    "align.to": of_perceptron,
+    "align.weights": of_perceptron,
     "alpha": lambda: 0.5,
     "amounts": lambda: (1, 2),
     "analogy.a": lambda: W,
@@ -123,7 +134,12 @@ GOOD: dict[str, Callable[[], Any]] = {
     "policy": lambda: import_module("lightning_merge.branches").Average(),
     "pretrained": lambda: "zero",
     "OnlineMerging.pretrained": lambda: "zero",
+    "linearize.module": perceptron,
     "reference": lambda: W,
+    "repair.members": lambda: [of_perceptron(), of_perceptron()],
+    "repair.merged": of_perceptron,
+    "repair.module": perceptron,
+    "units.module": perceptron,
     "OnlineMerging.reference": lambda: None,
     "right": lambda: LIKE,
     "rule": lambda: import_module("lightning_merge.rules").Mean(),
@@ -173,6 +189,8 @@ GOOD: dict[str, Callable[[], Any]] = {
 # Classes that hand out what a run found, hot inner objects, bases that nobody makes, and what trains (test_replay.py).
 LEFT_OUT = {
     "Moment",
+    "Tangent",
+    "Units",
     "Finding",
     "Examination",
     "Replayed",

@@ -22,6 +22,7 @@ from lightning_merge.branches._average import Average
 from lightning_merge.branches._base import Branches
 from lightning_merge.branches._best_mix import BestMix
 from lightning_merge.branches._combine import Combine
+from lightning_merge.branches._fed_att import FedAtt
 from lightning_merge.branches._fed_fisher import FedFisher
 from lightning_merge.branches._in_turn import InTurn
 from lightning_merge.branches._matrix import Matrix, uniform
@@ -41,6 +42,7 @@ __all__ = [
     "BestMix",
     "Branches",
     "Combine",
+    "FedAtt",
     "FedFisher",
     "InTurn",
     "Matrix",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_merge._checks import function, instance
+from lightning_merge._checks import function, instance, sequence
 from lightning_merge._isolation import isolated
 from lightning_merge._mergeable import named, several_named
 from lightning_merge._moments import Moments, pooled
@@ -65,7 +65,7 @@ def repair(
     """
     instance("module", module, nn.Module, "a module")
     merged, members = named("merged", merged), several_named("members", members)
-    instance("batches", batches, Sequence, "a sequence of batches, which are read several times")
+    batches = sequence("batches", batches, "a sequence of batches, which are read several times")
     function("forward", forward)
     live = {name: each for name, each in named_parameters(module).items() if name in merged}
     layers = _layers(module, merged)

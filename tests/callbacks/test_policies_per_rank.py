@@ -12,7 +12,7 @@ from tiny import NetParts, batches, differing, of, trainer, validation, values
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_merge.branches import Combine, FedFisher, Nova, Pairs, SoftmaxOfScores, WeightedAverage
+from lightning_merge.branches import Combine, FedAtt, FedFisher, Nova, Pairs, SoftmaxOfScores, WeightedAverage
 from lightning_merge.callbacks import DART, PAPA, WARP, WASH, Branching, BranchStrategy, DiLoCo, ForkMerge, LocalSGD
 from lightning_merge.combiners import SLERP, ModelStock
 from lightning_merge.schedules import EveryNSteps
@@ -43,6 +43,7 @@ CALLBACKS: dict[str, Callable[[], Branching]] = {
     "lm-cocktail": lambda: mixed(SoftmaxOfScores(temperature=0.1)),
     "fedavg": lambda: mixed(WeightedAverage((1, 3))),
     "fednova": lambda: mixed(Nova((1, 3))),
+    "fedatt": lambda: mixed(FedAtt(step=0.9)),
     "fedfisher": lambda: mixed(FedFisher((1, 3), iterations=50)),
     "greedy": lambda: ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, 3, Greedy()),
 }

@@ -8,7 +8,9 @@ import pytest
 from hostile import cases, refused_otherwise
 
 PACKAGES = (
+    "alignment",
     "branches",
+    "calibration",
     "combiners",
     "continual",
     "diagnostics",
@@ -17,10 +19,11 @@ PACKAGES = (
     "rules",
     "schedules",
     "search",
+    "tangent",
     "trajectory",
     "transformers",
 )
-MODULES = ("calibration", "selections", "soups")
+MODULES = ("selections", "soups")
 
 
 def test_every_package_with_public_names_is_in_the_table() -> None:
