@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from lightning_merge._checks import LISTED, whole
 
 
-class CifarResNet18(ResNet):
+class CifarResNet18(ResNet):  # type: ignore[misc]  # torchvision has no types
     """ResNet-18 with a stem for small images: a 3x3 convolution of stride 1, and no pooling behind it.
 
     11.2 million parameters; what most reports on CIFAR train. It is for a GPU: a step takes some 45 times the
@@ -32,5 +32,5 @@ class CifarResNet18(ResNet):
         super().__init__(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
-        self.maxpool = nn.Identity()  # type: ignore[assignment]  # torchvision says which pooling
+        self.maxpool = nn.Identity()
         self.num_classes = num_classes
