@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_merge._checks import instance, whole
 from lightning_merge._checks import seed as checked_seed
-from lightning_merge.alignment._units import Units, units
+from lightning_merge.alignment._units import Units, first_names, units
 from lightning_merge.weights import Weights, first_mismatch, nonfinite
 
 
@@ -67,7 +67,8 @@ def align(
             orders[i] = found
         if not changed:
             break
-    return {name: _ordered(name, tensor, groups, orders) for name, tensor in weights.items()}
+    first = first_names(module)
+    return {name: _ordered(first.get(name, name), tensor, groups, orders) for name, tensor in weights.items()}
 
 
 def _best(

@@ -16,6 +16,14 @@ KEEPING = (
 )
 """Layers that do to each unit what they do to any other."""
 
+_SPACES: dict[Any, tuple[int, ...]] = {
+    **dict.fromkeys((nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d), (1,)),
+    **dict.fromkeys((nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d), (2,)),
+    **dict.fromkeys((nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d), (3,)),
+    **dict.fromkeys((functional.max_pool2d, functional.avg_pool2d, functional.adaptive_avg_pool2d), (2,)),
+    **{nn.Upsample: (1, 2, 3), nn.UpsamplingNearest2d: (2,)},
+}
+
 JOINING: set[Any] = {
     operator.add,
     operator.iadd,
@@ -38,9 +46,15 @@ _KEEPING: set[Any] = {
 _IMAGE = {(2, 3), (-2, -1), (-1, -2), (3, 2)}
 
 
+def reaches(operation: Any, space: int) -> bool:
+    """Whether what pools goes along as many axes as lie behind the units, and so never along them."""
+    kinds = type(operation).__mro__ if isinstance(operation, nn.Module) else (operation,)
+    return all(space in _SPACES[kind] for kind in kinds if kind in _SPACES)
+
+
 def keeps(node: fx.Node) -> bool:
     """Whether an operation of one value does to each unit what it does to any other."""
-    return bool(node.target in _KEEPING) or _is_mean_of_image(node)
+    return bool(node.target in _KEEPING) or is_mean_of_image(node)
 
 
 def flattens(node: fx.Node) -> bool:
@@ -48,11 +62,13 @@ def flattens(node: fx.Node) -> bool:
     if node.target in (torch.flatten, "flatten"):
         return _arguments(node, "start_dim", "end_dim") in ((1,), (1, -1))
     if node.target in ("view", "reshape"):
-        return len(node.args) == 3 and isinstance(node.args[2], int) and node.args[2] == -1
-    return _is_mean_of_image(node) and not _keeps_axes(node)
+        # a number in the first place may lay units of several examples in a row
+        return len(node.args) == 3 and isinstance(node.args[1], fx.Node) and node.args[2] == -1
+    return is_mean_of_image(node) and not _keeps_axes(node)
 
 
-def _is_mean_of_image(node: fx.Node) -> bool:
+def is_mean_of_image(node: fx.Node) -> bool:
+    """Whether it is a mean over the third and the fourth of four axes."""
     return node.target in ("mean", torch.mean) and any(
         isinstance(each, (tuple, list)) and tuple(each) in _IMAGE for each in (*node.args[1:2], node.kwargs.get("dim"))
     )

@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_merge._checks import instance
 from lightning_merge.alignment._trace import trace
+from lightning_merge.weights import canonical
 
 
 @final
@@ -52,3 +53,10 @@ def units(module: nn.Module) -> list[Units]:
             f" BatchNorm, LayerNorm, ...), and {type(module).__name__} has none."
         )
     return found
+
+
+def first_names(module: nn.Module) -> dict[str, str]:
+    """The names of tensors that have several, which ``state_dict`` writes out, with the one that ``Units`` knows."""
+    every = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    first: dict[int, str] = {}
+    return {canonical(name): first.setdefault(id(tensor), canonical(name)) for name, tensor in every}
