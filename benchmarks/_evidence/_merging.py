@@ -69,13 +69,13 @@ class Merging(Protocol):
     val_images: int = 100
     test_images: int = 300
     size: int = 96
-    frozen: int = 9
+    frozen: int = 8
     probe_steps: int = 200
-    steps: int = 80
+    steps: int = 160
     batch: int = 32
-    rate: float = 3e-4
+    rate: float = 1e-3
     fisher_samples: int = 100
-    scales: tuple[float, ...] = (0.2, 0.3, 0.4, 0.6, 0.8, 1.1, 1.5)
+    scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.1, 1.5, 2.0)
 
     def prepare(self, place: Place) -> None:
         self._device = place.device
