@@ -263,6 +263,21 @@ def test_recipes_of_digits_expect_what_their_file_says(measured: Any) -> None:
     assert digits - measured.digits_recipes().keys() == {"digits/swa"}  # which make_first_run.py writes
 
 
+def test_every_method_of_the_survey_is_on_a_page_or_left_out_for_a_reason(maker: Any) -> None:
+    from lightning_merge._commands._combine_arguments import AVERAGE_RULES, SOUP_RULES
+
+    coverage = importlib.import_module("make_coverage")
+    assert coverage.PAGE.read_text() == coverage.page(), "run `python docs/make_coverage.py`"
+    rows = {name: row for methods in coverage.survey().values() for name, row in methods.items()}
+    assert len(rows) == 146
+    public = (ROOT / "tests" / "public_names.txt").read_text()
+    for name, row in rows.items():
+        for used in re.findall(r"`(?:\w+\.)?([A-Z]\w+)", row.get("how", "")):
+            assert re.search(rf"[.]{used}\b", public), f"{name}: {used}"
+        for rule in re.findall(r"--rule ([\w-]+)", row.get("how", "")):
+            assert rule in (*SOUP_RULES, *AVERAGE_RULES), f"{name}: {rule}"
+
+
 def test_what_plus_minus_means_is_said_once() -> None:
     saying = [name(page) for page in PAGES if "95 % interval" in page.read_text()]
     assert saying == ["docs/glossary.md", "docs/methods/README.md"]
