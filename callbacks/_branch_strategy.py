@@ -13,8 +13,8 @@ class BranchStrategy(DDPStrategy):
 
     For ``Lookaround`` and the other callbacks that train branches, which find it in the Trainer and train one branch
     per process; with a multiple of as many processes, each branch has a group of processes that train it by DDP. With
-    ``batches="same"`` all branches get the same batches, otherwise each process its own share of the data. Arguments
-    are those of Lightning's ``DDPStrategy``.
+    ``batches="same"`` all branches get the same batches, with ``batches="own"`` each those of its loader, and with
+    ``batches="turns"`` each process its own share of the data. Arguments are those of Lightning's ``DDPStrategy``.
 
     Raises:
         ValueError: At fit start if no callback trains branches, or their number does not divide that of the processes.
@@ -25,12 +25,17 @@ class BranchStrategy(DDPStrategy):
     """
 
     placement: Placement | None = None
-    _same_batches = False
+    _whole = False
 
-    def place(self, branches: int, same_batches: bool) -> None:
-        """Divides the processes among branches; the callback calls it when they have found each other."""
+    def place(self, branches: int, whole: bool) -> None:
+        """Divides the processes among branches; the callback calls it when they have found each other.
+
+        Args:
+            branches: How many there are.
+            whole: Whether the data are divided among the processes of a branch only, not among branches.
+        """
         self.placement = Placement(branches)
-        self._same_batches = same_batches
+        self._whole = whole
 
     def configure_ddp(self) -> None:
         """Leaves the module bare, or wraps it for the processes of its branch alone."""
@@ -45,6 +50,6 @@ class BranchStrategy(DDPStrategy):
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         """Data is divided among the processes that see different batches."""
-        if self.placement is not None and self._same_batches:
+        if self.placement is not None and self._whole:
             return {"num_replicas": self.placement.size, "rank": self.placement.place}
         return super().distributed_sampler_kwargs

@@ -16,6 +16,7 @@ from lightning_merge.branches import Policy
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.branches._matrix import MOST
 from lightning_merge.callbacks._branch_run import _placement as placement
+from lightning_merge.callbacks._branch_run import _streams as streams
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._fit import Fit
 from lightning_merge.callbacks._branch_run._progress import Progress
@@ -53,7 +54,8 @@ class Branching(Published):
     ``global_step`` and learning-rate schedules then mean what they mean without the callback, and the run takes K times
     the computation. With ``batches="turns"`` successive batches go to successive branches: an epoch takes no more
     computation, ``max_steps`` and ``global_step`` count the steps of all branches, and schedules of the interval
-    ``"step"`` move once per group, so that all branches of a group train at the same rate.
+    ``"step"`` move once per group, so that all branches of a group train at the same rate. With ``batches="own"`` the
+    training loader is a list or a dict of loaders, one for each branch, and a batch of each is one group.
 
     Validation, files and the final model hold the mean of the branches; the raw weights are those of the branch that
     trained last. What an average promises holds here as well: see ``WeightMerging``.
@@ -67,7 +69,9 @@ class Branching(Published):
             to divide it by. By default the module's ``score_step(self, batch)``.
         augmentations: One callable per branch that takes the batch, on its device, and returns the batch its branch
             trains on. By default branches train on the batch as it is.
-        batches: ``"same"`` batch for all branches of a group, or ``"turns"``.
+        batches: ``"same"`` batch for all branches of a group, ``"turns"``, or ``"own"``: each branch has a loader of
+            its own. Where these differ in length Lightning's ``CombinedLoader(loaders, mode)`` says what an epoch is; a
+            branch whose loader is through under the mode ``"max_size"`` waits for the others.
         optimizer_state: At a merge, ``"keep"`` the optimizer state of each branch, ``"average"`` or ``"reset"`` it.
         buffers: ``"shared"``: one set, updated by all branches. ``"average"``: each branch has its own, which mix with
             the weights. ``"recompute"``: shared, and BatchNorm statistics are measured again under the published mean.
@@ -234,8 +238,11 @@ class Branching(Published):
             raise ValueError(f"one Trainer trains one set of branches: remove {self.title} or {others[0].title}.")
         self._strategy = placement.strategy_of(self._settings, trainer)
         if self._strategy is not None and stage == "fit":
-            self._strategy.place(self.branches, same_batches=self.batches == "same")
+            self._strategy.place(self.branches, whole=self.batches != "turns")
         super().setup(trainer, pl_module, stage)
+        if self.batches == "own" and stage == "fit":
+            patches, apart = Publisher.attach(trainer, pl_module).patches, self._strategy is not None
+            streams.watch(patches, trainer, self.title, self.branches, apart=apart)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes room for the branches, and finds out whether they go on from an earlier fit or a checkpoint."""

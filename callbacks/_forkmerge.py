@@ -45,7 +45,7 @@ class ForkMerge(Branching):
             batches.
         min_gain: The last merge is kept unless a mixture scores higher by so much; at least 0, in units of the score.
         budget: Most candidates that are measured at a merge; needed for search methods without an end.
-        batches: ``"same"`` batch for all branches, or ``"turns"``; see ``Branching``.
+        batches: ``"same"`` batch for all branches, ``"turns"`` or ``"own"``; see ``Branching``.
         buffers: ``"recompute"``: BatchNorm statistics are measured for every candidate, on the tasks of the first
             branch. ``"average"``: each branch has its own, which are pooled. ``"shared"``: all update one set.
         name: Prefix of its metrics when it is not the first average, and of its files.

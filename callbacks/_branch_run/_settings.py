@@ -13,7 +13,7 @@ from lightning_merge.callbacks._publication._options import AverageOptions
 from lightning_merge.selections import Selection
 
 Augmentation = Callable[[Any], Any]
-Batches = Literal["same", "turns"]
+Batches = Literal["same", "turns", "own"]
 OptimizerState = Literal["keep", "average", "reset"]
 Buffers = Literal["shared", "average", "recompute"]
 Schedulers = Literal["group", "step"]

@@ -16,8 +16,9 @@ from lightning_merge.callbacks._branch_run._progress import Progress
 from lightning_merge.callbacks._branch_run._rates import Rates
 from lightning_merge.callbacks._branch_run._settings import Augmentation as Augmentation
 from lightning_merge.callbacks._branch_run._settings import Settings
+from lightning_merge.callbacks._branch_run._streams import parts
 from lightning_merge.callbacks._lightning._batch_copies import own_copy
-from lightning_merge.callbacks._lightning._internals import accumulates
+from lightning_merge.callbacks._lightning._internals import accumulates, log_for
 from lightning_merge.callbacks._lightning._patches import Patches
 from lightning_merge.callbacks._lightning._recent_batches import RecentBatches
 
@@ -52,7 +53,8 @@ class Turns:
         self._progress = progress
         self._recent = recent
         self._apart = isinstance(branches, OnePerRank)  # the others train in other processes
-        self._everyone = settings.batches == "same" and not self._apart
+        self._everyone = settings.batches != "turns" and not self._apart
+        self._own = settings.batches == "own"
         self._gradients: dict[tuple[int, Tensor], Tensor | None] = {}  # that branches are accumulating
         self._rates: Rates | None = None
         self._later: Later | None = None
@@ -132,7 +134,7 @@ class Turns:
         counts = [vars(each) for each in (progress.total, progress.current)]
         counted = [dict(each) for each in counts]
         output = None
-        for number, branch in enumerate(self._turns()):
+        for number, branch in enumerate(self._turns(kwargs)):
             if self._everyone and number:
                 for own, before in zip(counts, counted, strict=True):
                     own |= before
@@ -151,6 +153,8 @@ class Turns:
                 ours.turn = branches.count if self._apart else branch + 1
             if ends() or not self._trainer.lightning_module.automatic_optimization:
                 ours.trained += 1  # whichever optimizer has stepped, of Lightning's or of the module's own
+        if self._everyone:
+            ours.turn = branches.count  # the last ones may have had no batch
         if ours.turn == branches.count:
             ours.turn = 0
             if self._later is not None:
@@ -170,10 +174,14 @@ class Turns:
                 " by `optimizer.add_param_group`."
             )
 
-    def _turns(self) -> Sequence[int]:
+    def _turns(self, kwargs: dict[str, Any]) -> Sequence[int]:
         """The branches that the next batch is for."""
         if self._everyone:
-            return range(self._progress.turn, self._branches.count)
+            turns = range(self._progress.turn, self._branches.count)
+            if not self._own or "batch" not in kwargs:
+                return turns
+            own = self._parts(kwargs["batch"])
+            return [branch for branch in turns if own[branch] is not None]
         return [self._branches.active if self._apart else self._progress.turn]
 
     def _enter(self, branch: int, *, again: bool, keep_gradients: bool) -> None:
@@ -191,7 +199,7 @@ class Turns:
                 self._fit.frozen.look()
             self._fit.attributes.enter(branch, again=again)
             if self._everyone or self._in_groups:
-                self._rates.enter(first=self._progress.turn == 0 and branch == 0, again=again)
+                self._rates.enter(first=self._progress.turn == 0 and not again, again=again)
         if self._everyone and keep_gradients:
             for parameter in self._branches.module.parameters():
                 parameter.grad = self._gradients.get((branch, parameter))
@@ -216,15 +224,21 @@ class Turns:
                 " `dataloader_iter`."
             )
         batch = kwargs["batch"]
-        if self._everyone and branch < self._branches.count - 1:
+        if self._own:
+            batch = self._parts(batch)[branch]
+            log_for(self._trainer, batch)
+        elif self._everyone and branch < self._branches.count - 1:
             # A step may write to its batch, and no version counter sees writes through `.data` or numpy: always copied.
             batch = own_copy(batch, self._settings.title)
         if self._settings.augmentations is not None:
             with torch.no_grad():
                 batch = self._settings.augmentations[branch](batch)
         if self._recent is not None:
-            self._recent.hold(batch, again=again and self._settings.augmentations is None)
+            self._recent.hold(batch, again=again and self._settings.augmentations is None and not self._own)
         return OrderedDict(kwargs, batch=batch)
+
+    def _parts(self, batch: Any) -> list[Any]:
+        return parts(self._trainer, batch, self._branches.count, self._settings.title)
 
     def _update_schedules(self, original: Callable[..., Any], interval: str, *args: Any, **kwargs: Any) -> None:
         """Schedules that count steps move when every branch of the group has trained at this rate."""

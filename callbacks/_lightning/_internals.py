@@ -22,6 +22,27 @@ def ends_epoch(trainer: Any) -> bool:
     return bool(trainer.is_last_batch or (trainer.should_stop and trainer.fit_loop._can_stop_early))
 
 
+def source_of_loaders(trainer: Any) -> Any:
+    """What a fit asks for its loaders, by ``dataloader()``."""
+    return trainer.fit_loop._data_source
+
+
+def combined_loader(trainer: Any) -> Any:
+    """The ``CombinedLoader`` of a fit, once it has one."""
+    return trainer.fit_loop._combined_loader
+
+
+def mode_of(loader: Any) -> str:
+    """What a ``CombinedLoader`` does where its loaders differ in length."""
+    return str(loader._mode)
+
+
+def log_for(trainer: Any, batch: Any) -> None:
+    """What is logged from here on is of this batch, which has its size."""
+    if (results := trainer._results) is not None:
+        results.batch, results.batch_size = batch, None
+
+
 def synchronise_within(strategy: Any, group: Any) -> None:
     """Makes a DDP strategy synchronise gradients within a group of processes, instead of all of them."""
     strategy._ddp_kwargs["process_group"] = group

@@ -400,7 +400,7 @@ def test_whatever_the_policy_a_run_whose_branches_all_diverged_ends_with_good_we
         ({"branches": 0}, "`branches` must be at least 1, got 0"),
         ({"every_n_steps": 0}, "`every_n_steps` must be at least 1, got 0"),
         ({"augmentations": [abs]}, "`augmentations` must have one entry for each of the 3 branches, got 1"),
-        ({"batches": "each"}, "`batches` must be one of 'same', 'turns', got 'each'"),
+        ({"batches": "each"}, "`batches` must be one of 'same', 'turns', 'own', got 'each'"),
         ({"optimizer_state": "drop"}, "`optimizer_state` must be one of 'keep', 'average', 'reset'"),
         ({"buffers": "mean"}, "`buffers` must be one of 'shared', 'average', 'recompute', got 'mean'"),
         ({"inactive": "disk"}, "`inactive` must be one of 'device', 'cpu', got 'disk'"),

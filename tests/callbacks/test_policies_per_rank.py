@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from processes import launch
 from tiny import NetParts, batches, differing, of, trainer, validation, values
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ CALLBACKS: dict[str, Callable[[], Branching]] = {
     "fednova": lambda: mixed(Nova((1, 3))),
     "fedatt": lambda: mixed(FedAtt(step=0.9)),
     "fedfisher": lambda: mixed(FedFisher((1, 3), iterations=50)),
+    "own batches": lambda: Branching(Nova((1, 3)), EveryNSteps(3), 2, batches="own"),
     "greedy": lambda: ForkMerge({"alone": {"fit": 1.0}, "joint": {"fit": 1.0, "shrink": 0.1}}, 3, Greedy()),
 }
 
@@ -75,8 +77,10 @@ def fit(root: Path, name: str, **settings: Any) -> dict[str, Any]:
     """A run; what it published, the branches that are here, and what was measured."""
     parts = AdamParts if name == "fedfisher" else TasksParts
     module, branching = of(parts)(norm=True, lr=0.05), CALLBACKS[name]()
+    own = branching.batches == "own"
+    data = CombinedLoader([batches(8), batches(5, size=3, seed=4)], "max_size_cycle") if own else batches(8)
     run = trainer(root / name, [branching], max_epochs=1, use_distributed_sampler=False, **settings)
-    run.fit(module, batches(8), validation())
+    run.fit(module, data, validation())
     assert branching.merges >= 2
     raw, own = branching.raw_weights(), branching._running.branches
     here = {j: {name: raw[name] for name in own.live} if j == own.active else values(own.weights(j)) for j in own.own}
@@ -89,7 +93,9 @@ def every_policy(root: Path) -> dict[str, Any]:
         name: fit(root, name, strategy=BranchStrategy(process_group_backend="gloo"), devices=2) for name in CALLBACKS
     } | {
         "heads": heads_in_processes(root / "heads"),
-        "refused": [refusal(root, callback) for callback in (UNSELECTED, WARP(every_n_steps=2))],
+        "refused": [
+            refusal(root, callback) for callback in (UNSELECTED, WARP(every_n_steps=2), CALLBACKS["own batches"]())
+        ],
     }
 
 
@@ -99,8 +105,9 @@ UNSELECTED = LocalSGD(2, selection=Selection(exclude=("net.2.*",)))
 def refusal(root: Path, callback: Branching) -> str:
     strategy = BranchStrategy(process_group_backend="gloo")
     run = trainer(root, [callback], strategy=strategy, devices=2, max_epochs=1)
-    with pytest.raises(ValueError, match=r"is not selected|in one process") as caught:
-        run.fit(of(TasksParts)(), batches(2), validation())
+    data = CombinedLoader([batches(2), batches(3)], "max_size") if callback.batches == "own" else batches(2)
+    with pytest.raises(ValueError, match=r"is not selected|in one process|would wait") as caught:
+        run.fit(of(TasksParts)(), data, validation())
     return str(caught.value)
 
 
@@ -125,10 +132,11 @@ def test_processes_do_what_branches_in_turn_do(name: str, in_processes: list[dic
 
 def test_what_processes_cannot_share_is_refused_with_what_to_do(in_processes: list[dict[str, Any]]) -> None:
     for each in in_processes:
-        unselected, anchors = each["refused"]
+        unselected, anchors, waiting = each["refused"]
         assert "`net.2.weight` trains and is not selected" in unselected
         assert "Select or freeze it, or train the branches in turn" in unselected
         assert "WARP 'warp' keeps the anchors of all branches in one process. Use a single device" in anchors
+        assert "a process whose loader is through would wait without a step under mode 'max_size'" in waiting
 
 
 # ---- heads of auxiliary tasks
