@@ -16,7 +16,6 @@ from lightning_merge.branches import Policy
 from lightning_merge.branches._in_turn import Inactive
 from lightning_merge.branches._matrix import MOST
 from lightning_merge.callbacks._branch_run import _placement as placement
-from lightning_merge.callbacks._branch_run import _streams as streams
 from lightning_merge.callbacks._branch_run._anchors import Anchors
 from lightning_merge.callbacks._branch_run._fit import Fit
 from lightning_merge.callbacks._branch_run._progress import Progress
@@ -32,6 +31,7 @@ from lightning_merge.callbacks._branch_run._settings import (
     check_choices,
     checked_augmentations,
 )
+from lightning_merge.callbacks._branch_run._streams import watch_loaders
 from lightning_merge.callbacks._branch_run._turns import Turns
 from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._lightning._internals import ends_epoch
@@ -236,13 +236,9 @@ class Branching(Published):
         """Refuses strategies that cannot exchange weights and a second set of branches."""
         if others := [each for each in trainer.callbacks if isinstance(each, Branching) and each is not self]:
             raise ValueError(f"one Trainer trains one set of branches: remove {self.title} or {others[0].title}.")
-        self._strategy = placement.strategy_of(self._settings, trainer)
-        if self._strategy is not None and stage == "fit":
-            self._strategy.place(self.branches, whole=self.batches != "turns")
+        self._strategy = placement.strategy_of(self._settings, trainer, stage)
         super().setup(trainer, pl_module, stage)
-        if self.batches == "own" and stage == "fit":
-            patches, apart = Publisher.attach(trainer, pl_module).patches, self._strategy is not None
-            streams.watch(patches, trainer, self.title, self.branches, apart=apart)
+        watch_loaders(self._settings, trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes room for the branches, and finds out whether they go on from an earlier fit or a checkpoint."""

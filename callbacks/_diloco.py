@@ -31,8 +31,8 @@ class DiLoCo(Branching):
         momentum: Outer momentum, in [0, 1).
         augmentations: One callable per branch that takes the batch, on its device, and returns what its branch trains
             on.
-        batches: ``"same"`` batch for all branches, a loader for each (``"own"``), or ``"turns"``: successive batches go to
-            successive branches, and ``max_steps`` counts the steps of all; see ``Branching``.
+        batches: ``"same"`` batch for all branches, a loader for each (``"own"``), or ``"turns"``: successive batches go
+            to successive branches, and ``max_steps`` counts the steps of all; see ``Branching``.
         fragments: Parts of the model that merge in turn, made of whole layers; divides ``every_n_steps``. At most as
             many as there are layers.
         delay: Steps of each branch between sending a fragment and using the outer step; at least 0, and less than

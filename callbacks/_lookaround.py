@@ -25,7 +25,7 @@ class Lookaround(Branching):
             trains on; ``None`` trains all on the batch as it is. The paper takes a flip, AutoAugment and RandAugment.
         batches: ``"same"``: a batch of the loader goes through every branch, so epochs, ``max_steps`` and schedules
             mean what they always mean and a run takes d times the computation. ``"turns"``: successive batches go to
-            successive branches; ``max_steps`` counts the steps of all branches. ``"own"``: a loader for each branch, see
+            successive branches; ``max_steps`` counts the steps of all branches. ``"own"``: a loader for each, see
             ``Branching``.
         buffers: ``"recompute"``: BatchNorm statistics are measured again under the mean whenever it is measured or
             saved. ``"shared"``: the running statistics that all branches update, as the authors' code does.

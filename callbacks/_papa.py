@@ -25,8 +25,8 @@ class PAPA(Branching):
             fine-tuning.
         augmentations: One callable per branch that takes the batch, on its device, and returns what its branch trains
             on.
-        batches: ``"same"`` batch for all branches, a loader for each (``"own"``), or ``"turns"``: successive batches go to
-            successive branches, and ``max_steps`` counts the steps of all; see ``Branching``.
+        batches: ``"same"`` batch for all branches, a loader for each (``"own"``), or ``"turns"``: successive batches go
+            to successive branches, and ``max_steps`` counts the steps of all; see ``Branching``.
         buffers: ``"average"``: each branch has its own, which mix along. ``"recompute"``: BatchNorm statistics are
             measured again under the mean whenever it is measured or saved. ``"shared"``: all update one set.
         selection: Which parameters are branched; by default all trainable ones.

@@ -31,8 +31,8 @@ class WARP(Branching):
         decay: Share of the old anchor kept at each step, in [0, 1).
         augmentations: One callable per branch that takes the batch, on its device, and returns what its branch trains
             on.
-        batches: ``"same"`` batch for all branches, a loader for each (``"own"``), or ``"turns"``: successive batches go to
-            successive branches, and ``max_steps`` counts the steps of all; see ``Branching``.
+        batches: ``"same"`` batch for all branches, a loader for each (``"own"``), or ``"turns"``: successive batches go
+            to successive branches, and ``max_steps`` counts the steps of all; see ``Branching``.
         buffers: ``"average"``: each branch has its own, which mix along. ``"shared"``: all update one set. Under the
             anchor those of the branch are used. ``"recompute"``: BatchNorm statistics are measured again under the mean
             whenever it is measured or saved; not for a module with BatchNorm that asks for its anchor.

@@ -15,8 +15,8 @@ from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.weights import State
 
 
-def strategy_of(settings: Settings, trainer: Any) -> BranchStrategy | None:
-    """The strategy that has a branch in each process, if the Trainer has that.
+def strategy_of(settings: Settings, trainer: Any, stage: str) -> BranchStrategy | None:
+    """The strategy that has a branch in each process, if the Trainer has that; for a fit they are placed.
 
     Raises:
         ValueError: If the strategy cannot exchange weights, or an argument of the callback does not go with it.
@@ -33,6 +33,8 @@ def strategy_of(settings: Settings, trainer: Any) -> BranchStrategy | None:
         )
     if settings.inactive == "cpu":
         raise ValueError("`inactive='cpu'` is for branches in turn; in a process of its own each is always active.")
+    if stage == "fit":
+        strategy.place(settings.branches, whole=settings.batches != "turns")
     return strategy
 
 

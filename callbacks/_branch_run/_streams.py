@@ -4,32 +4,37 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import CombinedLoader
 
+from lightning_merge.callbacks._branch_run._settings import Settings
+from lightning_merge.callbacks._branch_strategy import BranchStrategy
 from lightning_merge.callbacks._lightning._internals import combined_loader, mode_of, source_of_loaders
-from lightning_merge.callbacks._lightning._patches import Patches
+from lightning_merge.callbacks._publication._session import Publisher
 
 _LOADERS = "a list or a dict of {} loaders, one for each branch, or Lightning's `CombinedLoader` of one"
 
 
-def watch(patches: Patches, trainer: Any, title: str, branches: int, *, apart: bool) -> None:
-    """Checks the training loaders whenever the Trainer asks for them.
+def watch_loaders(settings: Settings, trainer: Any, module: LightningModule, stage: str) -> None:
+    """Checks the training loaders whenever the Trainer asks for them, if each branch has its own.
 
     That is before Lightning has made a ``CombinedLoader`` of a list, so that a mode that was chosen is known from one
     that was not.
 
     Args:
-        patches: Of the fit.
-        trainer: Its Trainer.
-        title: What messages call the branches.
-        branches: How many they are.
-        apart: Whether they train in processes of their own.
+        settings: Say how many there are.
+        trainer: A Trainer.
+        module: Its module.
+        stage: What it does; loaders are those of a fit.
     """
+    if settings.batches != "own" or stage != "fit":
+        return
+    title = settings.title
 
     def checked(original: Callable[[], Any]) -> Any:
         given = original()
-        loaders, mode = _taken(given, title, branches)
+        loaders, mode = _taken(given, title, settings.branches)
         lengths = [sized_len(loader) for loader in loaders]
         uneven = len(set(lengths)) > 1 or None in lengths
         if uneven and mode is None:
@@ -39,10 +44,10 @@ def watch(patches: Patches, trainer: Any, title: str, branches: int, *, apart: b
                 " (shorter ones begin anew) or 'max_size' (branches whose loader is through wait)."
             )
         if uneven and mode == "max_size":
-            _refuse_waiting(trainer, title, apart=apart)
+            _refuse_waiting(trainer, title)
         return given
 
-    patches.replace(source_of_loaders(trainer), "dataloader", checked)
+    Publisher.attach(trainer, module).patches.replace(source_of_loaders(trainer), "dataloader", checked)
 
 
 def _taken(given: Any, title: str, branches: int) -> tuple[list[Any], str | None]:
@@ -68,9 +73,9 @@ def _listed(lengths: Sequence[int | None]) -> str:
     return ", ".join("an unknown number of" if n is None else str(n) for n in lengths)
 
 
-def _refuse_waiting(trainer: Any, title: str, *, apart: bool) -> None:
+def _refuse_waiting(trainer: Any, title: str) -> None:
     instead = "Use 'min_size' or 'max_size_cycle'"
-    if apart:
+    if isinstance(trainer.strategy, BranchStrategy):
         raise ValueError(
             f"{title}: a process whose loader is through would wait without a step under mode 'max_size', and what"
             f" processes do at a step together would never end. {instead}, or train the branches in turn."

@@ -92,11 +92,20 @@ def every_policy(root: Path) -> dict[str, Any]:
     return {
         name: fit(root, name, strategy=BranchStrategy(process_group_backend="gloo"), devices=2) for name in CALLBACKS
     } | {
+        "own steps": own_steps(root),
         "heads": heads_in_processes(root / "heads"),
         "refused": [
             refusal(root, callback) for callback in (UNSELECTED, WARP(every_n_steps=2), CALLBACKS["own batches"]())
         ],
     }
+
+
+def own_steps(root: Path) -> int:
+    """Steps of an epoch where Lightning divides data among processes, as it does unless told not to."""
+    strategy = BranchStrategy(process_group_backend="gloo")
+    run = trainer(root, [CALLBACKS["own batches"]()], strategy=strategy, devices=2, max_epochs=1)
+    run.fit(of(TasksParts)(), [batches(4), batches(4)])
+    return int(run.global_step)
 
 
 UNSELECTED = LocalSGD(2, selection=Selection(exclude=("net.2.*",)))
@@ -114,6 +123,10 @@ def refusal(root: Path, callback: Branching) -> str:
 @pytest.fixture(scope="module")
 def in_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return launch(2, every_policy, tmp_path_factory.mktemp("ranks"))
+
+
+def test_no_other_process_takes_a_share_of_a_branchs_own_data(in_processes: list[dict[str, Any]]) -> None:
+    assert [each["own steps"] for each in in_processes] == [4, 4]
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
