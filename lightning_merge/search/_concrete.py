@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from lightning_merge._checks import function, instance, number, numbers, whole
 from lightning_merge._checks import path as checked_path
 from lightning_merge._checks import seed as checked_seed
 from lightning_merge.files import read, replacing
 from lightning_merge.search._objectives import CrossEntropy, Entropy
-from lightning_merge.weights import Weights
+from lightning_merge.weights import Weights, average_dtype
 
 _FIRST, _SECOND, _FLOOR = 0.9, 0.999, 1e-8
 
@@ -52,7 +53,7 @@ def concrete_mask(
         temperature: More than 0; the lower, the closer the mask to 0 and 1.
         seed: Of all draws.
         log: A file of the state, written every so many steps and at the end; the same call goes on from it bit for
-            bit.
+            bit, and any other is refused.
         every: Steps between two writes; at least 1.
         on_step: Told the number of steps and the loss, to show progress.
 
@@ -77,7 +78,13 @@ def concrete_mask(
     temperature = number("temperature", temperature, "(0, inf)")
     if on_step is not None:
         function("on_step", on_step)
-    header = {"coefficients": list(shares), "rate": rate, "inner_rate": inner_rate, "temperature": temperature}
+    header = {
+        "coefficients": list(shares),
+        "steps": steps,
+        "rate": rate,
+        "inner_rate": inner_rate,
+        "temperature": temperature,
+    }
     run = _Run(score, shares, {**header, "seed": seed, "subject": score.subject})
     path = None if log is None else Path(checked_path("log", log))
     if path is not None and path.exists():
@@ -97,32 +104,32 @@ class _Run:
     def __init__(self, score: Entropy | CrossEntropy, shares: tuple[float, ...], header: dict[str, Any]) -> None:
         self.score, self.shares, self.header, self.step = score, shares, header, 0
         like = score.merged_module.vectors[0]
-        self.logits = {name: torch.zeros_like(like[name]) for name in score.tensors}
+        # In half precision a step of 1e-3 is lost.
+        self.logits = {n: torch.zeros_like(like[n], dtype=average_dtype(like[n])) for n in score.tensors}
         self.outer = {name: _Means.of(tensor) for name, tensor in self.logits.items()}
         self.inner = _Means.of(torch.zeros(len(shares), dtype=torch.float64))
 
     def advance(self) -> float:
         """One step; gives its loss."""
         drawn = self._drawn()
-        mask = {name: m / m.mean() for name, m in drawn.items()}
+        mask = {name: _divided(z) for name, z in drawn.items()}
         shares, two = self.shares, self.header["inner_rate"] > 0.0
         if two:
             slopes = torch.tensor(self._loss(shares, mask, 2 * self.step)[2], dtype=torch.float64)
             moved = torch.tensor(shares, dtype=torch.float64) - self.inner.move(slopes, self.header["inner_rate"])
             shares = tuple(moved.tolist())
         loss, slopes_of, _ = self._loss(shares, mask, 2 * self.step + 1 if two else self.step)
-        for name, m in drawn.items():
+        for name, z in drawn.items():
             by_mask = slopes_of[name] * self.score.merged_module.total(shares, name)
-            mean = m.mean()
-            by_drawn = by_mask / mean - (by_mask * m).sum() / (mean**2 * m.numel())
-            by_logit = by_drawn * m * (1 - m) / self.header["temperature"]
+            by_log = by_mask - (by_mask * mask[name]).sum() / max(1, z.numel())
+            by_logit = by_log * mask[name] * torch.sigmoid(-z) / self.header["temperature"]
             self.logits[name] -= self.outer[name].move(by_logit, self.header["rate"])
         self.step += 1
         return loss
 
     def mask(self) -> Weights:
         """That of the next draw, divided by its means."""
-        return {name: m / m.mean() for name, m in self._drawn().items()}
+        return {name: _divided(z) for name, z in self._drawn().items()}
 
     def write(self, path: Path) -> None:
         outer = {name: each.state() for name, each in self.outer.items()}
@@ -142,19 +149,22 @@ class _Run:
                     f"{path} is the log of another mask: `{key}` is {found.get(key)} there and {value} here. Give `log`"
                     " another file, or search as before."
                 )
-        self.step, self.logits = state["step"], state["logits"]
-        self.outer = {name: _Means(*each) for name, each in state["outer"].items()}
-        self.inner = _Means(*state["inner"])
+        try:
+            self.step, self.logits = state["step"], {name: state["logits"][name] for name in self.logits}
+            self.outer = {name: _Means(*state["outer"][name]) for name in self.logits}
+            self.inner = _Means(*state["inner"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is a log of a mask that lacks {error}. Give `log` another file.") from None
 
     def _drawn(self) -> Weights:
-        """The relaxed mask of this step, whatever was drawn before."""
+        """What the relaxed mask of this step is the sigmoid of, whatever was drawn before."""
         generator = torch.Generator().manual_seed(self.header["seed"] * 2**20 + self.step)
         found = {}
         for name, logits in self.logits.items():
             uniform = torch.rand(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
             small = torch.finfo(logits.dtype).eps
             noise = torch.logit(uniform.clamp(small, 1 - small))
-            found[name] = torch.sigmoid((logits + noise) / self.header["temperature"])
+            found[name] = (logits + noise) / self.header["temperature"]
         return found
 
     def _loss(
@@ -164,6 +174,11 @@ class _Run:
         if loss != loss or loss in (float("inf"), -float("inf")):
             raise ValueError(f"the loss at step {self.step} is {loss}: lower `rate` or `coefficients`.")
         return loss, slopes, by_share
+
+
+def _divided(z: Tensor) -> Tensor:
+    """``m / mean m`` of ``m = sigmoid z``, also where all of a tensor is too close to 0 for a number."""
+    return logsigmoid(z).reshape(-1).softmax(0).mul(z.numel()).view_as(z)
 
 
 class _Means:

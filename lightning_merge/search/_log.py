@@ -44,6 +44,8 @@ class Log:
         self._append(row)
 
     def _whole_lines(self) -> list[str]:
+        if self.path.is_dir():
+            raise ValueError(f"`log` must be a file, got the folder {self.path}.")
         if not self.path.exists():
             return []
         content = self.path.read_bytes()
@@ -64,7 +66,7 @@ class Log:
 
     def _check(self, line: str, header: dict[str, Any]) -> None:
         try:
-            found = json.loads(line)["search"]
+            found = dict(json.loads(line)["search"])
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"{self.path} is not the log of a search. Give `log` another file.") from None
         expected = json.loads(json.dumps(header))

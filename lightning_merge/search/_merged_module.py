@@ -1,36 +1,18 @@
 """A module under ``base + sum of coefficients x task vectors``, with the slope of a loss by each coefficient."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_merge._checks import instance
 from lightning_merge._mergeable import named, refuse_lora_in, several_named, why_not
 from lightning_merge.search._groups import Per, groups
+from lightning_merge.search._loss import Loss, eval_mode
 from lightning_merge.search._spaces import Coefficients
-from lightning_merge.weights import Weights, first_mismatch, is_averaged, nonfinite
+from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_averaged, nonfinite
 
 _MEASURED = ("running_mean", "running_var")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A loss on one batch.
-
-    Args:
-        head: Tensors of the module that are the task's own.
-        inputs: What the module is called with, on a device.
-        of: From its outputs to one number.
-    """
-
-    head: Mapping[str, Tensor]
-    inputs: Callable[[torch.device], Any]
-    of: Callable[[Any], Tensor]
 
 
 class MergedModule:
@@ -93,21 +75,23 @@ class MergedModule:
         That of the weights is taken once, and multiplied with each vector: beside the vectors, no more memory than one
         backward pass takes.
         """
-        found, of_weights = self._backward(self.weights(coefficients, mask or {}), losses)
+        with torch.inference_mode(False):  # in which there are no gradients
+            found, of_weights = self._backward(self.weights(coefficients, mask or {}), losses)
         slopes = [0.0] * self.count
         for name, group in self._groups.items():
-            if mask is not None:
-                of_weights[name] = of_weights[name].to(self.vectors[0][name])
+            like = self.vectors[0][name]
+            of_weights[name] = of_weights[name].to(like.device, average_dtype(like))  # half precision loses the small
             slope = of_weights[name] if mask is None else of_weights[name] * mask[name]
             for task, vector in enumerate(self.vectors):
-                slopes[task * self._size + group] += float((vector[name] * slope.to(vector[name])).sum())
+                slopes[task * self._size + group] += float((vector[name] * slope.to(vector[name].device)).sum())
         return found, of_weights, tuple(slopes)
 
     def total(self, coefficients: Sequence[float], name: str) -> Tensor:
         """``sum of coefficients x vectors`` of a tensor."""
-        total = torch.zeros_like(self.vectors[0][name])
+        like = self.vectors[0][name]
+        total = torch.zeros_like(like, dtype=average_dtype(like))
         for task, vector in enumerate(self.vectors):
-            total.add_(vector[name].to(total.device), alpha=self._of(coefficients, name, task))
+            total.add_(vector[name].to(total), alpha=self._of(coefficients, name, task))
         return total
 
     def _backward(self, weights: Weights, losses: Sequence[Loss]) -> tuple[list[float], Weights]:
@@ -117,16 +101,33 @@ class MergedModule:
         live = {name: merged.setdefault(id(tensor), tensor.to(device)) for name, tensor in weights.items()}
         for name in self.tensors:
             live[name].requires_grad_()
-        found = []
-        with _eval_mode(self.module), torch.enable_grad():
+        found, learns = [], False
+        with eval_mode(self.module), torch.enable_grad():
             for loss in losses:
-                head = {name: tensor.to(device) for name, tensor in loss.head.items()}
-                value = loss.of(functional_call(self.module, {**live, **head}, (loss.inputs(device),)))
+                value = loss.value(self.module, live, device)
+                learns = learns or value.requires_grad
                 if value.requires_grad:
                     value.backward()  # type: ignore[no-untyped-call]
                 found.append(float(value.detach()))
+        if not learns:
+            raise ValueError(
+                "`module` must give outputs with a gradient by its weights, got some without: its `forward` is under"
+                " `torch.no_grad` or `inference_mode`, or detaches them."
+            )
         slopes = {name: live[name].grad for name in self.tensors}
         return found, {name: torch.zeros_like(live[name]) if g is None else g for name, g in slopes.items()}
+
+    def refuse_unknown(self, argument: str, models: Sequence[Mapping[str, Tensor]]) -> None:
+        """Raises a ``ValueError`` that names the first tensor that is not of the module."""
+        known = self.module.state_dict()
+        for name in (name for model in models for name in model):
+            if name not in known:
+                raise ValueError(f"`{argument}` must be of the module, which has no {name!r}: leave it out.")
+
+    def parts(self) -> list[Mapping[str, Tensor]]:
+        """What decides a loss beside batches and heads: the base, the vectors, and the rest of the module."""
+        rest = {name: value for name, value in self.module.state_dict().items() if name not in self.base}
+        return [self.base, *self.vectors, rest]
 
     def _of(self, coefficients: Sequence[float], name: str, task: int) -> float:
         if name not in self._groups:
@@ -146,6 +147,10 @@ class MergedModule:
             for name, tensor in (*vector.items(), *((name, self.base[name]) for name in vector)):
                 if reason := why_not(tensor):
                     raise ValueError(f"`{name}` of task {task} {reason}.")
+                if tensor.is_complex():
+                    raise ValueError(
+                        f"`{name}` of task {task} holds complex numbers, of which there is no gradient here."
+                    )
                 if not is_averaged(tensor):
                     raise ValueError(
                         f"`{name}` of task {task} holds {str(tensor.dtype).removeprefix('torch.')}, of which there are"
@@ -155,16 +160,5 @@ class MergedModule:
                 raise ValueError(f"`{next(name for name in vector if name in damaged)}` of task {task} is not finite.")
         base = {name: torch.zeros_like(tensor) for name, tensor in self.vectors[0].items() if "lora" in name.lower()}
         refuse_lora_in([base, *({name: vector[name] for name in base} for vector in self.vectors)])
-        if unknown := sorted(set(self.vectors[0]) - set(self.module.state_dict())):
-            raise ValueError(f"`vectors` must be of the module, which has no {unknown[0]!r}.")
-
-
-@contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes.items():
-            each.training = mode
+        self.refuse_unknown("vectors", self.vectors)
+        self.refuse_unknown("base", [self.base])

@@ -1,6 +1,5 @@
 """What coefficients are searched by when a loss has a gradient: entropy without labels, cross entropy with few."""
 
-import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +14,11 @@ from torch.nn.functional import cross_entropy
 from lightning_merge._checks import LISTED, sequence, whole
 from lightning_merge._mergeable import several_named
 from lightning_merge.search._groups import Per
+from lightning_merge.search._loss import Loss
 from lightning_merge.search._measured import Measured, Objective
-from lightning_merge.search._merged_module import Loss, MergedModule
+from lightning_merge.search._merged_module import MergedModule
 from lightning_merge.search._spaces import Coefficients
+from lightning_merge.search._subject import subject_of
 from lightning_merge.weights import Weights
 
 
@@ -47,16 +48,15 @@ class _OnBatches(Objective):
         for index, batches in enumerate(self._data):
             if not batches:
                 raise ValueError(f"`data` of task {index} must yield at least one batch, got none.")
-        digest = hashlib.sha256(type(self).__name__.encode())
-        for batches in self._data:
-            for tensors in batches:
-                for each in tensors:
-                    digest.update(repr((each.dtype, each.shape)).encode())
-                    digest.update(each.contiguous().view(torch.uint8).numpy().tobytes())
-        self._subject = digest.hexdigest()
+        self.merged_module.refuse_unknown("heads", self._heads)
+        self._subject: str | None = None
 
     @property
     def subject(self) -> str:
+        if self._subject is None:
+            named = [*self.merged_module.parts(), *self._heads]
+            batches = [[tensor for batch in each for tensor in batch] for each in self._data]
+            self._subject = subject_of(type(self).__name__, named, batches)
         return self._subject
 
     @property
@@ -91,9 +91,13 @@ class _OnBatches(Objective):
 
     def _losses(self, number: int) -> list[Loss]:
         losses = []
-        for head, batches in zip(self._heads, self._data, strict=True):
+        for index, (head, batches) in enumerate(zip(self._heads, self._data, strict=True)):
             inputs, *labels = batches[number % len(batches)]
-            losses.append(Loss(head, inputs.to, partial(self._of, labels)))
+            kinds = ", ".join(
+                f"{str(t.dtype).removeprefix('torch.')} of shape {tuple(t.shape)}" for t in (inputs, *labels)
+            )
+            said = f"`data` of task {index} ({kinds})"
+            losses.append(Loss(head, inputs.to, partial(self._of, labels), said))
         return losses
 
     def _of(self, labels: Sequence[Tensor], outputs: Any) -> Tensor:
@@ -118,7 +122,8 @@ class _OnBatches(Objective):
                 f"`data` of task {index} must yield {says}; got {str(parts[0].dtype).removeprefix('torch.')} of shape"
                 f" {tuple(parts[0].shape)} first, which are labels, not inputs."
             )
-        return tuple(part.detach().cpu() for part in parts[:count])
+        with torch.inference_mode(False):  # of a tensor that was made in it nothing is learned
+            return tuple(part.clone() if part.is_inference() else part.detach().cpu() for part in parts[:count])
 
 
 @final
@@ -205,4 +210,5 @@ class CrossEntropy(_OnBatches):
     _labelled = True
 
     def _loss(self, logits: Tensor, *labels: Tensor) -> Tensor:
-        return cross_entropy(logits, labels[0].to(logits.device))
+        labels_ = labels[0].to(logits.device)
+        return cross_entropy(logits, labels_ if labels_.is_floating_point() else labels_.long())
