@@ -61,7 +61,7 @@ every_method = pytest.mark.parametrize(
         (Greedy((0.5, 1.0)), None),
         (Line(), None),
         (Evolutionary(), 30),
-        (CMAES(), 30),
+        (CMAES(size=0.4), 30),
         (MAP(8, 3), None),
         (Gradient(), 30),
         (Bayesian(1), 8),
