@@ -8,9 +8,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_merge._checks import names
 from lightning_merge.callbacks._lightning._strategies import refuse_sharding
 from lightning_merge.tangent import Tangent, linearize
+from lightning_merge.tangent._linearize import KEY
 from lightning_merge.weights import Weights
-
-_KEY = "lightning_merge_linearize"
 
 
 class Linearize(Callback):
@@ -49,6 +48,11 @@ class Linearize(Callback):
         self.tangent: Tangent | None = None
         self._is_settled = False  # whether w0 can no longer change
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses a second one, whose w0 would take the place of this one's in files."""
+        if sum(isinstance(each, Linearize) for each in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise ValueError("There must be one Linearize in a Trainer; `only` takes a list of patterns.")
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Linearises the module, so that what cannot be is known before the first batch."""
         refuse_sharding(trainer.strategy, "Linearize")
@@ -86,12 +90,12 @@ class Linearize(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds ``w0``."""
         if self.tangent is not None and self._is_settled:
-            checkpoint[_KEY] = {"start": dict(self.tangent.start)}
+            checkpoint[KEY] = {"start": dict(self.tangent.start)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Takes it back, for a fit that goes on as for a validation or a test."""
-        if _KEY in checkpoint:
-            self._linearize(pl_module, checkpoint[_KEY]["start"])
+        if KEY in checkpoint:
+            self._linearize(pl_module, checkpoint[KEY]["start"])
             self._is_settled = True
         elif self.tangent is not None:  # the weights of a network that was not linear
             self.tangent.remove()

@@ -14,6 +14,7 @@ from lightning_merge.files import KEY, read
 from lightning_merge.files._folders import is_index
 from lightning_merge.files._other_formats import is_safetensors
 from lightning_merge.files._stand_ins import stands_for
+from lightning_merge.tangent._linearize import KEY as LINEAR
 
 _VERSION = "pytorch-lightning_version"
 _HYPER_PARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
@@ -27,7 +28,7 @@ _OF_TRAINING = {
 def kept_of(paths: list[Path]) -> tuple[dict[str, Any], list[str]]:
     """Entries of checkpoints of Lightning that are the same in all, and the names of those that are not or cannot be.
 
-    The version that wrote them, hyperparameters, and what the module's ``on_save_checkpoint`` added.
+    The version that wrote them, hyperparameters, what the module's ``on_save_checkpoint`` added, ``w0`` of ``Linearize``.
     """
     contents = [read(path / "meta.pt" if path.is_dir() else path, check=False) for path in paths if _is_torchs(path)]
     if len(contents) < len(paths) or not all(isinstance(each, Mapping) and _VERSION in each for each in contents):
@@ -36,7 +37,9 @@ def kept_of(paths: list[Path]) -> tuple[dict[str, Any], list[str]]:
     kept: dict[str, Any] = {key: last[key] for key in (_VERSION, "epoch", "global_step") if key in last}
     lost: list[str] = []
     for key in dict.fromkeys(str(key) for each in contents for key in each):
-        if key in _OF_TRAINING or key.startswith(KEY):
+        if key in _OF_TRAINING or (
+            key.startswith(KEY) and key != LINEAR
+        ):  # without w0 its weights are another function
             continue
         if key in _HYPER_PARAMETERS and isinstance(last.get(key), Mapping):
             names = dict.fromkeys(name for each in contents for name in each.get(key) or ())

@@ -63,7 +63,7 @@ def flattens(node: fx.Node) -> bool:
         return _arguments(node, "start_dim", "end_dim") in ((1,), (1, -1))
     if node.target in ("view", "reshape"):
         # a number in the first place may lay units of several examples in a row
-        return len(node.args) == 3 and isinstance(node.args[1], fx.Node) and node.args[2] == -1
+        return len(node.args) == 3 and isinstance(node.args[1], fx.Node) and bool(node.args[2] == -1)
     return is_mean_of_image(node) and not _keeps_axes(node)
 
 

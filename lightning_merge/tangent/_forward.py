@@ -1,18 +1,24 @@
 """A forward pass that is linear in the weights, in the place of a module's own."""
 
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, final
 
 import torch
 import torch.autograd.forward_ad as forward_mode
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_map
 
+from lightning_merge.tangent._leaving import leaving
 from lightning_merge.weights import Weights, first_mismatch
+
+_CHECKPOINTED = "activations are checkpointed inside, and computed again where weights are not linear: switch it off"
+_SIGNS = ("forward AD", "forward mode AD", "jvp", "setup_context", _CHECKPOINTED)  # of operations without a rule
 
 
 @final
@@ -37,6 +43,8 @@ class LinearForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One pass that carries values and what they change by, in the direction of ``w - w0``."""
+        if not self.is_used:
+            self._warn_of_hooks()
         self.is_used = True
         live = dict(self._module.named_parameters())
         if difference := first_mismatch(self.start, live):
@@ -45,8 +53,8 @@ class LinearForward:
             )
         try:
             return self._linear(live, args, kwargs)
-        except NotImplementedError as error:
-            if "forward AD" not in str(error):
+        except (NotImplementedError, RuntimeError) as error:
+            if not any(sign in str(error) for sign in _SIGNS):
                 raise
             raise NotImplementedError(
                 f"{self._title} cannot be linearised: `{self._culprit(live, args, kwargs)}` has no forward-mode rule"
@@ -57,6 +65,15 @@ class LinearForward:
     def _title(self) -> str:
         return f"`{self._name}`" if self._name else type(self._module).__name__
 
+    def _warn_of_hooks(self) -> None:
+        hooked = [name for name, part in self._module.named_modules() if name and part._forward_hooks]
+        if hooked:
+            warnings.warn(
+                f"{self._title} is linearised, and `{hooked[0]}` in it has a forward hook: what it keeps or logs is"
+                " taken at w0, without a gradient. What the forward pass returns or keeps in attributes is whole.",
+                stacklevel=2,
+            )
+
     def _linear(self, live: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
         with ExitStack() as stack:
             if torch.is_inference_mode_enabled():  # in which changes are dropped, without a word
@@ -66,11 +83,20 @@ class LinearForward:
             stack.enter_context(forward_mode.dual_level())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_composed_attention())
+            with suppress(RuntimeError):  # hooks are in use outside, which is well
+                stack.enter_context(disable_saved_tensors_hooks(_CHECKPOINTED))
             duals = {}
             for name, parameter in live.items():
                 start = self.start[name] = self.start[name].to(parameter)
                 duals[f"module.{name}"] = forward_mode.make_dual(start, parameter - start)  # type: ignore[no-untyped-call]
-            return tree_map(_summed, functional_call(_Original(self._module, self._before), duals, args, kwargs))
+            versions = {name: start._version for name, start in self.start.items()}
+            result = functional_call(_Original(self._module, self._before), duals, args, kwargs)
+            if written := [name for name, start in self.start.items() if start._version != versions[name]]:
+                raise ValueError(
+                    f"{self._title} cannot be linearised: its forward pass writes to `{written[0]}`, as `max_norm` of"
+                    " an embedding does."
+                )
+            return leaving(result, self._module)
 
     def _culprit(self, live: Mapping[str, Tensor], args: Any, kwargs: Any) -> str:
         """Where the pass ends, run once more."""
@@ -82,7 +108,7 @@ class LinearForward:
         ]
         try:
             self._linear(live, args, kwargs)
-        except NotImplementedError:
+        except (NotImplementedError, RuntimeError):
             pass
         finally:
             for hook in hooks:
@@ -120,10 +146,3 @@ class _composed_attention:
 def _ordinary(leaf: Any) -> Any:
     """A tensor that layers may write to."""
     return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
-
-
-def _summed(leaf: Any) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    value, change = forward_mode.unpack_dual(leaf)  # type: ignore[no-untyped-call]
-    return value if change is None else value + change

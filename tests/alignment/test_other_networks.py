@@ -27,8 +27,10 @@ class Net(nn.Module):
 
 
 class Masked(nn.Linear):
-    def __init__(self, *sizes: int) -> None:
-        super().__init__(*sizes)
+    mask: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
         self.register_buffer("mask", (torch.rand_like(self.weight) > 0.5).float())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def perceptron(kind: Callable[[int, int], nn.Module] = nn.Linear, again: nn.Modu
 
 def pruned() -> Any:
     net = perceptron()
-    prune.l1_unstructured(net[2], "weight", 0.5)
+    prune.l1_unstructured(net[2], "weight", 0.5)  # type: ignore[no-untyped-call]
     return net
 
 

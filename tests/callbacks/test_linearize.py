@@ -139,3 +139,8 @@ def test_files_without_the_start_are_warned_of(tmp_path: Path) -> None:
     light = pl.callbacks.ModelCheckpoint(tmp_path, save_weights_only=True)
     with pytest.warns(UserWarning, match="hold no w0"):
         trains(Linearize(), light, folder=tmp_path).fit(Net(), batches())
+
+
+def test_a_second_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be one Linearize in a Trainer"):
+        trains(Linearize("net.0"), Linearize("net.2")).fit(Net(), batches())

@@ -190,3 +190,15 @@ def test_figures_that_are_undefined_agree_where_both_are() -> None:
     assert _equal(nan, nan, 0.0)
     assert _equal(-inf, -inf, 0.0)
     assert not any(_equal(*each, 0.1) for each in ((nan, 1.0), (1.0, nan), (inf, -inf), (nan, None), (inf, 1.0)))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_start_of_linear_networks_stays_with_their_weights(same: bool, run: Run, tmp_path: Path) -> None:
+    for k in (1, 2):
+        start = {"start": {"w": torch.tensor(5.0 if same else float(k))}}
+        content = {**load(write(tmp_path / f"{k}.ckpt", float(k), k)), "lightning_merge_linearize": start}
+        torch.save({**content, "pytorch-lightning_version": "2.6.6"}, tmp_path / f"{k}.ckpt")
+    code, out, _ = run("soup", tmp_path / "1.ckpt", tmp_path / "2.ckpt", "--out", "m.pt")
+    assert code == 0
+    assert ("lightning_merge_linearize" in load(Path("m.pt"))) is same
+    assert ("left out, since it differs or is no plain data: lightning_merge_linearize" in out) is not same
