@@ -28,7 +28,7 @@ _OF_TRAINING = {
 def kept_of(paths: list[Path]) -> tuple[dict[str, Any], list[str]]:
     """Entries of checkpoints of Lightning that are the same in all, and the names of those that are not or cannot be.
 
-    The version that wrote them, hyperparameters, what the module's ``on_save_checkpoint`` added, ``w0`` of ``Linearize``.
+    The version that wrote them, hyperparameters, w0 of linear networks, what the module's ``on_save_checkpoint`` added.
     """
     contents = [read(path / "meta.pt" if path.is_dir() else path, check=False) for path in paths if _is_torchs(path)]
     if len(contents) < len(paths) or not all(isinstance(each, Mapping) and _VERSION in each for each in contents):
