@@ -153,6 +153,33 @@ def test_a_mean_over_an_epoch_weighs_each_branch_by_its_own_samples(tmp_path: Pa
     assert run.callback_metrics["size"].item() == (2 * 2 + 6 * 6) / 8
 
 
+def test_rates_that_a_module_moves_itself_move_once_per_group_also_where_the_first_branch_waits(tmp_path: Path) -> None:
+    rates: list[float] = []
+
+    class HalvingParts(NetParts):
+        def __init__(self) -> None:
+            super().__init__(lr=0.8)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            self.lr_schedulers().step()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+    callback = own()
+    run = trainer(tmp_path, [callback], max_epochs=1)
+    run.fit(of(HalvingParts)(), CombinedLoader(streams(2, 4), "max_size"))
+    assert rates == [0.8, 0.8, 0.4, 0.4, 0.2, 0.1]
+    assert run.global_step == callback.groups == 4
+
+
 # ---- what is refused
 
 
