@@ -128,6 +128,12 @@ def lora_factors(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(name, partner) for name, partner in pairs if partner != name and partner in known]
 
 
+def weight_of_factor(first: str) -> str:
+    """The name of the weight that a LoRA layer adds to, from that of its first factor."""
+    found = _FACTORS.search(first)
+    return first if found is None else f"{first[: found.start()]}weight"
+
+
 def refuse_lora_in(models: Sequence[Mapping[str, Tensor]]) -> None:
     """``refuse_lora_factors`` of models in memory."""
     if models:

@@ -8,15 +8,18 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_merge._checks import number, numbers, sequence, settle
+from lightning_merge._checks import number, numbers, one_of, sequence, settle
 from lightning_merge._mergeable import carried, named, refuse_lora_in, refuse_without_values, several_named
+from lightning_merge._sparse import Masks, is_pruned, zero_in_any
 from lightning_merge.combiners import slerp
 from lightning_merge.combiners._vectors import refuse_unfit
 from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_averaged, nonfinite
 
 
 @torch.no_grad()
-def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None) -> Weights:
+def soup(
+    models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None, masks: Masks | None = None
+) -> Weights:
     """``sum of weights[i] * models[i]``, in float32 or wider; counters are those of the last model.
 
     With one model per reward and weights for what is preferred, this is a rewarded soup: no training per preference.
@@ -24,22 +27,27 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
     Args:
         models: Named tensors of several runs from one start, of the same names and shapes.
         weights: One share per model, together 1; by default equal ones. Negative ones extrapolate.
+        masks: Of pruned models: ``"keep"`` wants the same zeros in all (of tensors of two dimensions or more),
+            ``"intersect"`` has those of each in the mean, which is sparser; ``None`` looks at none.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If there is no model, names or shapes differ, the weights are not one per model and together 1, a
             tensor that counts holds a NaN or an infinity, or is one that no mean is defined for and differs: 8-bit
             floats, quantised or packed whole numbers, masks, tensors of a class of its own, both factors of a LoRA
-            layer.
+            layer; or if zeros differ under ``"keep"``.
 
     Example:
         >>> soup([{"w": torch.tensor(1.0)}, {"w": torch.tensor(5.0)}], [0.75, 0.25])
         {'w': tensor(2.)}
 
     References:
-        Ramé et al., Rewarded soups, NeurIPS 2023. Wortsman et al., Model soups, ICML 2022.
+        Ramé et al., Rewarded soups, NeurIPS 2023. Wortsman et al., Model soups, ICML 2022. Zimmer et al., Sparse model
+        soups, ICLR 2024 (``masks``).
     """
     models = several_named("models", models)
+    if masks is not None:
+        one_of("masks", masks, Masks)
     if not models:
         raise ValueError("`models` must hold at least one model, got none.")
     refuse_without_values("models", models)
@@ -58,6 +66,8 @@ def soup(models: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None
             mixed[name] = carried(name, [model[name] for model in models])
             continue
         mixed[name] = _total(name, parts, average_dtype(last))
+        if masks is not None and is_pruned(name, last):
+            mixed[name].masked_fill_(zero_in_any(name, [model[name] for _, model, _ in parts], masks), 0)
     return mixed
 
 

@@ -25,13 +25,13 @@ def aligned(trajectory: Trajectory, module: "nn.Module") -> Trajectory:
     for each in list(trajectory)[1:]:
         named = {keys.get(name, name): tensor for name, tensor in each.weights().items()}
         ordered = align(module, named, to={keys.get(name, name): tensor for name, tensor in first.items()})
-        found.append(_in_memory(each, {canonical(name): tensor for name, tensor in ordered.items()}))
+        found.append(in_memory(each, {canonical(name): tensor for name, tensor in ordered.items()}))
     other = Trajectory(found)
     other.left_out = trajectory.left_out
     return other
 
 
-def _in_memory(checkpoint: Checkpoint, weights: Weights) -> Checkpoint:
+def in_memory(checkpoint: Checkpoint, weights: Weights) -> Checkpoint:
     """The same file, with other numbers."""
     other = copy.copy(checkpoint)
     memory = {name: tensor.contiguous() for name, tensor in weights.items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_merge._commands import _combining as combining
 from lightning_merge._commands._combine_arguments import FROM_BASE, SEARCHES, check
+from lightning_merge._commands._form_arguments import adapter_folders
 from lightning_merge._commands._needs import CLI_MODULES, need
 from lightning_merge._commands._task_arguments import FROM_A_BASE, OF_TASKS
 
@@ -42,6 +43,10 @@ def combine(options: argparse.Namespace) -> str:
     from lightning_merge._commands._kept import kept_of
     from lightning_merge._commands._target import folder_of, refuse_input, save
 
+    if options.command == "soup" and options.rule != "lorahub" and (adapters := adapter_folders(options.files)):
+        from lightning_merge._commands._peft_soup import peft_soup
+
+        return peft_soup(adapters, options)
     check(options)
     folder = folder_of(options.out)
     earlier, trajectory = _inputs(options)
@@ -58,6 +63,10 @@ def combine(options: argparse.Namespace) -> str:
         from lightning_merge._commands._aligned import aligned
 
         trajectory = aligned(trajectory, bench.model)
+    if getattr(options, "masks", None) is not None:
+        from lightning_merge._commands._masked import masked
+
+        trajectory = masked(trajectory, options.masks)
     done = _merge(options, trajectory, earlier, bench, hashes)
     merged, found = done.weights, done.found
     if done.coefficients is not None and folder is None and options.rule not in OF_TASKS:
@@ -173,6 +182,7 @@ def _provenance(
         "importance": [os.fspath(file) for file in getattr(options, "statistics", None) or ()] or None,
         "statistics": "averaged" if options.config is None else "measured",
         "aligned": getattr(options, "align", False),
+        "masks": getattr(options, "masks", None),
     }
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from lightning_merge._commands._form_arguments import add_forms, check_forms
 from lightning_merge._commands._task_arguments import FROM_A_BASE, OF_TASKS, add_tasks, check_tasks
 
 _DECAYS = ("wsm-linear", "wsm-cosine", "wsm-1-sqrt", "wsm-exponential")
@@ -62,6 +63,7 @@ def add_soup(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--base", type=_local, metavar="FILE", help=f"for {_NAMED}: what all were fine-tuned from")
     add_tasks(parser)
+    add_forms(parser)
     parser.add_argument(
         "--scale",
         type=float,
@@ -140,6 +142,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"`--scale` must be left out for `--rule {options.rule}`, got {options.scale}.")
     if options.command == "soup":
         _check_statistics(options)
+        check_forms(options, linear=options.rule not in (*FROM_BASE, *OF_TASKS))
         if options.align and (options.config is None or options.rule in (*FROM_BASE, *OF_TASKS)):
             raise ValueError(
                 f"`--align` needs `--config`, whose model tells which units there are, and a rule without a base, got"

@@ -22,7 +22,7 @@ def from_base(trajectory: "Trajectory", options: argparse.Namespace) -> "tuple[W
     from lightning_merge.trajectory import Checkpoint, Trajectory
     from lightning_merge.weights import is_averaged
 
-    combiner = _combiner(options)
+    combiner = combiner_of(options)
     start = Checkpoint(options.base)
     Trajectory([start, *trajectory])  # refuses another model
     merged: Weights = {}
@@ -53,7 +53,8 @@ def _first_names(checkpoints: "list[Checkpoint]") -> dict[str, str]:
     return {name: found.setdefault(place, name) for name, place in places.items()}
 
 
-def _combiner(options: argparse.Namespace) -> "Combiner":
+def combiner_of(options: argparse.Namespace) -> "Combiner":
+    """The combiner that ``--rule`` names."""
     from lightning_merge import combiners
 
     known: Any = {index: str(file) for index, file in enumerate(options.statistics or ())}
