@@ -123,8 +123,8 @@ class Adapter:
         """What it adds: ``scale * B A`` under the name of each layer's weight, or of (IA)3 ``v - 1``.
 
         Raises:
-            ValueError: If it holds no factor, or no scaling, one holds a NaN or an infinity, or has another rank than the
-                settings say.
+            ValueError: If it holds no factor, or no scaling, one holds a NaN or an infinity, or has another rank than
+                the settings say.
         """
         if self.kind == "LORA":
             for first, _ in layers_of(self.weights).values():

@@ -49,7 +49,9 @@ def combine_adapters(combiner: Combiner, adapters: Sequence[Adapter], rank: int 
         "Parameter-efficient multi-task model fusion with partial linearization", ICLR 2024.
     """
     instance("combiner", combiner, Combiner)
-    several = [instance("adapters", each, Adapter) for each in sequence("adapters", adapters, "several adapters")]
+    several: list[Adapter] = [
+        instance("adapters", each, Adapter) for each in sequence("adapters", adapters, "several adapters")
+    ]
     if not several:
         raise ValueError("`adapters` must be at least one adapter, got none.")
     for other in several[1:]:
