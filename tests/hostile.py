@@ -20,6 +20,7 @@ from torch import nn
 HOSTILE = (None, "x", math.nan, math.inf, -1, 0, 1.5, True, [], np.int64(2), 10**30, object())
 
 W = {"w": torch.ones(2, 2)}
+LORA = {"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.ones(2, 1)}
 LIKE = {"w": torch.zeros(2, 2)}
 """Weights that differ from the others."""
 
@@ -64,6 +65,15 @@ def of_perceptron() -> dict[str, torch.Tensor]:
 # What each required argument may be, by its name, or by the callable's and its own.
 GOOD: dict[str, Callable[[], Any]] = {
     "a": lambda: torch.ones(2),
+    "adapter": lambda: LORA,
+    "Adapter.config": lambda: {"peft_type": "LORA", "r": 1, "lora_alpha": 1},
+    "Adapter.weights": lambda: LORA,
+    "combine_adapters.adapters": lambda: [
+        import_module("lightning_merge.adapters").Adapter(LORA, GOOD["Adapter.config"]())
+    ],
+    "factored.like": lambda: LORA,
+    "factored.vector": lambda: {"q.weight": torch.ones(2, 2)},
+    "expert": lambda: LIKE,
     "after": lambda: 0,
     "align.module": perceptron,
     "align.to": of_perceptron,

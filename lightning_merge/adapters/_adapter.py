@@ -10,7 +10,8 @@ from typing import Any, Self, final
 
 from torch import Tensor
 
-from lightning_merge._checks import path
+from lightning_merge._checks import instance, path, text
+from lightning_merge._mergeable import named
 from lightning_merge.adapters._factored import factored
 from lightning_merge.adapters._negated import is_ia3
 from lightning_merge.adapters._products import layers_of, products
@@ -34,6 +35,7 @@ class Adapter:
         name: What errors call it: its folder.
 
     Raises:
+        TypeError: If an argument is of the wrong type.
         ValueError: If it is of another kind, or what its layers add to the weights is no vector on the same base: DoRA,
             ranks or scales of their own for some layers, a start that changes the base (PiSSA).
 
@@ -52,6 +54,9 @@ class Adapter:
     name: str = "adapter"
 
     def __post_init__(self) -> None:
+        named("weights", self.weights)
+        instance("config", self.config, Mapping, "the settings of an adapter, by name")
+        text("name", self.name)
         if self.kind not in ("LORA", "IA3"):
             raise ValueError(f"{self.name} is an adapter of kind {self.kind}; LORA and IA3 have a vector.")
         refused = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if self.config.get(name)]

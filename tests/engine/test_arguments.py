@@ -8,6 +8,7 @@ import pytest
 from hostile import cases, refused_otherwise
 
 PACKAGES = (
+    "adapters",
     "alignment",
     "branches",
     "calibration",
