@@ -41,6 +41,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
     from _evidence._soups import soups
     from _evidence._tangent import tangent_space
     from _evidence._tasks import tasks
+    from _evidence._unlearning import unlearning
 
     return {
         "domains": domains,
@@ -54,6 +55,7 @@ def protocols() -> dict[str, Callable[[str], Protocol]]:
         "soups": soups,
         "tasks": tasks,
         "tangent": tangent_space,
+        "unlearning": unlearning,
         "merging": merging,
         "alignment": alignment,
     }

@@ -1,5 +1,6 @@
 """Folders of peft go in and out without change, and what ``soup`` writes loads where they did."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,27 @@ def test_a_soup_of_folders_is_the_mean_of_the_merged_models(scaled: bool, run: R
     written = Adapter.read(tmp_path / "low")
     assert all(torch.equal(written.weights[name], each) for name, each in merged.weights.items())
     assert 0.05 < lost < 1
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(10, 4), nn.Conv2d(3, 4, 3), nn.Conv1d(3, 4, 3)])
+def test_embeddings_and_convolutions_are_merged_too(layer: nn.Module, run: Run, tmp_path: Path) -> None:
+    folders = []
+    for seed in range(2):
+        model = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), lora(target_modules=["0"]))
+        torch.manual_seed(seed)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter)
+        folders.append(tmp_path / str(seed))
+        model.save_pretrained(folders[-1])
+    assert run("soup", *folders, "--rank", 4, "--out", "soup")[0] == 0
+
+    def weight(folder: Path) -> torch.Tensor:
+        model: Any = peft.PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(layer)), folder).merge_and_unload()
+        return model[0].weight.detach()
+
+    mean = (weight(folders[0]) + weight(folders[1])) / 2
+    torch.testing.assert_close(weight(tmp_path / "soup"), mean, atol=1e-4, rtol=1e-4)
 
 
 def test_adapters_of_different_rank_are_merged_to_one_that_is_named(run: Run, tmp_path: Path) -> None:
