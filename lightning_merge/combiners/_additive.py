@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_merge.combiners._kept import Kept
 from lightning_merge.combiners._pieces import library_of
-from lightning_merge.weights import State, Weights, add_, zero_
+from lightning_merge.weights import State, Weights, add_
 
 
 class Additive(Kept):
@@ -19,10 +19,7 @@ class Additive(Kept):
         add_(kept, vector)
 
     def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
-        if state["updates"] == 1:
-            zero_(state["kept"])
-        else:
-            add_(state["kept"], vector, -1.0)
+        add_(state["kept"], vector, -1.0)
 
     def _merge(self, out: Any, values: Sequence[Any]) -> Any:
         add = library_of(out).add

@@ -141,6 +141,11 @@ class Combiner(ABC):
             raise ValueError("there is no vector to remove: the state holds none.")
         check_vector(vector, _tensors(state), task)
         check_finite(vector, task)
+        if state["updates"] == 1:  # what rounding would leave is nothing
+            fresh = self.init(vector)
+            state.clear()
+            state.update(fresh)
+            return
         self._take_out(state, vector, task)
         state["updates"] -= 1
 

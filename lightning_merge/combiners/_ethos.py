@@ -55,4 +55,5 @@ def _filtered(tensor: Tensor, base: Tensor, threshold: float) -> Tensor:
     left, _, right = torch.linalg.svd(w, full_matrices=False)
     along = left.T @ v @ right.T
     along = torch.where(along.abs() >= threshold * along.abs().amax(), along, 0.0)
-    return (left @ along @ right).reshape(tensor.shape)
+    found: Tensor = left @ along @ right
+    return found.reshape(tensor.shape)
