@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 def measured(bench: Any, merged: "Weights", seed: int) -> "Weights":
     """The weights with BatchNorm statistics of their own, on the same batches whatever was asked before."""
-    import torch
+    from lightning_merge._commands._drawing import drawing
 
-    with torch.random.fork_rng(devices=[]):
+    with drawing(seed):
         bench.set_up(merged)  # or the first candidate of a search that goes on would draw other batches
-        torch.manual_seed(seed)
+    with drawing(seed):
         return {**merged, **bench.statistics(merged)}
 
 
@@ -51,20 +51,25 @@ def search(trajectory: "Trajectory", options: argparse.Namespace, bench: Any, ha
     }
 
     def score(coefficients: tuple[float, ...]) -> float:
-        return monitored(bench, measured(bench, trajectory.combine(coefficients), options.seed), options.monitor)
+        return monitored(
+            bench, measured(bench, trajectory.combine(coefficients), options.seed), options.monitor, options.seed
+        )
 
     space: Any = "negative" if options.rule == "lcsc" else "simplex"
     subject = f"{options.monitor} of {', '.join(hashes)}"
     return logged(score, len(trajectory), methods[options.rule], options, space=space, subject=subject)
 
 
-def monitored(bench: Any, merged: "Weights", monitor: str) -> float:
-    """The metric that validation logs of a name.
+def monitored(bench: Any, merged: "Weights", monitor: str, seed: int) -> float:
+    """The metric that validation logs of a name; what it draws is the same whatever was asked before.
 
     Raises:
         ValueError: If it logs none of that name.
     """
-    metrics = bench.metrics(merged)
+    from lightning_merge._commands._drawing import drawing
+
+    with drawing(seed):
+        metrics = bench.metrics(merged)
     if monitor not in metrics:
         raise ValueError(
             f"`--monitor` must be a metric that validation logs, got {monitor!r}; it logs:"

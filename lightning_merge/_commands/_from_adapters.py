@@ -25,13 +25,14 @@ def from_adapters(
     adapters = [checkpoint.weights() for checkpoint in trajectory]
     form: Literal["products", "factors"] = "factors" if options.factors else "products"
     pairs = lora_factors(adapters[0])
-    rank = None if options.factors or not pairs else max(len(adapters[0][first]) for first, _ in pairs)
+    rank: Literal["same"] | None = None if options.factors else "same"
+    ranks = ", ".join(map(str, sorted({len(adapters[0][first]) for first, _ in pairs})))
     benches = benches_of(options, bench)
     sign = 1.0 if options.mode == "min" else -1.0
 
     def score(coefficients: "Coefficients") -> "Measured":
         weights = measured(bench, compose_adapters(adapters, coefficients, form, rank), options.seed)
-        parts = tuple(monitored(each, weights, options.monitor) for each in benches)
+        parts = tuple(monitored(each, weights, options.monitor, options.seed) for each in benches)
         return Measured(sum(parts) / len(parts) + sign * penalty(coefficients), parts=parts)
 
     subject = f"{form} by {options.monitor} of {', '.join(hashes)}"
@@ -39,7 +40,7 @@ def from_adapters(
     merged = compose_adapters(adapters, found.coefficients, form, rank)
     exact = compose_adapters(adapters, found.coefficients)
     lost = _distance(exact, merged, pairs)
-    how = "sums of factors" if options.factors else f"products, of the rank of the files again ({rank})"
+    how = "sums of factors" if options.factors else f"products, of the rank of the files again ({ranks})"
     remarks = [
         f"{how}: {lost:.2%} from the sum of products (relative, over {len(pairs)} layers)",
         "the score is worse by 0.05 * mean |coefficient|, as published, than the metric",

@@ -76,7 +76,7 @@ def by_metric(tasks: "TaskVectors", options: argparse.Namespace, bench: Any) -> 
 
     def score(coefficients: "Coefficients") -> "Measured":
         weights = measured(bench, merged.weights(coefficients), options.seed)
-        parts = tuple(monitored(each, weights, options.monitor) for each in benches)
+        parts = tuple(monitored(each, weights, options.monitor, options.seed) for each in benches)
         return Measured(sum(parts) / len(parts), parts=parts)
 
     points = max(1, options.budget // 4)
@@ -95,12 +95,10 @@ def _loaders(bench: Any, labelled: bool, seed: int) -> list[list[Any]]:
     """The first batches of training data, or of each set of validation data; the same in every call."""
     from itertools import islice
 
-    import torch
-
+    from lightning_merge._commands._drawing import drawing
     from lightning_merge._commands._runs import quiet
 
-    with torch.random.fork_rng(devices=[]), quiet():
-        torch.manual_seed(seed)
+    with drawing(seed), quiet():
         loaders = bench.training_loader() if labelled else bench.validation_loader()
         several = loaders if isinstance(loaders, list | tuple) else [loaders]
         return [list(islice(loader, 64)) for loader in several]

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_merge._checks import LISTED, number, numbers, one_of, whole
 from lightning_merge._mergeable import carried, lora_factors, refuse_without_values, several_named
@@ -16,7 +17,7 @@ def compose_adapters(
     adapters: Sequence[Mapping[str, Tensor]],
     coefficients: Sequence[float],
     form: Literal["products", "factors"] = "products",
-    rank: int | None = None,
+    rank: int | Literal["same"] | None = None,
 ) -> Weights:
     """``sum_i a_i B_i A_i`` of LoRA adapters, again as an adapter: LoraHub's composition.
 
@@ -30,7 +31,8 @@ def compose_adapters(
             or what diffusers calls them. Others have to be the same in all.
         coefficients: One number per adapter.
         form: ``"products"``, or ``"factors"`` as published.
-        rank: Largest rank of each layer, by a truncated singular value decomposition; ``None``: exact.
+        rank: Largest rank of each layer, by a truncated singular value decomposition, ``"same"`` for that it has in the
+            adapters; ``None``: exact.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -57,7 +59,7 @@ def compose_adapters(
         raise ValueError(f"`coefficients` must be {len(models)} numbers, got {len(coefficients)}.")
     one_of("form", form, ("products", "factors"))
     if rank is not None:
-        rank = whole("rank", rank, 1, LISTED)
+        rank = rank if rank == "same" else whole("rank", rank, 1, LISTED)
         if form == "factors":
             raise ValueError("`rank` must be left out for `form='factors'`, which keeps the rank.")
     refuse_without_values("adapters", models)
@@ -71,15 +73,14 @@ def compose_adapters(
     merged: Weights = {name: _same(name, models) for name in models[0] if name not in factors}
     for first, after in pairs:
         for i, model in enumerate(models, 1):
-            if damaged := nonfinite({name: model[name] for name in (first, after)}):
-                raise ValueError(f"`{min(damaged)}` of adapter {i} of `adapters` holds a NaN or an infinity.")
+            _refuse_no_numbers({name: model[name] for name in (first, after)}, i)
         wide = average_dtype(models[0][first])
         down = [model[first].to(wide) for model in models]
         up = [a * model[after].to(wide) for a, model in zip(coefficients, models, strict=True)]
         if form == "factors":
             a, b = sum(c * each for c, each in zip(coefficients, down, strict=True)), sum(up)
         else:
-            a, b = _truncated(torch.cat(down), torch.cat(up, 1), rank)
+            a, b = _truncated(torch.cat(down), torch.cat(up, 1), len(down[0]) if rank == "same" else rank)
         merged[first], merged[after] = torch.as_tensor(a).to(models[0][first]), torch.as_tensor(b).to(models[0][after])
     return {name: merged[name] for name in models[0]}
 
@@ -104,6 +105,17 @@ def penalty(coefficients: Sequence[float], strength: float = 0.05) -> float:
     return strength * sum(map(abs, coefficients)) / len(coefficients)
 
 
+def _refuse_no_numbers(factors: Weights, number: int) -> None:
+    for name, tensor in factors.items():
+        if not is_averaged(tensor):
+            raise ValueError(
+                f"`{name}` of adapter {number} of `adapters` holds {str(tensor.dtype).removeprefix('torch.')}, as quantised"
+                " weights do: convert it to floating point first, scale applied."
+            )
+    if damaged := nonfinite(factors):
+        raise ValueError(f"`{min(damaged)}` of adapter {number} of `adapters` holds a NaN or an infinity.")
+
+
 def _same(name: str, models: Sequence[Mapping[str, Tensor]]) -> Tensor:
     if is_averaged(models[0][name]) and any(not torch.equal(models[0][name], model[name]) for model in models[1:]):
         raise ValueError(f"`{name}` is no factor of a LoRA layer, and has to be the same in all of `adapters`.")
@@ -116,8 +128,9 @@ def _truncated(down: Tensor, up: Tensor, rank: int | None) -> tuple[Tensor, Tens
         return down, up
     left, inner = torch.linalg.qr(up.flatten(1))
     right, outer = torch.linalg.qr(down.flatten(1).T)
-    u, s, v = torch.linalg.svd(inner @ outer.T)
+    u, s, v = torch.linalg.svd(inner @ outer.T, full_matrices=False)
     kept = s[:rank].sqrt()
-    a = (right @ v[:rank].T * kept).T.reshape(-1, *down.shape[1:])
-    b = (left @ u[:, :rank] * kept).reshape(len(up), -1, *up.shape[2:])
+    more = rank - len(kept)  # of a layer that is narrower than its rank
+    a = pad((right @ v[:rank].T * kept).T, (0, 0, 0, more)).reshape(-1, *down.shape[1:])
+    b = pad(left @ u[:, :rank] * kept, (0, more)).reshape(len(up), -1, *up.shape[2:])
     return a, b

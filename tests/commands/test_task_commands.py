@@ -208,3 +208,34 @@ def test_quantised_weights_are_named(run: Run) -> None:
     code, _, err = soup(run, "adamerging", "--out", "s.pt")
     assert code == 2
     assert f"`{name}` holds whole numbers or flags (int8), as quantised weights" in err
+
+
+DRAWING = """\
+import random
+
+import numpy
+import torch
+from lightning_merge.recipes import Classifier
+
+
+class Drawing(Classifier):
+    def validation_step(self, batch, batch_idx):
+        self.log("drawn", torch.rand(()).item() + random.random() + numpy.random.rand())
+        return super().validation_step(batch, batch_idx)
+"""
+
+
+def test_what_validation_draws_does_not_depend_on_what_was_measured_before(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    Path("drawing.py").write_text(DRAWING)
+    Path("config.yaml").write_text(CONFIG.replace("lightning_merge.recipes.Classifier", "drawing.Drawing"))
+    options = ("--monitor", "drawn", "--mode", "min", "--budget", 4)
+    assert soup(run, "map", *options, "--out", "whole.pt")[0] == 0
+    found = rows("whole.search.jsonl")
+    lines = Path("whole.search.jsonl").read_text().splitlines(keepends=True)
+    Path("then.search.jsonl").write_text("".join(lines[:3]))
+    assert soup(run, "map", *options, "--out", "then.pt")[0] == 0
+    assert rows("then.search.jsonl") == found
+    assert len({row["score"] for row in found}) == 1

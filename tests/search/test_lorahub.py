@@ -95,3 +95,32 @@ def test_bad_input_is_named(change, message):
         return
     with pytest.raises(ValueError, match=message):
         compose_adapters(**given)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 6), (6, 2), (2, 2), (6, 6)])
+def test_layers_narrower_than_their_rank_keep_their_shapes(inputs, outputs):
+    torch.manual_seed(0)
+    shapes = {"lora_A.weight": (4, inputs), "lora_B.weight": (outputs, 4)}
+    adapters = [{name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2)]
+    exact = compose_adapters(adapters, [0.5, 0.3])
+    for rank in (4, "same"):
+        merged = compose_adapters(adapters, [0.5, 0.3], rank=rank)
+        assert {name: tuple(tensor.shape) for name, tensor in merged.items()} == shapes
+        if min(inputs, outputs) <= 4:
+            torch.testing.assert_close(
+                merged["lora_B.weight"] @ merged["lora_A.weight"], exact["lora_B.weight"] @ exact["lora_A.weight"]
+            )
+
+
+def test_each_layer_keeps_a_rank_of_its_own():
+    ranks = {"one": 1, "two": 3}
+    one = {f"{n}.lora_A.weight": torch.ones(r, 5) for n, r in ranks.items()}
+    one |= {f"{n}.lora_B.weight": torch.ones(5, r) for n, r in ranks.items()}
+    merged = compose_adapters([one, one], [0.5, 0.3], rank="same")
+    assert all(merged[name].shape == tensor.shape for name, tensor in one.items())
+
+
+def test_quantised_factors_are_refused():
+    one = {"lora_A.weight": torch.ones(2, 3, dtype=torch.int8), "lora_B.weight": torch.ones(3, 2)}
+    with pytest.raises(ValueError, match=r"`lora_A.weight` of adapter 1 of `adapters` holds int8"):
+        compose_adapters([one, one], [0.5, 0.3])
