@@ -109,8 +109,8 @@ def _refuse_no_numbers(factors: Weights, number: int) -> None:
     for name, tensor in factors.items():
         if not is_averaged(tensor):
             raise ValueError(
-                f"`{name}` of adapter {number} of `adapters` holds {str(tensor.dtype).removeprefix('torch.')}, as quantised"
-                " weights do: convert it to floating point first, scale applied."
+                f"`{name}` of adapter {number} of `adapters` holds {str(tensor.dtype).removeprefix('torch.')}, as"
+                " quantised weights do: convert it to floating point first, scale applied."
             )
     if damaged := nonfinite(factors):
         raise ValueError(f"`{min(damaged)}` of adapter {number} of `adapters` holds a NaN or an infinity.")
