@@ -45,7 +45,7 @@ def repair(
         forward: Runs the module on one batch.
 
     Returns:
-        The merged tensors, those of linear layers and convolutions repaired.
+        The merged tensors, those of linear layers and convolutions repaired; transposed convolutions are as they were.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -102,7 +102,9 @@ def _layers(module: nn.Module, merged: Mapping[str, Tensor]) -> dict[str, _Layer
     found = {
         canonical(name): part
         for name, part in module.named_modules()
-        if isinstance(part, _Layer) and _tensor(canonical(name), "weight") in merged
+        if isinstance(part, _Layer)
+        and not getattr(part, "transposed", False)  # their first axis is that of inputs
+        and _tensor(canonical(name), "weight") in merged
     }
     if not found:
         raise ValueError("`merged` must hold weights of linear layers or convolutions of `module`, and holds none.")

@@ -110,3 +110,13 @@ def test_what_is_refused(change: dict[str, Any], message: str, batch: Tensor) ->
     given = {"module": net, "merged": mean(models), "members": models, "batches": [batch], "forward": net, **change}
     with pytest.raises(ValueError, match=message):
         repair(**given)
+
+
+def test_transposed_convolutions_are_left_and_what_follows_is_repaired() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.ConvTranspose1d(4, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    members = [{name: torch.randn_like(each) for name, each in net.named_parameters()} for _ in range(2)]
+    merged = {name: (each + members[1][name]) / 2 for name, each in members[0].items()}
+    found = repair(net, merged, members, [torch.randn(32, 4, 3)], net)
+    assert torch.equal(found["0.weight"], merged["0.weight"])
+    assert (found["3.weight"] != merged["3.weight"]).any()
