@@ -24,7 +24,6 @@ from lightning_merge.weights import (
     slices,
     stacked,
     unstacked,
-    zero_,
     zeros,
 )
 
@@ -85,10 +84,7 @@ class Breadcrumbs(Combiner):
         self._add(state, vector, 1.0)
 
     def _take_out(self, state: State, vector: Weights, task: int | str) -> None:
-        if state["updates"] == 1:
-            zero_(state["sum"])
-        else:
-            self._add(state, vector, -1.0)
+        self._add(state, vector, -1.0)
 
     def _add(self, state: State, vector: Weights, factor: float) -> None:
         if self.scope == "row" or not on_host(vector):
