@@ -18,7 +18,7 @@ import pytest
 import lightning_merge
 
 RECORD = Path(__file__).with_name("public_names.txt")
-WITHOUT_ALL = ("calibration", "selections", "soups")
+WITHOUT_ALL = ("selections", "soups")
 """Modules of which everything is public that they define; ``weights`` and ``shards`` are for the library's own use."""
 
 OF_AVERAGES = [
