@@ -62,6 +62,7 @@ def combine(options: argparse.Namespace) -> str:
     if bench is not None and getattr(options, "align", False):
         from lightning_merge._commands._aligned import aligned
 
+        bench.set_up()
         trajectory = aligned(trajectory, bench.model)
     if getattr(options, "masks", None) is not None:
         from lightning_merge._commands._masked import masked

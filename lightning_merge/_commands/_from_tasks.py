@@ -24,6 +24,7 @@ def from_tasks(
     from lightning_merge._commands._task_scores import by_gradient, by_metric
     from lightning_merge._commands._task_vectors import TaskVectors
 
+    bench.set_up()
     tasks = TaskVectors(options.base, trajectory, bench.model)
     plan = (by_gradient if options.rule in BY_GRADIENT else by_metric)(tasks, options, bench)
     found = logged(

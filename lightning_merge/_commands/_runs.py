@@ -76,8 +76,8 @@ class Bench:
             )
         return metrics[monitor]
 
-    def set_up(self, weights: Weights) -> None:
-        """Sets up devices and data, by a pass that draws random numbers; once."""
+    def set_up(self, weights: Weights | None = None) -> None:
+        """Sets up devices, data and a model that builds itself then, by a pass that draws random numbers; once."""
         if not self.trainer.callback_metrics:
             self.metrics(weights)
 

@@ -92,13 +92,20 @@ def benches_of(options: argparse.Namespace, bench: Any) -> list[Any]:
 
 
 def _loaders(bench: Any, labelled: bool, seed: int) -> list[list[Any]]:
-    """The first batches of training data, or of each set of validation data; the same in every call."""
+    """The first batches of training data, or of each set of validation data, as steps get them; always the same."""
     from itertools import islice
+
+    from lightning.pytorch.utilities import CombinedLoader
 
     from lightning_merge._commands._drawing import drawing
     from lightning_merge._commands._runs import quiet
+    from lightning_merge.callbacks._lightning._user_step import transferred
 
+    bench.set_up()
     with drawing(seed), quiet():
         loaders = bench.training_loader() if labelled else bench.validation_loader()
-        several = loaders if isinstance(loaders, list | tuple) else [loaders]
-        return [list(islice(loader, 64)) for loader in several]
+        several = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
+        return [
+            [transferred(bench.trainer, bench.model, batch, number) for batch in islice(loader, 64)]
+            for number, loader in enumerate(several.flattened)
+        ]
