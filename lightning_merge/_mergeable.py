@@ -3,7 +3,8 @@
 Merged is what ``weights.is_averaged``: plain floating-point and complex numbers. Carried along, as one model has it,
 are counters: single whole numbers, and those of 64 bits. All else only looks like numbers: tensors of a class of their
 own, 8-bit floats, whose scale is another tensor, and shorter whole numbers and flags, which are quantised weights,
-packed codes or masks. That may stay as it is where it is the same everywhere.
+packed codes or masks. That may stay as it is where it is the same everywhere; so may infinities, of which masks of
+attention are made.
 """
 
 import re
@@ -151,3 +152,17 @@ def _same(a: Tensor, b: Tensor) -> bool:
         return bool(torch.equal(a, b.to(a.device)))
     except (RuntimeError, NotImplementedError, TypeError):  # a class that compares nothing
         return False
+
+
+def put_constants(merged: Tensor, inputs: Sequence[Tensor]) -> bool:
+    """Puts infinities that all inputs have in the same places, as masks of attention have them, into their merge.
+
+    Returns:
+        Whether every other number of the merge is finite.
+    """
+    first = inputs[0].to(merged)
+    constant = first.isinf()
+    for other in inputs[1:]:
+        constant = constant & (other.to(merged) == first)
+    merged.copy_(torch.where(constant, first, merged))
+    return bool((merged.isfinite() | constant).all())

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from lightning_merge._checks import number, numbers, one_of, sequence, settle
-from lightning_merge._mergeable import carried, named, refuse_lora_in, refuse_without_values, several_named
+from lightning_merge._mergeable import (
+    carried,
+    named,
+    put_constants,
+    refuse_lora_in,
+    refuse_without_values,
+    several_named,
+)
 from lightning_merge._sparse import Masks, is_pruned, zero_in_any
 from lightning_merge.combiners import slerp
 from lightning_merge.combiners._vectors import refuse_unfit
@@ -76,7 +83,7 @@ def _total(name: str, parts: Sequence[tuple[int, Mapping[str, Tensor], float]], 
     total = torch.zeros_like(parts[0][1][name], dtype=dtype)
     for _, model, share in parts:
         total.add_(model[name].to(total), alpha=share)
-    if nonfinite({name: total}):
+    if nonfinite({name: total}) and not put_constants(total, [model[name] for _, model, _ in parts]):
         for i, model, _ in parts:
             if nonfinite({name: model[name]}):
                 raise ValueError(f"`{name}` of model {i} of `models` holds a NaN or an infinity. Leave that model out.")

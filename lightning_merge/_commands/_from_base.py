@@ -85,15 +85,15 @@ def _vectors(
         combiner.refuse_other_base(base, str(options.base))
     for index, each in enumerate(trajectory):
         own = {name: each.tensor(name) for name in base}
-        for path, weights in ((options.base, base), (each.path, own)):
-            if damaged := nonfinite(weights):
-                name = next(name for name in weights if name in damaged)
-                raise ValueError(f"`{name}` of {path} holds a NaN or an infinity. Leave that file out.")
         if isinstance(combiner, WithStatistics):
             combiner.refuse_other_weights(index, own, str(each.path))
         try:
             vector = task_vector(own, base)
         except ValueError as error:
+            for path, weights in ((options.base, base), (each.path, own)):
+                if damaged := nonfinite(weights):
+                    name = next(name for name in weights if name in damaged)
+                    raise ValueError(f"`{name}` of {path} holds a NaN or an infinity. Leave that file out.") from error
             raise ValueError(f"{each.path}: {error}") from error
         yield vector
 

@@ -14,6 +14,8 @@ from lightning_merge.weights import Weights, average_dtype, first_mismatch, is_s
 def task_vector(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Weights:
     """``weights - base`` in float32 (wider if they are), without the integer tensors, which no sum can merge.
 
+    Infinities that both have in the same places, as in masks of attention, differ by 0.
+
     Args:
         weights: What training ended with.
         base: What the tasks have in common, same names and shapes.
@@ -39,6 +41,9 @@ def task_vector(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> We
         for name, tensor in weights.items()
         if tensor.is_floating_point()
     }
+    for name in nonfinite(vector):
+        same = weights[name].isinf() & (weights[name] == base[name].to(weights[name]))
+        vector[name] = vector[name].masked_fill(same.to(vector[name].device), 0.0)
     if damaged := nonfinite(vector):
         first = next(name for name in vector if name in damaged)
         raise ValueError(f"`{first}` holds a NaN or an infinity in the weights or in the base.")

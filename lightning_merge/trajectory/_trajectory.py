@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_merge._checks import instance, numbers, one_of, path, sequence, text, whole
-from lightning_merge._mergeable import carried
+from lightning_merge._mergeable import carried, put_constants
 from lightning_merge.files._lazy import Checkpoint, WhichWeights
 from lightning_merge.files._places import Place, memory_of
 from lightning_merge.trajectory._run_files import run_files
@@ -210,7 +210,7 @@ class Trajectory(Sequence[Checkpoint]):
             for checkpoint, coefficient in taking_part:
                 total.add_(checkpoint.tensor(name).to(total), alpha=coefficient)
             merged.copy_(total)
-        if nonfinite({name: merged}):
+        if nonfinite({name: merged}) and not put_constants(merged, [c.tensor(name) for c, _ in taking_part]):
             self._refuse(name, taking_part)
         return merged
 
