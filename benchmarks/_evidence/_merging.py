@@ -69,11 +69,11 @@ class Merging(Protocol):
     val_images: int = 100
     test_images: int = 300
     size: int = 96
-    frozen: int = 8
+    frozen: int = 9
     probe_steps: int = 200
-    steps: int = 160
+    steps: int = 80
     batch: int = 32
-    rate: float = 1e-3
+    rate: float = 3e-4
     fisher_samples: int = 100
     scales: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.1, 1.5, 2.0)
 

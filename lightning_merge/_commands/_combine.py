@@ -43,12 +43,13 @@ def combine(options: argparse.Namespace) -> str:
     from lightning_merge._commands._kept import kept_of
     from lightning_merge._commands._target import folder_of, refuse_input, save
 
+    folder = folder_of(options.out)
     if options.command == "soup" and options.rule != "lorahub" and (adapters := adapter_folders(options.files)):
         from lightning_merge._commands._peft_soup import peft_soup
 
-        return peft_soup(adapters, options)
+        if folder is not None or options.rank is not None:  # into a file factors go as they are, if they may
+            return peft_soup(adapters, options)
     check(options)
-    folder = folder_of(options.out)
     earlier, trajectory = _inputs(options)
     paths = [checkpoint.path for checkpoint in trajectory]
     refuse_input(options.out, [*paths, *_given(options)])

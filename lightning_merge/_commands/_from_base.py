@@ -81,12 +81,8 @@ def _vectors(
     from lightning_merge.combiners._with_statistics import WithStatistics
     from lightning_merge.weights import nonfinite
 
-    if isinstance(combiner, WithStatistics):
-        combiner.refuse_other_base(base, str(options.base))
     for index, each in enumerate(trajectory):
         own = {name: each.tensor(name) for name in base}
-        if isinstance(combiner, WithStatistics):
-            combiner.refuse_other_weights(index, own, str(each.path))
         try:
             vector = task_vector(own, base)
         except ValueError as error:
@@ -95,6 +91,9 @@ def _vectors(
                     name = next(name for name in weights if name in damaged)
                     raise ValueError(f"`{name}` of {path} holds a NaN or an infinity. Leave that file out.") from error
             raise ValueError(f"{each.path}: {error}") from error
+        if isinstance(combiner, WithStatistics):
+            combiner.refuse_other_base(base, str(options.base))
+            combiner.refuse_other_weights(index, own, str(each.path))
         yield vector
 
 

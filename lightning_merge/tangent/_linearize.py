@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_merge._checks import instance, names
+from lightning_merge._mergeable import named
 from lightning_merge.tangent._forward import LinearForward
 from lightning_merge.weights import Weights, first_mismatch
 
@@ -101,6 +102,8 @@ def linearize(
     for name, part in parts.items():
         _refuse(f"`{name}`" if name else "`module`", part)
     known = {_joined(name, key): each for name, part in parts.items() for key, each in part.named_parameters()}
+    if start is not None:
+        start = named("start", start)
     if start is not None and (difference := first_mismatch(known, start)):
         raise ValueError(f"`start` must be weights of what is linearised: {difference}.")
     values = known if start is None else start

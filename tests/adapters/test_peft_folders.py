@@ -132,7 +132,7 @@ def test_rules_of_task_vectors_need_no_base(rule: str, run: Run, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (["--out", "soup.pt"], "`--out` must be a folder for adapters"),
+        (["--out", "soup.pt", "--rank", "2"], "`--out` must be a folder for adapters"),
         (["--out", "a"], "a is one of the inputs"),
         (["--out", "there"], "there exists already"),
         (["--out", "no/where"], "there is no folder no"),

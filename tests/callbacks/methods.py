@@ -11,12 +11,18 @@ from golden.runs import averages as averages
 
 from lightning_merge import callbacks as merging
 
+
+def rows(batch: Any) -> int:
+    """How many a batch has."""
+    return len(batch[0])
+
+
 METHODS: dict[str, Callable[[], list[Any]]] = {
     **runs.METHODS,
     "anneal": lambda: [
         merging.Anneal("1-sqrt", 4, validate="both"),
         merging.Anneal("cosine", 4, memory=3, name="now"),
-        merging.Anneal("exponential", 14, 2, memory=3, tokens=lambda batch: len(batch[0]), name="tokens"),
+        merging.Anneal("exponential", 14, 2, memory=3, tokens=rows, name="tokens"),
     ],
     "bema": lambda: [merging.BEMA(0.7, validate="both")],
     "best-k": lambda: [merging.BestK("val/loss", 2, validate="both")],

@@ -102,6 +102,8 @@ class TwoOptimizers(Plain):
 
 
 SITUATIONS = {each.__name__: each for each in (Counts, Unfreezes, Loads, TiedByStorage, Reassigns, TwoOptimizers)}
+POLICIES = {name: make for name, make in CALLBACKS.items() if name not in ("fedfisher", "own batches")}
+"""Those that train with any optimizer, from one loader."""
 AUTOMATIC = ("forkmerge", "greedy")
 """Policies that weight the losses which a step returns, and take no manual optimization."""
 CHOSEN = {
@@ -110,7 +112,7 @@ CHOSEN = {
         for i, name in enumerate([*SITUATIONS, "second"])
         if i % 3 == number % 3 and (name != "TwoOptimizers" or policy not in AUTOMATIC)
     ]
-    for number, policy in enumerate(CALLBACKS)
+    for number, policy in enumerate(POLICIES)
 }
 """Two or three for each policy in turn; ``test_branch_conformance_per_rank.py`` has every policy in every situation."""
 
@@ -135,7 +137,7 @@ def one_fit(root: Path, kind: type, callback: Any) -> dict[str, Any]:
 
 def work(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for policy, make in CALLBACKS.items():
+    for policy, make in POLICIES.items():
         for situation in CHOSEN[policy]:
             callback = make()
             if situation == "second":

@@ -11,7 +11,7 @@ import pytest
 TYPED = {
     "ru": "run",
     "run digits/sw": "digits/swa digits/swad",
-    "recipes continual/d": "continual/digits",
+    "recipes continual/digits-e": "continual/digits-emr",
     "run digits/swa --trainer.max_ep": "--trainer.max_epochs",
     "fit --trainer.max_ep": "--trainer.max_epochs",
     "soup --weig": "--weights",
