@@ -5,18 +5,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from _evidence._fit import Part, accuracy, fit, loader
+from _evidence._fit import accuracy, fit, loader
 from _evidence._protocol import Place, Protocol, Scores
+from _evidence._small import copied, momentum_sgd, parts_of_recipe
 from lightning_merge.alignment import align
 from lightning_merge.calibration import recalibrated_statistics, repair
-from lightning_merge.recipes import Digits, SmallConvNet
+from lightning_merge.recipes import SmallConvNet
 from lightning_merge.recipes.vision._classifier import Classifier
 from lightning_merge.soups import soup
-
-Weights = dict[str, Tensor]
+from lightning_merge.weights import Weights
 
 
 @dataclass
@@ -33,22 +32,17 @@ class Alignment(Protocol):
 
     def prepare(self, place: Place) -> None:
         self._device = place.device
-        data = Digits(shift=0)
-        data.setup("fit")
-        data.setup("test")
-        self._train: Part = (data.train.images, data.train.labels)
-        self._test: Part = data.test.tensors
+        parts = parts_of_recipe()
+        self._train, self._test = parts["train"], parts["test"]
 
     def run(self, seed: int, chosen: Mapping[str, Any]) -> Scores:
         return {
-            "perceptron": self._view(self._perceptron, seed, 0.1),
-            "convolutions with BatchNorm, statistics again": self._view(
-                lambda: SmallConvNet(width=self.width), seed, 0.1
-            ),
+            "perceptron": self._view(self._perceptron, seed),
+            "convolutions with BatchNorm, statistics again": self._view(lambda: SmallConvNet(width=self.width), seed),
         }
 
-    def _view(self, network: Any, seed: int, rate: float) -> dict[str, float]:
-        one, two = (self._trained(network, 2 * seed + i, rate) for i in range(2))
+    def _view(self, network: Any, seed: int) -> dict[str, float]:
+        one, two = (self._trained(network, 2 * seed + i) for i in range(2))
         module = Classifier(network(), 10)
         ordered = align(module, two, to=one)
         sets = {"mean as it is": soup([one, two]), "mean, aligned": soup([one, ordered])}
@@ -64,15 +58,11 @@ class Alignment(Protocol):
         members = [accuracy(module, each, self._test, self._device) for each in (one, two)]
         return {**scores, "the two networks": sum(members) / 2}
 
-    def _trained(self, network: Any, seed: int, rate: float) -> Weights:
+    def _trained(self, network: Any, seed: int) -> Weights:
         pl.seed_everything(seed, verbose=False)
         data = loader(self._train, self.batch, training=True)
-
-        def sgd(parameters: Any) -> torch.optim.Optimizer:
-            return torch.optim.SGD(parameters, rate, momentum=0.9)
-
-        module = fit(network(), data, optimizer=sgd, steps=self.steps, seed=seed, device=self._device)
-        return {name: each.detach().cpu().clone() for name, each in module.state_dict().items()}
+        sgd = momentum_sgd(0.1)
+        return copied(fit(network(), data, optimizer=sgd, steps=self.steps, seed=seed, device=self._device))
 
     def _perceptron(self) -> nn.Module:
         hidden = [each for _ in range(2) for each in (nn.Linear(self.hidden, self.hidden), nn.ReLU())]

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor, nn
 
 from _evidence._fit import Part, accuracy, fit, loader
 from _evidence._protocol import Place, Protocol, Scores
+from _evidence._small import copied, momentum_sgd, parts_of_recipe, perceptron
 from lightning_merge.callbacks import Linearize
-from lightning_merge.combiners import Sum
-from lightning_merge.recipes import Digits
+from lightning_merge.combiners import Sum, add_vector, task_vector
 from lightning_merge.recipes.vision._classifier import Classifier
 from lightning_merge.tangent import linearize
+from lightning_merge.weights import Weights
 
 TASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "upside down": lambda images: images.flip(-1, -2),
@@ -45,11 +45,7 @@ class TangentSpace(Protocol):
 
     def prepare(self, place: Place) -> None:
         self._device = place.device
-        data = Digits(shift=0)
-        data.setup("fit")
-        data.setup("test")
-        self._parts = {name: part.tensors for name, part in (("val", data.val), ("test", data.test))}
-        self._parts["train"] = (data.train.images, data.train.labels)
+        self._parts = parts_of_recipe()
 
     def choose(self) -> dict[str, Any]:
         rates, scales = {}, {}
@@ -72,61 +68,51 @@ class TangentSpace(Protocol):
             view[f"sum, {kind}"] = self._mean(start, summed, linear, "test")
         return {"mean over tasks": view}
 
-    def _fine_tuned(self, seed: int, rate: float, linear: bool) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    def _fine_tuned(self, seed: int, rate: float, linear: bool) -> tuple[Weights, list[Weights]]:
         """The start and the weights after each task."""
 
-        def sgd(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
-            return lambda parameters: torch.optim.SGD(parameters, rate, momentum=0.9)
-
-        def trained(network: nn.Module, part: Part, rate: float, steps: int, *callbacks: pl.Callback) -> Classifier:
-            data = loader(part, self.batch, training=True)
-            return fit(
-                network, data, optimizer=sgd(rate), steps=steps, seed=seed, device=self._device, callbacks=callbacks
+        def trained(network: nn.Module, part: Part, rate: float, steps: int, *callbacks: pl.Callback) -> Weights:
+            module = fit(
+                network,
+                loader(part, self.batch, training=True),
+                optimizer=momentum_sgd(rate),
+                steps=steps,
+                seed=seed,
+                device=self._device,
+                callbacks=callbacks,
             )
+            return copied(module)
 
         images, labels = self._parts["train"]
         pl.seed_everything(seed, verbose=False)
-        start = _weights(trained(self._network(), (images, labels), 0.1, self.start_steps))
+        start = trained(perceptron(self.hidden), (images, labels), 0.1, self.start_steps)
         tasks = []
         for change in TASKS.values():
-            network = self._network()
+            network = perceptron(self.hidden)
             network.load_state_dict({name.removeprefix("model."): each for name, each in start.items()})
             callbacks = [Linearize("model")] if linear else []
-            tasks.append(_weights(trained(network, (change(images), labels), rate, self.steps, *callbacks)))
+            tasks.append(trained(network, (change(images), labels), rate, self.steps, *callbacks))
         return start, tasks
 
-    def _own(self, start: dict[str, Tensor], tasks: list[dict[str, Tensor]], linear: bool, part: str) -> float:
+    def _own(self, start: Weights, tasks: list[Weights], linear: bool, part: str) -> float:
         scores = [self._score(start, each, linear, part, name) for name, each in zip(TASKS, tasks, strict=True)]
         return sum(scores) / len(scores)
 
-    def _mean(self, start: dict[str, Tensor], weights: dict[str, Tensor], linear: bool, part: str) -> float:
+    def _mean(self, start: Weights, weights: Weights, linear: bool, part: str) -> float:
         return sum(self._score(start, weights, linear, part, name) for name in TASKS) / len(TASKS)
 
-    def _score(self, start: dict[str, Tensor], weights: dict[str, Tensor], linear: bool, part: str, task: str) -> float:
-        module = Classifier(self._network(), 10)
+    def _score(self, start: Weights, weights: Weights, linear: bool, part: str, task: str) -> float:
+        module = Classifier(perceptron(self.hidden), 10)
         module.load_state_dict(start)
         if linear:
             linearize(module, "model")
         images, labels = self._parts[part]
         return accuracy(module, weights, (TASKS[task](images), labels), self._device)
 
-    def _network(self) -> nn.Module:
-        return nn.Sequential(
-            nn.Flatten(),
-            *(nn.Linear(64, self.hidden), nn.ReLU()),
-            *(nn.Linear(self.hidden, self.hidden), nn.ReLU()),
-            nn.Linear(self.hidden, 10),
-        )
-
 
 def tangent_space(size: str) -> TangentSpace:
     return TangentSpace(hidden=1024, steps=1000) if size == "full" else TangentSpace()
 
 
-def _summed(start: dict[str, Tensor], tasks: list[dict[str, Tensor]], scale: float) -> dict[str, Tensor]:
-    merged = Sum(scale).combine({name: each - start[name] for name, each in task.items()} for task in tasks)
-    return {name: each + start[name] for name, each in merged.items()}
-
-
-def _weights(module: Classifier) -> dict[str, Tensor]:
-    return {name: each.detach().cpu().clone() for name, each in module.state_dict().items()}
+def _summed(start: Weights, tasks: list[Weights], scale: float) -> Weights:
+    return add_vector(start, Sum(scale).combine(task_vector(task, start) for task in tasks))

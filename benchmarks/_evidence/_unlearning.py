@@ -1,20 +1,19 @@
 """A task that is subtracted: its whole vector, or the part that Ext-Sub or Ethos chooses."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from _evidence._fit import Part, accuracy, fit, loader
 from _evidence._protocol import Place, Protocol, Scores
+from _evidence._small import copied, momentum_sgd, parts_of_recipe, perceptron
 from _evidence._tangent import TASKS
 from lightning_merge.combiners import add_vector, ethos, ext_sub, negate, task_vector
-from lightning_merge.recipes import Digits
 from lightning_merge.recipes.vision._classifier import Classifier
+from lightning_merge.weights import Weights
 
-Weights = dict[str, Tensor]
 ALL = {"plain": lambda images: images, **TASKS}
 
 
@@ -39,11 +38,7 @@ class Unlearning(Protocol):
 
     def prepare(self, place: Place) -> None:
         self._device = place.device
-        data = Digits(shift=0)
-        data.setup("fit")
-        data.setup("test")
-        self._parts = {name: part.tensors for name, part in (("val", data.val), ("test", data.test))}
-        self._parts["train"] = (data.train.images, data.train.labels)
+        self._parts = parts_of_recipe()
 
     def run(self, seed: int, chosen: Mapping[str, Any]) -> Scores:
         start = self._trained(None, tuple(ALL), 0.1, self.start_steps, seed)
@@ -81,38 +76,26 @@ class Unlearning(Protocol):
         images, labels = self._parts["train"]
         part: Part = torch.cat([ALL[task](images) for task in tasks]), labels.repeat(len(tasks))
         torch.manual_seed(seed)
-        network = self._network()
+        network = perceptron(self.hidden)
         if start is not None:
             network.load_state_dict({name.removeprefix("model."): each for name, each in start.items()})
         module = fit(
             network,
             loader(part, self.batch, training=True),
-            optimizer=_sgd(rate),
+            optimizer=momentum_sgd(rate),
             steps=steps,
             seed=seed,
             device=self._device,
         )
-        return {name: each.detach().cpu().clone() for name, each in module.state_dict().items()}
+        return copied(module)
 
     def _mean(self, weights: Weights, tasks: tuple[str, ...], part: str) -> float:
         return sum(self._score(weights, task, part) for task in tasks) / len(tasks)
 
     def _score(self, weights: Weights, task: str, part: str) -> float:
         images, labels = self._parts[part]
-        return accuracy(Classifier(self._network(), 10), weights, (ALL[task](images), labels), self._device)
-
-    def _network(self) -> nn.Module:
-        return nn.Sequential(
-            nn.Flatten(),
-            *(nn.Linear(64, self.hidden), nn.ReLU()),
-            *(nn.Linear(self.hidden, self.hidden), nn.ReLU()),
-            nn.Linear(self.hidden, 10),
-        )
+        return accuracy(Classifier(perceptron(self.hidden), 10), weights, (ALL[task](images), labels), self._device)
 
 
 def unlearning(size: str) -> Unlearning:
     return Unlearning(hidden=1024, steps=1000) if size == "full" else Unlearning()
-
-
-def _sgd(rate: float) -> Callable[[Any], torch.optim.Optimizer]:
-    return lambda parameters: torch.optim.SGD(parameters, rate, momentum=0.9)
