@@ -41,13 +41,16 @@ def task_vector(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> We
         for name, tensor in weights.items()
         if tensor.is_floating_point()
     }
-    for name in nonfinite(vector):
-        same = weights[name].isinf() & (weights[name] == base[name].to(weights[name]))
-        vector[name] = vector[name].masked_fill(same.to(vector[name].device), 0.0)
-    if damaged := nonfinite(vector):
+    mended = {name: _without_constants(vector[name], weights[name], base[name]) for name in nonfinite(vector)}
+    vector |= mended
+    if damaged := nonfinite(mended):
         first = next(name for name in vector if name in damaged)
         raise ValueError(f"`{first}` holds a NaN or an infinity in the weights or in the base.")
     return vector
+
+
+def _without_constants(difference: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    return difference.masked_fill(one.isinf() & (one == other.to(one)), 0.0)
 
 
 @torch.no_grad()
