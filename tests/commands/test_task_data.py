@@ -1,5 +1,7 @@
 """Data that ``soup`` by a gradient takes: as the run's own steps would get them."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -61,3 +63,41 @@ def test_batches_are_those_of_the_steps(loaders: Any, count: int) -> None:
     assert len(found) == count
     for number, batches in enumerate(found):
         torch.testing.assert_close(torch.cat([batch[0] for batch in batches]), (number + 1) * 100 * IMAGES)
+
+
+CONFIG = """\
+trainer: {accelerator: cpu, limit_val_batches: 1}
+model: {class_path: test_task_data.Late}
+data: {class_path: lightning_merge.recipes.Digits}
+"""
+
+
+class Late(pl.LightningModule):
+    """Has no layers before the Trainer asks for them."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(images)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+
+SEARCHED = ["--budget", 4, "--base", "base.pt", "--rule"]
+
+
+@pytest.mark.parametrize("how", [[*SEARCHED, "adamerging"], [*SEARCHED, "evolutionary"], ["--align"]], ids=str)
+def test_a_model_that_builds_itself_late_is_built(
+    how: list[Any], run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CONFIG)
+    for file in ("base.pt", "a.pt", "b.pt"):
+        model = Late()
+        model.configure_model()
+        torch.save({"state_dict": model.state_dict()}, file)
+    code, _, err = run("soup", "a.pt", "b.pt", "--config", "config.yaml", *how, "--out", "m.pt")
+    assert code == 0, err
