@@ -274,6 +274,8 @@ def test_every_method_of_the_survey_is_on_a_page_or_left_out_for_a_reason(maker:
     for name, row in rows.items():
         for used in re.findall(r"`(?:\w+\.)?([A-Z]\w+)", row.get("how", "")):
             assert re.search(rf"[.]{used}\b", public), f"{name}: {used}"
+        for used, keyword in re.findall(r"([A-Z]\w+)\((\w+)=", row.get("how", "")):
+            assert re.search(rf"[.]{used}\(.*\b{keyword}\b", public), f"{name}: {used}({keyword}=)"
         for rule in re.findall(r"--rule ([\w-]+)", row.get("how", "")):
             assert rule in (*SOUP_RULES, *AVERAGE_RULES), f"{name}: {rule}"
 
